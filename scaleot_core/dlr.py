@@ -1,0 +1,126 @@
+"""Dynamic LayerReplace: harmonizers by deep learning and layer scores by reinforcement learning, together (section 2)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from scaleot_core.errors import UserError
+from scaleot_core.models import block_loss, mean_loss, replaced
+from scaleot_core.params import Dlr
+from scaleot_core.runtime import generator
+from scaleot_core.training import Checkpoint, Optimizer, run_steps, warmup_then_linear
+
+DISTINCT_DRAWS = 1000  # before giving up on distinct candidates
+
+
+def sample_kept(scores: Tensor, group_size: int, draw: torch.Generator) -> Tensor:
+    """Draw one network: a mask (L,) of the layers kept, True, or replaced by their harmonizers, False.
+
+    π_i ~ U(0, p_i) with p_i = sigmoid(s_i); in every group of `group_size` neighbours, the last taking the remainder,
+    the layers at or above the group's median are kept. Of n layers in a group, ⌊n/2⌋ are replaced.
+    """
+    pi = torch.rand(len(scores), generator=draw, dtype=torch.float64) * torch.sigmoid(scores)
+    kept = torch.ones(len(scores), dtype=torch.bool)
+    for group in torch.arange(len(scores)).split(group_size):
+        kept[group[pi[group].argsort()[: len(group) // 2]]] = False
+    return kept
+
+
+def distinct_candidates(scores: Tensor, group_size: int, count: int, draw: torch.Generator) -> list[Tensor]:
+    """`count` networks of which no two are the same; UserError where the model has too few layers for so many."""
+    candidates: list[Tensor] = []
+    for _ in range(DISTINCT_DRAWS):
+        kept = sample_kept(scores, group_size, draw)
+        if not any(torch.equal(kept, other) for other in candidates):
+            candidates.append(kept)
+        if len(candidates) == count:
+            return candidates
+    raise UserError(
+        f"params.yaml: dlr.candidates = {count}: {DISTINCT_DRAWS} draws gave only {len(candidates)} distinct networks; "
+        "lower it, or dlr.score_lr"
+    )
+
+
+def updated_scores(scores: Tensor, candidates: list[Tensor], losses: Tensor, score_lr: float) -> Tensor:
+    """One score update: s_i + η · Σ_j r_j · p_i (1 − p_i) over the candidates j that kept layer i.
+
+    r_j = exp(−ℓ_j) − mean_k exp(−ℓ_k). IST, where the rule comes from, credits the suppressed layers instead.
+    """
+    rewards = (-losses).exp() - (-losses).exp().mean()
+    p = torch.sigmoid(scores)
+    credit = torch.stack(candidates).to(rewards.dtype).T @ rewards  # (L,)
+    return scores + score_lr * credit * p * (1 - p)
+
+
+@dataclass
+class DlrState:
+    """What DLR trains: harmonizers, through their optimizer, and scores (L,) in float64."""
+
+    optimizer: Optimizer
+    scores: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**self.optimizer.tensors(), "scores": self.scores}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        self.scores = tensors.pop("scores")
+        self.optimizer.load(tensors)
+
+
+def train(
+    model: PreTrainedModel,
+    harmonizers: nn.ModuleList,
+    scores: Tensor,
+    blocks: Tensor,
+    dlr: Dlr,
+    *,
+    seed: int,
+    checkpoint: Checkpoint | None = None,
+) -> tuple[Tensor, list[dict[str, float]]]:
+    """Train harmonizers in place by next-token cross-entropy of sampled networks; return the scores and the history.
+
+    `model` is frozen. `blocks` (N, T) train the harmonizers, except the last `dlr.score_blocks` of them, from which each
+    score update takes one batch to compare its candidates on. The history has `loss` a step, and at score updates the best
+    and worst candidate's loss and every layer's score as `score_00` and so on.
+    """
+    if dlr.group_size > len(harmonizers):
+        raise UserError(f"params.yaml: dlr.group_size = {dlr.group_size}: the model has {len(harmonizers)} decoder layers")
+    if dlr.score_blocks >= len(blocks):
+        raise UserError(f"params.yaml: dlr.score_blocks = {dlr.score_blocks}: the corpus has {len(blocks)} training blocks")
+    blocks, score_blocks = blocks[: -dlr.score_blocks], blocks[-dlr.score_blocks :]
+    parameters = {name: p for name, p in harmonizers.named_parameters()}
+    state = DlrState(Optimizer(parameters), scores.double().clone())
+
+    def batch(source: Tensor, draw: torch.Generator) -> Tensor:
+        return source[torch.randint(len(source), (dlr.batch_blocks,), generator=draw)]
+
+    def network(kept: Tensor) -> dict[int, nn.Module]:
+        return {i: harmonizers[i] for i, keep in enumerate(kept.tolist()) if not keep}
+
+    def update_scores(i: int) -> dict[str, float]:
+        draw = generator(seed, "dlr scores", i)
+        candidates = distinct_candidates(state.scores, dlr.group_size, dlr.candidates, draw)
+        heldout = batch(score_blocks, draw)
+        losses = []
+        for kept in candidates:
+            with replaced(model, network(kept)):
+                losses.append(mean_loss(model, heldout))
+        state.scores = updated_scores(state.scores, candidates, torch.tensor(losses).double(), dlr.score_lr)
+        row = {f"score_{layer:02d}": value for layer, value in enumerate(state.scores.tolist())}
+        return {"candidate_best": min(losses), "candidate_worst": max(losses), **row}
+
+    def step(i: int) -> dict[str, float]:
+        draw = generator(seed, "dlr", i)
+        kept = sample_kept(state.scores, dlr.group_size, draw)
+        sampled = batch(blocks, draw)
+        with replaced(model, network(kept)):
+            loss = block_loss(model, sampled)
+            loss.backward()
+        state.optimizer.step(dlr.lr * warmup_then_linear(i, dlr.steps, 0.1))
+        figures = {"loss": loss.item(), "tokens": sampled.numel()}
+        return figures | (update_scores(i) if (i + 1) % dlr.score_every == 0 else {})
+
+    history = run_steps(step, state, label="DLR", steps=dlr.steps, checkpoint=checkpoint)
+    return state.scores, history

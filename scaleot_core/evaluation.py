@@ -1,0 +1,63 @@
+"""Evaluation, all of it lm-eval's own: `simple_evaluate` over the model in memory (method section 6)."""
+
+import statistics
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from scaleot_core.progress import say
+from scaleot_core.tasks import Rows, load_task
+
+if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
+
+
+def lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 1) -> "HFLM":
+    """lm-eval's view of a model in memory: it encodes, batches and scores."""
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: dict[str, Rows],
+    *,
+    batch_size: int,
+    label: str,
+) -> dict[str, dict[str, Any]]:
+    """Zero-shot figures of a model on each task's questions.
+
+    Per task: `acc` and, where the task defines it, `acc_norm`, each with its `_stderr`, as lm-eval gives them;
+    `answer_nll`, the mean negative log-likelihood (nats) of the right answer, summed over its tokens, with its
+    standard error; the number of `questions`; the task's `version`.
+    """
+    from lm_eval import simple_evaluate
+
+    say(f"{label}: {', '.join(f'{name} ({len(rows)} questions)' for name, rows in questions.items())}")
+    tasks = [load_task(name, rows, rows) for name, rows in questions.items()]
+    results = simple_evaluate(
+        model=lm(model, tokenizer, batch_size),
+        tasks=tasks,
+        num_fewshot=0,
+        bootstrap_iters=100,  # accuracies have a closed form; only a value above zero is needed
+        log_samples=True,
+    )
+    assert results is not None
+    return {name: _figures(results, name) for name in questions}
+
+
+def _figures(results: dict[str, Any], name: str) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for key, value in results["results"][name].items():
+        metric, _, of = key.partition(",")
+        if of == "none" and isinstance(value, float):
+            figures[metric] = value
+    nll = [-sample["filtered_resps"][int(sample["target"])][0] for sample in results["samples"][name]]
+    return figures | {
+        "answer_nll": statistics.fmean(nll),
+        "answer_nll_stderr": statistics.stdev(nll) / len(nll) ** 0.5,
+        "questions": len(nll),
+        "version": results["versions"][name],
+    }

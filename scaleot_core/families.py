@@ -1,0 +1,54 @@
+"""Model families: where a causal language model keeps its decoder layers and their attention projections.
+
+Nothing else in the library knows a family's name. Adding one is an entry in `FAMILIES` and its test.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from scaleot_core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Family:
+    """Paths of attribute names, as `get_submodule` takes them."""
+
+    layers: str
+    """From the causal language model to its list of decoder layers."""
+    attention: str
+    """From a decoder layer to its attention."""
+    projections: Mapping[str, int]
+    """From the attention to each projection, and how many matrices are fused in it along its outputs."""
+
+
+_LLAMA = Family("model.layers", "self_attn", {"q_proj": 1, "k_proj": 1, "v_proj": 1, "o_proj": 1})
+
+FAMILIES: dict[str, Family] = {
+    "llama": _LLAMA,
+    "opt": Family("model.decoder.layers", "self_attn", {"q_proj": 1, "k_proj": 1, "v_proj": 1, "out_proj": 1}),
+    "gpt2": Family("transformer.h", "attn", {"c_attn": 3, "c_proj": 1}),
+}
+
+
+def family(config: PretrainedConfig) -> Family:
+    """The family of a model's configuration; UserError names the supported ones."""
+    try:
+        return FAMILIES[config.model_type]
+    except KeyError:
+        known = ", ".join(sorted(FAMILIES))
+        raise UserError(f"model: architecture {config.model_type!r} is not supported; supported are {known}") from None
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of decoder layers itself, so that assigning to an entry replaces that layer in the model."""
+    layers = model.get_submodule(family(model.config).layers)
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def attention(config: PretrainedConfig, layer: nn.Module) -> nn.Module:
+    """The attention of one decoder layer."""
+    return layer.get_submodule(family(config).attention)

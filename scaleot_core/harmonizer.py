@@ -1,0 +1,33 @@
+"""The harmonizer: a two-layer perceptron that stands in for one decoder layer (method section 1)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Harmonizer(nn.Module):
+    """h(x) = x + W_up · ReLU(W_down · x + b_down) + b_up, with W_down (r, D) and W_up (D, r).
+
+    Replaces a decoder layer in place. It takes what the layer takes and ignores all but the hidden states
+    (B, T, D), and returns what the layer returns, hidden states of that shape and dtype, so that the model's own
+    forward runs unchanged. W_up starts at zero: the untrained harmonizer is the identity. W_down does not, since a
+    ReLU between two zero matrices passes no gradient.
+    """
+
+    def __init__(self, hidden_size: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(hidden_size, rank)
+        self.up = nn.Linear(rank, hidden_size)
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Draw W_down anew (Kaiming-uniform for a ReLU) and set the rest to zero."""
+        bound = (6 / self.down.in_features) ** 0.5
+        with torch.no_grad():
+            self.down.weight.copy_(torch.empty(self.down.weight.shape).uniform_(-bound, bound, generator=generator))
+            for zero in (self.down.bias, self.up.weight, self.up.bias):
+                zero.zero_()
+
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """(B, T, D) to (B, T, D); computed in the weights' own dtype, so float32 while they are trained."""
+        x = hidden_states.to(self.down.weight.dtype)
+        return hidden_states + self.up(F.relu(self.down(x))).to(hidden_states.dtype)

@@ -1,0 +1,198 @@
+"""Layer importance: every harmonizer fitted alone to its own layer, and what losing that layer costs (section 2).
+
+The prior that Dynamic LayerReplace starts from, and the other estimators that stand beside it to compare.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from scaleot_core.errors import UserError
+from scaleot_core.families import decoder_layers
+from scaleot_core.files import read_tensors
+from scaleot_core.harmonizer import Harmonizer
+from scaleot_core.models import block_loss, hidden_states, mean_loss, replaced
+from scaleot_core.progress import progress
+from scaleot_core.runtime import generator
+from scaleot_core.training import Checkpoint, Optimizer, run_steps, warmup_then_linear
+
+
+def new_harmonizers(model: PreTrainedModel, rank: int, seed: int) -> nn.ModuleList:
+    """One fresh float32 harmonizer a decoder layer, on the model's device."""
+    draw = generator(seed, "harmonizers")
+    harmonizers = nn.ModuleList()
+    for _ in decoder_layers(model):
+        harmonizer = Harmonizer(model.config.hidden_size, rank)
+        harmonizer.reset(draw)
+        harmonizers.append(harmonizer)
+    return harmonizers.to(model.device)
+
+
+def restore(harmonizers: nn.ModuleList, path: Path) -> None:
+    """Load fitted harmonizers; UserError names the first tensor that another model or rank would have."""
+    tensors = read_tensors(path)
+    expected = harmonizers.state_dict()
+    for name in sorted(expected.keys() | tensors.keys()):
+        here, there = expected.get(name), tensors.get(name)
+        if here is None or there is None or here.shape != there.shape:
+            shapes = [None if t is None else tuple(t.shape) for t in (there, here)]
+            raise UserError(
+                f"{path}: tensor {name!r} is {shapes[0]} there and {shapes[1]} in this model; "
+                "these harmonizers are another model's or of another rank: run layer_importance again"
+            )
+    harmonizers.load_state_dict(tensors)
+
+
+class LocalFit:
+    """Local regression of all harmonizers at once, as batched matrix products over the layers.
+
+    Each layer's states are divided by the root mean square of what the layer adds, over the calibration tokens, so
+    that every layer weighs the same and one learning rate serves all. The scales are folded back into the weights.
+    """
+
+    def __init__(self, harmonizers: nn.ModuleList, states: list[Tensor]) -> None:
+        self.states = states
+        self.harmonizers = harmonizers
+        rms = [(b.float() - a.float()).square().mean().sqrt() for a, b in zip(states, states[1:], strict=False)]
+        self.out_scale = torch.stack(rms)[:, None, None]  # (L, 1, 1)
+        inputs = [a.float().square().mean().sqrt() for a in states[:-1]]
+        self.in_scale = torch.stack(inputs)[:, None, None]
+        stack = {
+            "down": torch.stack([h.down.weight for h in harmonizers]),  # (L, r, D)
+            "down_bias": torch.stack([h.down.bias for h in harmonizers])[:, None],  # (L, 1, r)
+            "up": torch.stack([h.up.weight for h in harmonizers]),  # (L, D, r)
+            "up_bias": torch.stack([h.up.bias for h in harmonizers])[:, None],  # (L, 1, D)
+        }
+        self.weights = {name: nn.Parameter(value.detach().clone()) for name, value in stack.items()}
+
+    def loss(self, rows: Tensor) -> Tensor:
+        """Squared error relative to what each layer adds, summed over layers, at token positions `rows` (n,)."""
+        states = torch.stack([state[rows] for state in self.states]).float()  # (L + 1, n, D)
+        x = states[:-1] / self.in_scale
+        target = (states[1:] - states[:-1]) / self.out_scale
+        hidden = torch.relu(torch.baddbmm(self.weights["down_bias"], x, self.weights["down"].mT))
+        error = torch.baddbmm(self.weights["up_bias"], hidden, self.weights["up"].mT) - target
+        return error.square().mean((1, 2)).sum()
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Put the fitted weights, scales folded in, into the harmonizers."""
+        for i, harmonizer in enumerate(self.harmonizers):
+            harmonizer.down.weight.copy_(self.weights["down"][i] / self.in_scale[i])
+            harmonizer.down.bias.copy_(self.weights["down_bias"][i, 0])
+            harmonizer.up.weight.copy_(self.weights["up"][i] * self.out_scale[i])
+            harmonizer.up.bias.copy_(self.weights["up_bias"][i, 0] * self.out_scale[i, 0])
+
+
+def fit_locally(
+    model: PreTrainedModel,
+    harmonizers: nn.ModuleList,
+    blocks: Tensor,
+    *,
+    steps: int,
+    batch_tokens: int,
+    lr: float,
+    seed: int,
+    checkpoint: Checkpoint | None = None,
+) -> list[dict[str, float]]:
+    """Fit each harmonizer to its own layer on the hidden states of `blocks` (N, T), kept from one forward pass.
+
+    Memory: (L + 1) · N · T · D numbers in the model's dtype. Returns the loss a step: the mean over layers of the
+    squared error relative to what the layer adds.
+    """
+    states = hidden_states(model, blocks)
+    fit = LocalFit(harmonizers, states)
+    optimizer = Optimizer(fit.weights)
+    tokens = states[0].shape[0]
+    batch = min(batch_tokens, tokens)
+
+    def step(i: int) -> dict[str, float]:
+        rows = torch.randint(tokens, (batch,), generator=generator(seed, "local fit", i))
+        loss = fit.loss(rows.to(model.device))
+        loss.backward()
+        optimizer.step(lr * warmup_then_linear(i, steps, 0.05))
+        return {"loss": loss.item() / len(harmonizers), "tokens": batch}
+
+    history = run_steps(step, optimizer, label="local fits", steps=steps, checkpoint=checkpoint)
+    fit.write_back()
+    return history
+
+
+@torch.no_grad()
+def sensitivity(model: PreTrainedModel, harmonizers: nn.ModuleList, blocks: Tensor) -> list[float]:
+    """The loss (nats) that it costs to replace one layer alone by its harmonizer, for every layer, on `blocks`."""
+    whole = mean_loss(model, blocks)
+    costs = []
+    with progress("sensitivity", len(harmonizers)) as tick:
+        for i, harmonizer in enumerate(harmonizers):
+            with replaced(model, {i: harmonizer}):
+                costs.append(mean_loss(model, blocks) - whole)
+            tick(tokens=blocks.numel(), loss=costs[-1])
+    return costs
+
+
+@torch.no_grad()
+def block_influence(model: PreTrainedModel, blocks: Tensor) -> list[float]:
+    """1 − cosine of a layer's input and output, averaged over tokens (ShortGPT, Men et al. 2024, equation 1)."""
+    states = hidden_states(model, blocks)
+    pairs = zip(states, states[1:], strict=False)
+    return [1 - nn.functional.cosine_similarity(a.float(), b.float(), dim=-1).mean().item() for a, b in pairs]
+
+
+def taylor(model: PreTrainedModel, blocks: Tensor) -> list[float]:
+    """First-order estimate of the loss that dropping a layer costs: |⟨∂ℓ/∂x_out, x_out − x_in⟩|, summed over tokens.
+
+    Gradients are taken of the hidden states alone; the model's weights stay frozen.
+    """
+    layers = decoder_layers(model)
+    totals = [0.0] * len(layers)
+    states: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        out.retain_grad()
+        states.append(out)
+
+    def start(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        first = args[0].detach().requires_grad_()
+        states.append(first)
+        return (first, *args[1:])
+
+    hooks = [layers[0].register_forward_pre_hook(start), *(layer.register_forward_hook(keep) for layer in layers)]
+    try:
+        for block in blocks.split(1):
+            states.clear()
+            block_loss(model, block).backward()
+            for i, (before, after) in enumerate(zip(states, states[1:], strict=False)):
+                assert after.grad is not None
+                totals[i] += (after.grad.float() * (after - before).float()).sum().abs().item() / len(blocks)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return totals
+
+
+def estimate(name: str, model: PreTrainedModel, harmonizers: nn.ModuleList, blocks: Tensor) -> list[float]:
+    """Every layer's cost by the named estimator, one of params.yaml's `layer_importance.estimator`."""
+    if name == "sensitivity":
+        return sensitivity(model, harmonizers, blocks)
+    if name == "block_influence":
+        return block_influence(model, blocks)
+    if name == "taylor":
+        return taylor(model, blocks)
+    return [0.0] * len(harmonizers)
+
+
+def prior_scores(costs: list[float]) -> list[float]:
+    """Scores from an estimator's costs: their logarithms, standardised to mean 0 and standard deviation 2.
+
+    Costs span orders of magnitude, and s_i is a log-odds (p_i = sigmoid(s_i)), so the logarithm is its natural
+    scale; the spread lets p reach from about 0.02 to 0.98. A cost at or below zero counts as the least positive one.
+    """
+    values = torch.tensor(costs, dtype=torch.float64)
+    positive = values[values > 0]
+    if len(positive) == 0 or bool((values == values[0]).all()):
+        return [0.0] * len(costs)
+    logs = values.clamp(min=positive.min()).log()
+    return ((logs - logs.mean()) / logs.std() * 2).tolist()

@@ -1,0 +1,106 @@
+"""Loading a model and its tokenizer from a local folder, and what the stages ask of every model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from scaleot_core.errors import UserError, one_line
+from scaleot_core.families import decoder_layers, family
+
+logging.disable_progress_bar()
+
+
+def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal language model in a transformers folder, frozen and in evaluation mode.
+
+    Safetensors only, and no code from the folder is run. UserError for a missing folder, missing weights, a damaged
+    file or an unsupported architecture.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no model is there (config.json is missing); run `dvc repro` or correct `model`")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        family(config)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, use_safetensors=True, local_files_only=True
+        )
+    except UserError:
+        raise
+    except Exception as error:  # each library below has its own type for a damaged or missing file
+        raise UserError(f"{folder}: the model can't be loaded ({one_line(error)}); fetch it again") from error
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a transformers folder; UserError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise UserError(f"{folder}: the tokenizer can't be loaded ({one_line(error)}); fetch it again") from error
+
+
+@contextmanager
+def replaced(model: PreTrainedModel, stand_ins: dict[int, nn.Module]) -> Iterator[None]:
+    """Put stand-ins in the place of some decoder layers, by index, for the length of a block."""
+    layers = decoder_layers(model)
+    originals = {i: layers[i] for i in stand_ins}
+    try:
+        for i, stand_in in stand_ins.items():
+            layers[i] = stand_in
+        yield
+    finally:
+        for i, original in originals.items():
+            layers[i] = original
+
+
+def block_loss(model: PreTrainedModel, blocks: Tensor) -> Tensor:
+    """Mean next-token cross-entropy (nats) of blocks (B, T), without a key-value cache."""
+    blocks = blocks.to(model.device).long()
+    logits = model(input_ids=blocks, use_cache=False).logits[:, :-1].float()
+    return nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten())
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, blocks: Tensor, batch_blocks: int = 8) -> float:
+    """Mean next-token cross-entropy (nats) over blocks (N, T); its exponential is the perplexity."""
+    total = 0.0
+    for batch in blocks.split(batch_blocks):
+        total += block_loss(model, batch).item() * len(batch)
+    return total / len(blocks)
+
+
+@torch.no_grad()
+def hidden_states(model: PreTrainedModel, blocks: Tensor, batch_blocks: int = 8) -> list[Tensor]:
+    """Inputs of all decoder layers and the output of the last: L + 1 tensors (N·T, D) in the model's dtype.
+
+    Read by hooks, since `output_hidden_states` knows only a family's own layers. The model's head is not run.
+    """
+    layers = decoder_layers(model)
+    kept: list[list[Tensor]] = [[] for _ in range(len(layers) + 1)]
+
+    def keep_input(i: int):  # type: ignore[no-untyped-def]
+        return lambda module, args: kept[i].append(args[0].flatten(0, 1))
+
+    hooks = [layer.register_forward_pre_hook(keep_input(i)) for i, layer in enumerate(layers)]
+    hooks.append(layers[-1].register_forward_hook(lambda module, args, out: kept[-1].append(out.flatten(0, 1))))
+    try:
+        for batch in blocks.split(batch_blocks):
+            model.base_model(input_ids=batch.to(model.device).long(), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [torch.cat(parts) for parts in kept]
+
+
+def check_layers(name: str, count: int, config_layers: int, least: int) -> None:
+    """UserError where a parameter asks for more layers than the model has."""
+    if count > config_layers - least:
+        raise UserError(
+            f"params.yaml: {name} = {count}: the model has {config_layers} decoder layers; "
+            f"the range is 1 to {config_layers - least}"
+        )

@@ -1,0 +1,197 @@
+"""params.yaml as checked values. Every key there is a field here, with its type, range and meaning."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from scaleot_core.errors import UserError, one_line
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+Name = Annotated[str, Field(min_length=1)]
+TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Data(_Block):
+    """What `prepare_data` reads and how much of it."""
+
+    source: Name
+    """Where the questions come from: `embedded`, `hub`, or a folder with `<task>/train.jsonl` and `validation.jsonl`."""
+    corpus: Name
+    """The public text: `embedded`, a .jsonl (field `text`) or .txt file, or a hub data set."""
+    block_size: Annotated[int, Field(ge=8)]
+    """Tokens in a block of the corpus."""
+    train_blocks: Positive
+    """Blocks for fitting harmonizers and scores."""
+    heldout_blocks: Positive
+    """Blocks for perplexity, from passages that no training block has."""
+    train_questions: Positive
+    """Most private training questions a task."""
+    eval_questions: Positive
+    """Most evaluated questions a task."""
+
+
+class Harmonizer(_Block):
+    """The stand-in for one decoder layer (method section 1)."""
+
+    rank: Positive
+    """r: 64 for models up to about 2B parameters, 256 for larger ones."""
+
+
+class LayerImportance(_Block):
+    """The prior: local fits and sensitivities (method section 2)."""
+
+    estimator: Literal["sensitivity", "block_influence", "taylor", "zero"]
+    """What the prior scores are made of."""
+    calibration_blocks: Positive
+    """Training blocks whose hidden states are kept for the local fits; memory grows with it."""
+    steps: Positive
+    """Steps of local regression; all layers take each step together."""
+    batch_tokens: Positive
+    """Tokens in a step."""
+    lr: Rate
+    """AdamW's learning rate."""
+    sensitivity_blocks: Positive
+    """Training blocks on which a layer's sensitivity is measured."""
+
+
+class Dlr(_Block):
+    """Dynamic LayerReplace (method section 2)."""
+
+    init: Literal["prior", "zero"]
+    """Scores start at the prior or at zero."""
+    group_size: Annotated[int, Field(ge=2)]
+    """N_g: neighbouring layers in a group, half of which is replaced in a sample."""
+    steps: Annotated[int, Field(ge=0)]
+    """Harmonizer updates."""
+    batch_blocks: Positive
+    """Corpus blocks in a step."""
+    lr: Rate
+    """AdamW's learning rate for the harmonizers."""
+    score_blocks: Positive
+    """Training blocks set aside to compare candidates on."""
+    score_every: Positive
+    """Harmonizer updates between two score updates."""
+    score_lr: Annotated[float, Field(gt=0)]
+    """η of the score update."""
+    candidates: Annotated[int, Field(ge=2)]
+    """N_c: distinct networks compared in a score update."""
+
+
+class Tuning(_Block):
+    """How weights are tuned on a task, for the adapter layers and for full fine-tuning alike (method section 5)."""
+
+    epochs: Positive
+    """Passes over the training questions."""
+    max_steps: Annotated[int, Field(ge=0)]
+    """Stop after so many steps; 0 for no limit."""
+    batch_size: Positive
+    """Questions in a step."""
+    lr: Rate
+    """AdamW's peak learning rate."""
+    warmup: Share
+    """Share of the steps in which the rate rises to its peak; then it falls linearly to zero."""
+    weight_decay: Annotated[float, Field(ge=0)]
+    """AdamW's weight decay."""
+    clip: Annotated[float, Field(gt=0)]
+    """Largest norm of the gradient."""
+
+
+class Evaluate(_Block):
+    """Evaluation by lm-eval."""
+
+    batch_size: Positive
+    """Requests in a forward pass."""
+
+
+class Params(_Block):
+    """All of params.yaml."""
+
+    alpha: Share
+    """α: share of the non-adapter layers that harmonizers replace."""
+    beta: Share
+    """β: share of the attention rank that is cut from the other layers (see rank_semantics)."""
+    model: Name
+    """The model owner's model: `embedded`, a hub id, or a local folder."""
+    tasks: Annotated[list[TaskName], Field(min_length=1)]
+    """The data owner's tasks, by lm-eval's names."""
+    seed: Annotated[int, Field(ge=0)]
+    """Every random draw comes from it."""
+    device: Literal["auto", "cpu", "cuda"]
+    """Where tensors live."""
+    dtype: Literal["float32", "bfloat16", "float16"]
+    """What the models compute in; trained weights keep a float32 copy."""
+    threads: Annotated[int, Field(ge=0)]
+    """CPU threads; 0 for all."""
+    checkpoint_seconds: Annotated[float, Field(ge=0)]
+    """Time between two checkpoints of a long stage."""
+    adapter_layers: Positive
+    """N_a: layers that are shipped as they are and tuned."""
+    adapter_placement: Literal["importance", "ends"]
+    """Adapter layers: those of highest score, or OT's bottom and top layers."""
+    rank_semantics: Literal["removed", "kept"]
+    """Whether β is the share of the rank that is removed or kept."""
+    data: Data
+    harmonizer: Harmonizer
+    layer_importance: LayerImportance
+    dlr: Dlr
+    tuning: Tuning
+    full_finetune: Tuning
+    evaluate: Evaluate
+
+
+def _field(location: tuple[int | str, ...]) -> FieldInfo | None:
+    """The declaration behind an error's location, or None where no field has that name."""
+    block: Any = Params
+    found = None
+    for part in location:
+        fields = getattr(block, "model_fields", {})
+        if part not in fields:
+            return found
+        found = fields[part]
+        block = found.annotation
+    return found
+
+
+def _range(field: FieldInfo | None) -> str:
+    """The range of a numeric field in words, such as `; the range is 0 to 1`, or nothing."""
+    low = high = None
+    for bound in field.metadata if field else ():
+        low = getattr(bound, "ge", getattr(bound, "gt", low))
+        high = getattr(bound, "le", getattr(bound, "lt", high))
+    if high is not None:
+        return f"; the range is {low} to {high}"
+    return f"; the least is {low}" if low is not None else ""
+
+
+def load_params(path: Path = Path("params.yaml")) -> Params:
+    """Read and check params.yaml; UserError names the first key that is wrong, its value and its range."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run from the project's folder") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    try:
+        params = Params.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        location = first["loc"]
+        key = ".".join(str(part) for part in location) or "the file"
+        if first["type"] == "extra_forbidden":
+            raise UserError(f"{path}: {key} is no parameter; correct its name or delete it") from None
+        if first["type"] == "missing":
+            raise UserError(f"{path}: {key} is missing; add it (params.yaml in the repository shows how)") from None
+        message = one_line(ValueError(first["msg"]))
+        raise UserError(f"{path}: {key} = {first['input']!r}: {message}{_range(_field(location))}") from None
+    if len(set(params.tasks)) < len(params.tasks):
+        raise UserError(f"{path}: tasks = {params.tasks!r}: a task is named twice; name each once")
+    return params

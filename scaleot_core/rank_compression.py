@@ -1,0 +1,102 @@
+"""Selective Rank Compression: the attention projections cut to a lower rank by truncated SVD (method section 4)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from scaleot_core.families import attention, family
+
+
+class LowRankLinear(nn.Module):
+    """y = left · (right · x) + bias, with left (out, r) and right (r, in): a linear map of rank r as two factors."""
+
+    def __init__(self, left: Tensor, right: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.left = nn.Parameter(left, requires_grad=False)
+        self.right = nn.Parameter(right, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        return nn.functional.linear(nn.functional.linear(x, self.right), self.left, self.bias)
+
+
+class FusedProjection(nn.Module):
+    """Projections of one input side by side, as GPT-2's c_attn gives q, k and v: (..., in) to (..., sum of outs)."""
+
+    def __init__(self, parts: list[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+
+def kept_rank(full: int, beta: float, semantics: str) -> int:
+    """The rank that is left of `full` = min(rows, columns): max(1, round((1 − β) · full)), β the share removed.
+
+    `semantics` is "removed" as above, or "kept" for β as the share that is kept. Rounding is half up.
+    """
+    share = 1 - beta if semantics == "removed" else beta
+    return max(1, math.floor(share * full + 0.5))
+
+
+def truncate(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Best rank-`rank` approximation of a matrix (out, in) in Frobenius norm (Eckart-Young), as (left, right) factors.
+
+    Float32 factors (out, r) and (r, in), the singular values split evenly between them. Their product's error equals
+    the root of the sum of squares of the singular values cut off.
+    """
+    u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
+    root = s[:rank].sqrt()
+    return (u[:, :rank] * root).float(), (root[:, None] * vt[:rank]).float()
+
+
+def _matrices(module: nn.Module, fused: int) -> list[tuple[Tensor, Tensor | None]]:
+    """A projection's matrices (out, in) and biases, cut apart where several are fused."""
+    weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+    biases = module.bias.chunk(fused) if module.bias is not None else (None,) * fused
+    return list(zip(weight.chunk(fused), biases, strict=True))
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+        if bias is not None:
+            linear.bias.copy_(bias)
+    return linear.requires_grad_(False)
+
+
+def _compressed(weight: Tensor, bias: Tensor | None, rank: int) -> nn.Module:
+    """One matrix at a rank: as it is where nothing is cut, two factors where that is smaller, else dense."""
+    if rank >= min(weight.shape):
+        return _linear(weight, bias)
+    if weight.is_meta:
+        left, right = weight.new_empty(weight.shape[0], rank), weight.new_empty(rank, weight.shape[1])
+    else:
+        left, right = (factor.to(weight.device, weight.dtype) for factor in truncate(weight.detach(), rank))
+    if rank * sum(weight.shape) < weight.numel():
+        return LowRankLinear(left, right, None if bias is None else bias.detach().clone())
+    return _linear(left @ right, bias)
+
+
+def compress_layer(config: PretrainedConfig, layer: nn.Module, *, beta: float, semantics: str) -> dict[str, list[int]]:
+    """Cut the attention projections of one decoder layer in place; return each one's ranks.
+
+    Works on the meta device too, where it only gives the modules their shapes. A projection of which nothing is cut
+    is left untouched, so that β = 0 is the model itself.
+    """
+    ranks = {}
+    block = attention(config, layer)
+    for name, fused in family(config).projections.items():
+        matrices = _matrices(block.get_submodule(name), fused)
+        ranks[name] = [kept_rank(min(weight.shape), beta, semantics) for weight, _ in matrices]
+        if all(rank >= min(weight.shape) for rank, (weight, _) in zip(ranks[name], matrices, strict=True)):
+            continue
+        parts = [_compressed(w, b, rank) for rank, (w, b) in zip(ranks[name], matrices, strict=True)]
+        setattr(block, name, parts[0] if fused == 1 else FusedProjection(parts))
+    return ranks

@@ -1,0 +1,79 @@
+"""What every stage needs around its work: device, dtype, seeds, cost, and one line when the user made a mistake."""
+
+import hashlib
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from scaleot_core.errors import UserError
+from scaleot_core.files import write_json
+from scaleot_core.params import Params
+from scaleot_core.progress import say
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and in what precision a stage computes."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+def setup(params: Params, stage: str) -> Runtime:
+    """Set threads and deterministic kernels, pick the device, say so; UserError if the GPU asked for isn't there."""
+    if params.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("params.yaml: device = 'cuda': no GPU is visible here; use auto or cpu")
+    device = torch.device("cuda" if params.device != "cpu" and torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(params.threads or len(os.sched_getaffinity(0)))
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU
+    torch.use_deterministic_algorithms(True)
+    logging.set_verbosity_error()
+    say(f"{stage}: on {device.type} in {params.dtype}, {torch.get_num_threads()} threads", style="bold")
+    return Runtime(device, DTYPES[params.dtype])
+
+
+def generator(seed: int, *names: str | int) -> torch.Generator:
+    """A CPU generator for one named draw, so that a resumed run draws what the uninterrupted one would have."""
+    text = ":".join(str(part) for part in (seed, *names))
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
+
+
+@contextmanager
+def cost(path: Path, runtime: Runtime) -> Iterator[None]:
+    """Write the block's wall-clock seconds and peak memory (MiB, of the process and of the GPU) to `path`."""
+    start = time.perf_counter()
+    if runtime.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    yield
+    measured = {
+        "seconds": round(time.perf_counter() - start, 2),
+        "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    }
+    if runtime.device.type == "cuda":
+        measured["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
+    write_json(path, measured)
+
+
+def run_stage(main: Callable[[], None]) -> None:
+    """Run a stage's main; a UserError ends in one line and exit code 1, an interruption in 130."""
+    try:
+        main()
+    except UserError as error:
+        say(f"error: {error}", style="bold red")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        say("interrupted; `dvc repro` goes on from the last checkpoint", style="yellow")
+        sys.exit(130)
+    except OSError as error:
+        say(f"error: {error.filename or 'a file'}: {error.strerror or error}; free space or mend it, then run again", style="bold red")
+        sys.exit(1)

@@ -1,0 +1,46 @@
+"""Stage full_finetune, one per task: all weights of the real model tuned, the ceiling. α and β don't touch it."""
+
+import sys
+from pathlib import Path
+
+from scaleot_core import tuning
+from scaleot_core.evaluation import evaluate
+from scaleot_core.files import fingerprint, read_jsonl, whole_folder, write_json
+from scaleot_core.models import load_model, load_tokenizer
+from scaleot_core.params import load_params
+from scaleot_core.runtime import cost, run_stage, setup
+from scaleot_core.training import Checkpoint, scratch
+
+MODEL = Path("artifacts/model")
+
+
+def main() -> None:
+    task = sys.argv[1]
+    folder = Path("artifacts/tasks") / task
+    params = load_params()
+    runtime = setup(params, f"full_finetune@{task}")
+    key = fingerprint(params.full_finetune.model_dump(), params.seed, params.dtype, MODEL, folder)
+    checkpoint = Checkpoint(scratch(f"full_finetune-{task}-{key}"), params.checkpoint_seconds)
+    with cost(Path(f"costs/full_finetune-{task}.json"), runtime):
+        model, tokenizer = load_model(MODEL, device=runtime.device, dtype=runtime.dtype), load_tokenizer(MODEL)
+        data = tuning.examples(model, tokenizer, task, read_jsonl(folder / "train.jsonl"))
+        history = tuning.tune(
+            model,
+            dict(model.named_parameters()),
+            data,
+            params.full_finetune,
+            seed=params.seed,
+            label=f"full_finetune@{task}",
+            checkpoint=checkpoint,
+        )
+        questions = {task: read_jsonl(folder / "eval.jsonl")}
+        size = params.evaluate.batch_size
+        results = evaluate(model, tokenizer, questions, batch_size=size, label="full_finetune")
+        with whole_folder(Path(f"artifacts/baselines/full_finetune-{task}")) as out:
+            write_json(out / "results.json", results[task])
+            write_json(out / "history.json", history)
+    checkpoint.remove()
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,41 @@
+"""Stage offsite_tune, one per task: tune the adapter layers on private questions against the frozen emulator.
+
+The data owner's side. Reads the emulator package and the task's training questions and nothing else; writes the tuned
+adapter layers, which is all that goes back. `python stages/offsite_tune.py TASK` runs one.
+"""
+
+import sys
+from pathlib import Path
+
+from scaleot_core import emulator, tuning
+from scaleot_core.files import fingerprint, read_jsonl, whole_folder, write_json, write_tensors
+from scaleot_core.models import load_tokenizer
+from scaleot_core.params import load_params
+from scaleot_core.runtime import cost, run_stage, setup
+from scaleot_core.training import Checkpoint, scratch
+
+EMULATOR = Path("artifacts/emulator")
+
+
+def main() -> None:
+    task = sys.argv[1]
+    private = Path("artifacts/tasks") / task / "train.jsonl"
+    params = load_params()
+    runtime = setup(params, f"offsite_tune@{task}")
+    key = fingerprint(params.tuning.model_dump(), params.seed, params.dtype, EMULATOR, private)
+    checkpoint = Checkpoint(scratch(f"offsite_tune-{task}-{key}"), params.checkpoint_seconds)
+    with cost(Path(f"costs/offsite_tune-{task}.json"), runtime):
+        model, plan = emulator.load(EMULATOR, device=runtime.device)
+        data = tuning.examples(model, load_tokenizer(EMULATOR), task, read_jsonl(private))
+        adapter = emulator.adapter_parameters(model, plan)
+        history = tuning.tune(
+            model, adapter, data, params.tuning, seed=params.seed, label=f"offsite_tune@{task}", checkpoint=checkpoint
+        )
+        with whole_folder(Path("artifacts/adapters") / task) as out:
+            write_tensors(out / "adapter.safetensors", adapter)
+            write_json(out / "history.json", history)
+    checkpoint.remove()
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,28 @@
+"""Stage zero_shot, one per task: the real model on the evaluation questions, untuned. α and β don't touch it."""
+
+import sys
+from pathlib import Path
+
+from scaleot_core.evaluation import evaluate
+from scaleot_core.files import read_jsonl, write_json
+from scaleot_core.models import load_model, load_tokenizer
+from scaleot_core.params import load_params
+from scaleot_core.runtime import cost, run_stage, setup
+
+MODEL = Path("artifacts/model")
+
+
+def main() -> None:
+    task = sys.argv[1]
+    params = load_params()
+    runtime = setup(params, f"zero_shot@{task}")
+    with cost(Path(f"costs/zero_shot-{task}.json"), runtime):
+        questions = {task: read_jsonl(Path("artifacts/tasks") / task / "eval.jsonl")}
+        model = load_model(MODEL, device=runtime.device, dtype=runtime.dtype)
+        size = params.evaluate.batch_size
+        results = evaluate(model, load_tokenizer(MODEL), questions, batch_size=size, label="zero_shot")
+        write_json(Path(f"artifacts/baselines/zero_shot-{task}.json"), results[task])
+
+
+if __name__ == "__main__":
+    run_stage(main)
