@@ -1,4 +1,4 @@
-"""Dynamic LayerReplace: harmonizers by deep learning and layer scores by reinforcement learning, together (section 2)."""
+"""Dynamic LayerReplace: harmonizers by deep learning, layer scores by reinforcement learning, together (section 2)."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scaleot_core.errors import UserError
+from scaleot_core.harmonizer import Harmonizers
 from scaleot_core.models import block_loss, mean_loss, replaced
 from scaleot_core.params import Dlr
 from scaleot_core.runtime import generator
@@ -71,7 +72,7 @@ class DlrState:
 
 def train(
     model: PreTrainedModel,
-    harmonizers: nn.ModuleList,
+    harmonizers: Harmonizers,
     scores: Tensor,
     blocks: Tensor,
     dlr: Dlr,
@@ -81,14 +82,18 @@ def train(
 ) -> tuple[Tensor, list[dict[str, float]]]:
     """Train harmonizers in place by next-token cross-entropy of sampled networks; return the scores and the history.
 
-    `model` is frozen. `blocks` (N, T) train the harmonizers, except the last `dlr.score_blocks` of them, from which each
-    score update takes one batch to compare its candidates on. The history has `loss` a step, and at score updates the best
-    and worst candidate's loss and every layer's score as `score_00` and so on.
+    `model` is frozen. `blocks` (N, T) train the harmonizers, except the last `dlr.score_blocks` of them, from which
+    each score update takes one batch to compare its candidates on. The history has `loss` a step, and at score updates
+    the best and worst candidate's loss and every layer's score as `score_00` and so on.
     """
     if dlr.group_size > len(harmonizers):
-        raise UserError(f"params.yaml: dlr.group_size = {dlr.group_size}: the model has {len(harmonizers)} decoder layers")
+        raise UserError(
+            f"params.yaml: dlr.group_size = {dlr.group_size}: the model has {len(harmonizers)} decoder layers"
+        )
     if dlr.score_blocks >= len(blocks):
-        raise UserError(f"params.yaml: dlr.score_blocks = {dlr.score_blocks}: the corpus has {len(blocks)} training blocks")
+        raise UserError(
+            f"params.yaml: dlr.score_blocks = {dlr.score_blocks}: the corpus has {len(blocks)} training blocks"
+        )
     blocks, score_blocks = blocks[: -dlr.score_blocks], blocks[-dlr.score_blocks :]
     parameters = {name: p for name, p in harmonizers.named_parameters()}
     state = DlrState(Optimizer(parameters), scores.double().clone())

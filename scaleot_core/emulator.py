@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from scaleot_core.errors import UserError, one_line
 from scaleot_core.families import attention, decoder_layers, family
 from scaleot_core.files import read_json, read_tensors, sha256, write_json, write_tensors
-from scaleot_core.harmonizer import Harmonizer
+from scaleot_core.harmonizer import Harmonizer, Harmonizers
 from scaleot_core.models import check_layers
 from scaleot_core.rank_compression import compress_layer
 from scaleot_core.runtime import DTYPES
@@ -82,16 +82,14 @@ def _stand_in(model: PreTrainedModel, plan: Plan) -> dict[str, dict[str, list[in
             like = next(layers[i].parameters())
             layers[i] = Harmonizer(size, plan.harmonizer_rank).to(device=like.device, dtype=like.dtype)
             continue
-        attention(model.config, layers[i]).layer_idx = numbered
+        attention(model.config, layers[i]).layer_idx = numbered  # type: ignore[assignment]
         numbered += 1
         if kind == "compressed":
-            ranks[str(i)] = compress_layer(
-                model.config, layers[i], beta=plan.beta, semantics=plan.rank_semantics
-            )
+            ranks[str(i)] = compress_layer(model.config, layers[i], beta=plan.beta, semantics=plan.rank_semantics)
     return ranks
 
 
-def build(model: PreTrainedModel, harmonizers: nn.ModuleList, plan: Plan) -> dict[str, dict[str, list[int]]]:
+def build(model: PreTrainedModel, harmonizers: Harmonizers, plan: Plan) -> dict[str, dict[str, list[int]]]:
     """Turn the model into the emulator, in place: [A, E*]. Returns the ranks of the compressed layers' projections."""
     ranks = _stand_in(model, plan)
     layers = decoder_layers(model)

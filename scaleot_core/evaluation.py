@@ -1,6 +1,7 @@
 """Evaluation, all of it lm-eval's own: `simple_evaluate` over the model in memory (method section 6)."""
 
 import statistics
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,7 +23,7 @@ def lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: i
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    questions: dict[str, Rows],
+    questions: Mapping[str, Rows],
     *,
     batch_size: int,
     label: str,

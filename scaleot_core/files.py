@@ -129,3 +129,8 @@ def fingerprint(*parts: Any) -> str:
         else:
             digest.update(json.dumps(part, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()[:16]
+
+
+def folder_bytes(folder: Path, suffix: str) -> int:
+    """Bytes of the files in a folder whose names end in `suffix`."""
+    return sum(file.stat().st_size for file in folder.glob(f"*{suffix}"))

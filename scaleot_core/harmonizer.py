@@ -1,5 +1,7 @@
 """The harmonizer: a two-layer perceptron that stands in for one decoder layer (method section 1)."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,3 +33,10 @@ class Harmonizer(nn.Module):
         """(B, T, D) to (B, T, D); computed in the weights' own dtype, so float32 while they are trained."""
         x = hidden_states.to(self.down.weight.dtype)
         return hidden_states + self.up(F.relu(self.down(x))).to(hidden_states.dtype)
+
+
+class Harmonizers(nn.ModuleList):
+    """One harmonizer a decoder layer, at the layer's index."""
+
+    def __iter__(self) -> Iterator[Harmonizer]:
+        return super().__iter__()  # type: ignore[return-value]

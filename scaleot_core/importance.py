@@ -3,6 +3,7 @@
 The prior that Dynamic LayerReplace starts from, and the other estimators that stand beside it to compare.
 """
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -12,17 +13,17 @@ from transformers import PreTrainedModel
 from scaleot_core.errors import UserError
 from scaleot_core.families import decoder_layers
 from scaleot_core.files import read_tensors
-from scaleot_core.harmonizer import Harmonizer
+from scaleot_core.harmonizer import Harmonizer, Harmonizers
 from scaleot_core.models import block_loss, hidden_states, mean_loss, replaced
 from scaleot_core.progress import progress
 from scaleot_core.runtime import generator
 from scaleot_core.training import Checkpoint, Optimizer, run_steps, warmup_then_linear
 
 
-def new_harmonizers(model: PreTrainedModel, rank: int, seed: int) -> nn.ModuleList:
+def new_harmonizers(model: PreTrainedModel, rank: int, seed: int) -> Harmonizers:
     """One fresh float32 harmonizer a decoder layer, on the model's device."""
     draw = generator(seed, "harmonizers")
-    harmonizers = nn.ModuleList()
+    harmonizers = Harmonizers()
     for _ in decoder_layers(model):
         harmonizer = Harmonizer(model.config.hidden_size, rank)
         harmonizer.reset(draw)
@@ -30,7 +31,7 @@ def new_harmonizers(model: PreTrainedModel, rank: int, seed: int) -> nn.ModuleLi
     return harmonizers.to(model.device)
 
 
-def restore(harmonizers: nn.ModuleList, path: Path) -> None:
+def restore(harmonizers: Harmonizers, path: Path) -> None:
     """Load fitted harmonizers; UserError names the first tensor that another model or rank would have."""
     tensors = read_tensors(path)
     expected = harmonizers.state_dict()
@@ -52,10 +53,10 @@ class LocalFit:
     that every layer weighs the same and one learning rate serves all. The scales are folded back into the weights.
     """
 
-    def __init__(self, harmonizers: nn.ModuleList, states: list[Tensor]) -> None:
+    def __init__(self, harmonizers: Harmonizers, states: list[Tensor]) -> None:
         self.states = states
         self.harmonizers = harmonizers
-        rms = [(b.float() - a.float()).square().mean().sqrt() for a, b in zip(states, states[1:], strict=False)]
+        rms = [(b.float() - a.float()).square().mean().sqrt() for a, b in pairwise(states)]
         self.out_scale = torch.stack(rms)[:, None, None]  # (L, 1, 1)
         inputs = [a.float().square().mean().sqrt() for a in states[:-1]]
         self.in_scale = torch.stack(inputs)[:, None, None]
@@ -88,7 +89,7 @@ class LocalFit:
 
 def fit_locally(
     model: PreTrainedModel,
-    harmonizers: nn.ModuleList,
+    harmonizers: Harmonizers,
     blocks: Tensor,
     *,
     steps: int,
@@ -121,7 +122,7 @@ def fit_locally(
 
 
 @torch.no_grad()
-def sensitivity(model: PreTrainedModel, harmonizers: nn.ModuleList, blocks: Tensor) -> list[float]:
+def sensitivity(model: PreTrainedModel, harmonizers: Harmonizers, blocks: Tensor) -> list[float]:
     """The loss (nats) that it costs to replace one layer alone by its harmonizer, for every layer, on `blocks`."""
     whole = mean_loss(model, blocks)
     costs = []
@@ -137,7 +138,7 @@ def sensitivity(model: PreTrainedModel, harmonizers: nn.ModuleList, blocks: Tens
 def block_influence(model: PreTrainedModel, blocks: Tensor) -> list[float]:
     """1 − cosine of a layer's input and output, averaged over tokens (ShortGPT, Men et al. 2024, equation 1)."""
     states = hidden_states(model, blocks)
-    pairs = zip(states, states[1:], strict=False)
+    pairs = pairwise(states)
     return [1 - nn.functional.cosine_similarity(a.float(), b.float(), dim=-1).mean().item() for a, b in pairs]
 
 
@@ -164,7 +165,7 @@ def taylor(model: PreTrainedModel, blocks: Tensor) -> list[float]:
         for block in blocks.split(1):
             states.clear()
             block_loss(model, block).backward()
-            for i, (before, after) in enumerate(zip(states, states[1:], strict=False)):
+            for i, (before, after) in enumerate(pairwise(states)):
                 assert after.grad is not None
                 totals[i] += (after.grad.float() * (after - before).float()).sum().abs().item() / len(blocks)
     finally:
@@ -173,7 +174,7 @@ def taylor(model: PreTrainedModel, blocks: Tensor) -> list[float]:
     return totals
 
 
-def estimate(name: str, model: PreTrainedModel, harmonizers: nn.ModuleList, blocks: Tensor) -> list[float]:
+def estimate(name: str, model: PreTrainedModel, harmonizers: Harmonizers, blocks: Tensor) -> list[float]:
     """Every layer's cost by the named estimator, one of params.yaml's `layer_importance.estimator`."""
     if name == "sensitivity":
         return sensitivity(model, harmonizers, blocks)

@@ -33,7 +33,26 @@ def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Pre
         raise
     except Exception as error:  # each library below has its own type for a damaged or missing file
         raise UserError(f"{folder}: the model can't be loaded ({one_line(error)}); fetch it again") from error
-    return model.to(device).eval().requires_grad_(False)
+    model.to(device)  # type: ignore[arg-type]
+    return model.eval().requires_grad_(False)
+
+
+def save_model(source: str, folder: Path, dtype: torch.dtype) -> None:
+    """Copy a model and its tokenizer, from the hub or a local folder, into `folder` as safetensors of one dtype.
+
+    UserError for a model that can't be fetched or read, or is of an unsupported architecture.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source)
+        family(config)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"params.yaml: model = {source!r}: it can't be loaded ({one_line(error)})") from error
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -24,7 +24,7 @@ class Data(_Block):
     """What `prepare_data` reads and how much of it."""
 
     source: Name
-    """Where the questions come from: `embedded`, `hub`, or a folder with `<task>/train.jsonl` and `validation.jsonl`."""
+    """The questions: `embedded`, `hub`, or a folder with `<task>/train.jsonl` and `validation.jsonl`."""
     corpus: Name
     """The public text: `embedded`, a .jsonl (field `text`) or .txt file, or a hub data set."""
     block_size: Annotated[int, Field(ge=8)]

@@ -36,7 +36,12 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Tick]:
         return "  ".join([*parts, *([f"{rate:,.0f} tokens/s"] if tokens_seen else [])])
 
     if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
         with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
             task = bar.add_task(label, total=total, completed=done, note="")
 

@@ -55,7 +55,7 @@ def truncate(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return (u[:, :rank] * root).float(), (root[:, None] * vt[:rank]).float()
 
 
-def _matrices(module: nn.Module, fused: int) -> list[tuple[Tensor, Tensor | None]]:
+def _matrices(module: nn.Linear | Conv1D, fused: int) -> list[tuple[Tensor, Tensor | None]]:
     """A projection's matrices (out, in) and biases, cut apart where several are fused."""
     weight = module.weight.T if isinstance(module, Conv1D) else module.weight
     biases = module.bias.chunk(fused) if module.bias is not None else (None,) * fused
@@ -63,7 +63,9 @@ def _matrices(module: nn.Module, fused: int) -> list[tuple[Tensor, Tensor | None
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device, dtype=weight.dtype)
+    linear = nn.Linear(
+        weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device, dtype=weight.dtype
+    )
     with torch.no_grad():
         linear.weight.copy_(weight)
         if bias is not None:
@@ -93,7 +95,9 @@ def compress_layer(config: PretrainedConfig, layer: nn.Module, *, beta: float, s
     ranks = {}
     block = attention(config, layer)
     for name, fused in family(config).projections.items():
-        matrices = _matrices(block.get_submodule(name), fused)
+        module = block.get_submodule(name)
+        assert isinstance(module, nn.Linear | Conv1D)
+        matrices = _matrices(module, fused)
         ranks[name] = [kept_rank(min(weight.shape), beta, semantics) for weight, _ in matrices]
         if all(rank >= min(weight.shape) for rank, (weight, _) in zip(ranks[name], matrices, strict=True)):
             continue

@@ -48,20 +48,31 @@ def generator(seed: int, *names: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
 
 
+class Meter:
+    """Wall-clock seconds and peak memory (MiB, of the process and of the GPU) since it was made."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.start = time.perf_counter()
+        self.gpu = runtime.device.type == "cuda"
+        if self.gpu:
+            torch.cuda.reset_peak_memory_stats()
+
+    def read(self) -> dict[str, float]:
+        measured: dict[str, float] = {
+            "seconds": round(time.perf_counter() - self.start, 1),
+            "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        }
+        if self.gpu:
+            measured["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
+        return measured
+
+
 @contextmanager
 def cost(path: Path, runtime: Runtime) -> Iterator[None]:
-    """Write the block's wall-clock seconds and peak memory (MiB, of the process and of the GPU) to `path`."""
-    start = time.perf_counter()
-    if runtime.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    """Write what the block cost to `path`, once it ended well."""
+    meter = Meter(runtime)
     yield
-    measured = {
-        "seconds": round(time.perf_counter() - start, 2),
-        "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-    }
-    if runtime.device.type == "cuda":
-        measured["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
-    write_json(path, measured)
+    write_json(path, meter.read())
 
 
 def run_stage(main: Callable[[], None]) -> None:
@@ -75,5 +86,8 @@ def run_stage(main: Callable[[], None]) -> None:
         say("interrupted; `dvc repro` goes on from the last checkpoint", style="yellow")
         sys.exit(130)
     except OSError as error:
-        say(f"error: {error.filename or 'a file'}: {error.strerror or error}; free space or mend it, then run again", style="bold red")
+        say(
+            f"error: {error.filename or 'a file'}: {error.strerror or error}; free space or mend it, then run again",
+            style="bold red",
+        )
         sys.exit(1)

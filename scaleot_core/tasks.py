@@ -50,7 +50,9 @@ def task_config(name: str) -> dict[str, Any]:
     manager = _manager(name)
     config = dict(manager.task_index[name].cfg or {})
     if config.get("output_type") != "multiple_choice":
-        raise UserError(f"params.yaml: tasks: {name!r} is of type {config.get('output_type')!r}; use a multiple_choice task")
+        raise UserError(
+            f"params.yaml: tasks: {name!r} is of type {config.get('output_type')!r}; use a multiple_choice task"
+        )
     if not config.get("training_split"):
         raise UserError(f"params.yaml: tasks: {name!r} has no training split, so nothing can be tuned on it")
     return config

@@ -131,7 +131,9 @@ def scratch(key: str) -> Path:
 def _interruptible() -> Iterator[Callable[[], bool]]:
     """Turn SIGINT and SIGTERM into a flag that is read between steps, never in the middle of an update."""
     caught = []
-    previous = {s: signal.signal(s, lambda number, frame: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    previous = {
+        s: signal.signal(s, lambda number, frame: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield lambda: bool(caught)
     finally:
@@ -160,7 +162,8 @@ def run_steps(
             figures: dict[str, Any] = dict(step(i))
             if not math.isfinite(figures["loss"]):
                 raise UserError(
-                    f"{label}: the loss is {figures['loss']} at step {i}; lower the stage's learning rate or use dtype float32"
+                    f"{label}: the loss is {figures['loss']} at step {i}; "
+                    "lower the stage's learning rate or use dtype float32"
                 )
             tick(tokens=int(figures.pop("tokens", 0)), loss=figures["loss"])
             checkpoint.history.append({"step": i, **figures})

@@ -1,0 +1,30 @@
+# `make help` lists what there is.
+PYTHON ?= python3
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export DVC_NO_ANALYTICS := 1
+
+.PHONY: help repro test lint check-default
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet torch==2.13.0
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+repro: .venv/ready  ## set up, then run the whole pipeline on the embedded model
+	dvc repro
+
+test: .venv/ready  ## set up, then run the tests
+	python -m pytest
+
+lint: .venv/ready  ## format check, linter and type checker
+	ruff format --check .
+	ruff check .
+	mypy
+
+check-default: repro  ## the full default run, and whether its measurements come out in the right order
+	python -m pytest tests/check_default.py

@@ -1,0 +1,114 @@
+"""What a run will do and cost, checked and said before the first heavy stage."""
+
+import time
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from scaleot_core.errors import UserError, one_line
+from scaleot_core.families import family
+from scaleot_core.models import check_layers
+from scaleot_core.params import Params, Tuning
+from scaleot_core.progress import console
+from scaleot_core.runtime import Runtime
+
+QUESTION_TOKENS = 30  # of a typical question with its answer
+CHOICES = 4  # scored for a typical question
+OVERHEAD_SECONDS = 15  # of one stage: imports and loading
+EFFICIENCY = 0.4  # of a large matrix product's rate that a small model reaches
+
+
+def check_sources(params: Params) -> None:
+    """UserError where a local folder or file that params.yaml names isn't there or can't be used."""
+    for key, value in (
+        ("model", params.model),
+        ("data.source", params.data.source),
+        ("data.corpus", params.data.corpus),
+    ):
+        if value.startswith((".", "/", "~")) and not Path(value).exists():
+            raise UserError(f"params.yaml: {key} = {value!r}: no such file or folder; correct the path")
+    folder = Path(params.model)
+    if folder.is_dir():
+        check_model(params, folder)
+        if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+            raise UserError(f"params.yaml: model = {params.model!r}: no weights (*.safetensors) are in that folder")
+
+
+def check_model(params: Params, folder: Path) -> None:
+    """UserError where a parameter doesn't fit the model in a folder: its architecture, layers or context length."""
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise UserError(f"{folder}: no model configuration can be read there ({one_line(error)})") from error
+    family(config)
+    layers = config.num_hidden_layers
+    check_layers("adapter_layers", params.adapter_layers, layers, least=0)
+    check_layers("dlr.group_size", params.dlr.group_size, layers, least=0)
+    if params.data.block_size > config.max_position_embeddings:
+        raise UserError(
+            f"params.yaml: data.block_size = {params.data.block_size}: the model's context is "
+            f"{config.max_position_embeddings} tokens; the range is 8 to {config.max_position_embeddings}"
+        )
+
+
+def _tuning_tokens(tuning: Tuning, questions: int) -> int:
+    seen = questions * tuning.epochs
+    return QUESTION_TOKENS * (min(seen, tuning.max_steps * tuning.batch_size) if tuning.max_steps else seen)
+
+
+def forward_tokens(params: Params) -> dict[str, float]:
+    """Tokens that each stage sends through the model, in units of one forward pass; a backward pass counts double.
+
+    A backward pass through frozen layers counts once: it needs the gradient of their input alone.
+    """
+    block, tasks = params.data.block_size, len(params.tasks)
+    fits, dlr = params.layer_importance, params.dlr
+    layers = 30  # of the sensitivities, in a typical model
+    scoring = params.data.eval_questions * CHOICES * QUESTION_TOKENS * tasks
+    updates = dlr.steps // dlr.score_every * dlr.candidates
+    return {
+        "layer_importance": block * (fits.calibration_blocks + layers * fits.sensitivity_blocks)
+        + 0.1 * fits.steps * fits.batch_tokens,
+        "train_harmonizers": block * dlr.batch_blocks * (2 * dlr.steps + updates),
+        "zero_shot": scoring,
+        "full_finetune": scoring + 3 * tasks * _tuning_tokens(params.full_finetune, params.data.train_questions),
+        "offsite_tune": 2 * tasks * _tuning_tokens(params.tuning, params.data.train_questions),
+        "evaluate": 3 * scoring,
+    }
+
+
+def _rate(runtime: Runtime) -> float:
+    """Measured floating-point operations a second of a matrix product on this device."""
+    a = torch.randn(1024, 1024).to(runtime.device, runtime.dtype)
+    for warm in (True, False):
+        start, count = time.perf_counter(), 2 if warm else 20
+        for _ in range(count):
+            result = a @ a
+        result.float().sum().item()
+    return count * 2 * 1024**3 / (time.perf_counter() - start)
+
+
+def show(params: Params, model: Path, runtime: Runtime) -> None:
+    """Print the stages to come, where they run, and about how long each takes."""
+    config = AutoConfig.from_pretrained(model, local_files_only=True)
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+    rate = _rate(runtime) * EFFICIENCY
+    table = Table(
+        title=f"What will run: α = {params.alpha}, β = {params.beta}, {params.model}, {', '.join(params.tasks)}"
+    )
+    table.add_column("stage")
+    table.add_column("tokens through the model", justify="right")
+    table.add_column("about", justify="right")
+    total = 0.0
+    for stage, tokens in forward_tokens(params).items():
+        processes = 1 if stage in ("layer_importance", "train_harmonizers", "evaluate") else len(params.tasks)
+        seconds = tokens * 2 * parameters / rate + OVERHEAD_SECONDS * processes
+        total += seconds
+        table.add_row(stage, f"{tokens:,.0f}", f"{seconds / 60:.1f} min")
+    table.add_row("all", "", f"{total / 60:.0f} min", style="bold")
+    console.print(table)
+    where = f"{runtime.device.type} in {params.dtype}, {torch.get_num_threads()} threads"
+    console.print(f"{parameters / 1e6:.0f} M parameters on {where}")

@@ -1,0 +1,112 @@
+"""A task's questions, split: disjoint training and evaluation parts, embedded, from the hub, or from a folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scaleot_core import embedded
+from scaleot_core.errors import UserError, one_line
+from scaleot_core.files import read_jsonl
+from scaleot_core.runtime import generator
+
+Row = dict[str, Any]
+# What doesn't tell two questions apart: their numbers, and the answers, which might be given two ways.
+ASIDE = {"id", "idx", "ind", "source_id", "example_id", "label", "answerKey", "answer", "answers"}
+
+
+def _key(row: Row) -> str:
+    """A question as text, to find it again: its content with case, spacing, number and answer aside."""
+    content = {name: value for name, value in row.items() if name not in ASIDE}
+    return json.dumps(embedded.plain(content), sort_keys=True, ensure_ascii=False, default=str)
+
+
+def _shuffled(rows: list[Row], seed: int, part: str) -> list[Row]:
+    """The rows in seeded order, each question once: where it first stands."""
+    unique: dict[str, Row] = {}
+    for row in rows:
+        unique.setdefault(_key(row), row)
+    order = torch.randperm(len(unique), generator=generator(seed, "questions", part)).tolist()
+    kept = list(unique.values())
+    return [kept[i] for i in order]
+
+
+def split(rows: list[Row], *, train: int, evaluate: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """Cut one set of rows into at most `train` and `evaluate` of them, with no question in both.
+
+    Evaluation is filled first, so that it stays the same whatever the training size. UserError where nothing is left
+    to train on.
+    """
+    shuffled = _shuffled(rows, seed, "split")
+    if len(shuffled) <= evaluate:
+        raise UserError(
+            f"params.yaml: data.eval_questions = {evaluate}: there are {len(shuffled)} questions, so none is left "
+            "to train on; lower it"
+        )
+    return shuffled[evaluate : evaluate + train], shuffled[:evaluate]
+
+
+def cut(
+    train_rows: list[Row], eval_rows: list[Row], *, train: int, evaluate: int, seed: int
+) -> tuple[list[Row], list[Row]]:
+    """Cut two official splits to size; a training question that the evaluation split also has is dropped."""
+    evaluated = {_key(row) for row in eval_rows}
+    training = [row for row in _shuffled(train_rows, seed, "train") if _key(row) not in evaluated]
+    return training[:train], _shuffled(eval_rows, seed, "evaluation")[:evaluate]
+
+
+def local(folder: Path, task: str) -> tuple[list[Row], list[Row]]:
+    """Both splits of `<folder>/<task>/`: train.jsonl, and validation.jsonl or, without one, test.jsonl.
+
+    UserError for a missing or malformed file.
+    """
+    validation, test = folder / task / "validation.jsonl", folder / task / "test.jsonl"
+    evaluated = test if test.is_file() and not validation.is_file() else validation
+    return read_jsonl(folder / task / "train.jsonl"), read_jsonl(evaluated)
+
+
+def hub(task: str) -> tuple[list[Row], list[Row]]:
+    """The training split and the evaluated one that lm-eval's definition of the task names, from the hub.
+
+    UserError for an unknown task and for a data set that can't be loaded.
+    """
+    from datasets import load_dataset
+
+    from scaleot_core.tasks import task_config
+
+    config = task_config(task)
+    path, evaluated = config["dataset_path"], config.get("test_split") or config.get("validation_split")
+    if not evaluated:
+        raise UserError(f"params.yaml: tasks: {task!r} has neither a test nor a validation split to evaluate on")
+    try:
+        training, evaluation = (
+            load_dataset(path, config.get("dataset_name"), split=name, **(config.get("dataset_kwargs") or {})).to_list()
+            for name in (config["training_split"], evaluated)
+        )
+    except Exception as error:  # the network, the hub and each file format have their own types
+        raise UserError(f"params.yaml: data.source = 'hub': {path} can't be loaded ({one_line(error)})") from error
+    return training, evaluation
+
+
+def load(
+    source: str, task: str, *, wheel: Path | None, train: int, evaluate: int, seed: int
+) -> tuple[list[Row], list[Row]]:
+    """At most `train` training and `evaluate` evaluation rows of a task, in the fields of its hub data set.
+
+    `source` is `embedded` (then `wheel` holds them), `hub`, or a folder; none stands in for another. UserError where a
+    source can't be read or a part comes out empty.
+    """
+    try:
+        if source == "embedded":
+            assert wheel is not None
+            parts = split(embedded.questions(wheel, task), train=train, evaluate=evaluate, seed=seed)
+        else:
+            given = hub(task) if source == "hub" else local(Path(source), task)
+            parts = cut(*given, train=train, evaluate=evaluate, seed=seed)
+    except UserError as error:
+        raise UserError(f"task {task}: {error}") from error
+    for name, rows in zip(("training", "evaluation"), parts, strict=True):
+        if not rows:
+            raise UserError(f"task {task}: params.yaml: data.source = {source!r} has no {name} question")
+    return parts

@@ -1,0 +1,157 @@
+"""The five measurements put together: metrics, the table a person reads, plots for DVC, pictures for offline."""
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from scaleot_core.files import whole_file
+from scaleot_core.progress import console
+
+MEASUREMENTS = ("zero_shot", "full_finetune", "emulator_zero_shot", "emulator_finetune", "plug_in")
+KIND_COLOURS = {"adapter": "#d1495b", "compressed": "#00798c", "harmonizer": "#edae49"}
+Measured = Mapping[str, Mapping[str, Any]]
+
+
+def utility(measured: Measured) -> dict[str, dict[str, float | None]]:
+    """Gap and recovery of one task (method, "The two parties"), in accuracy and in answer log-likelihood.
+
+    Gap = plug_in − emulator_finetune; recovery = (plug_in − zero_shot) / (full_finetune − zero_shot), None where full
+    fine-tuning gained nothing. A negative log-likelihood counts with its sign turned, so more is better everywhere.
+    """
+    found: dict[str, dict[str, float | None]] = {"gap": {}, "recovery": {}}
+    for metric, sign in (("acc", 1), ("acc_norm", 1), ("answer_nll", -1)):
+        if metric not in measured["zero_shot"]:
+            continue
+        value = {name: sign * measured[name][metric] for name in MEASUREMENTS}
+        ceiling = value["full_finetune"] - value["zero_shot"]
+        found["gap"][metric] = value["plug_in"] - value["emulator_finetune"]
+        found["recovery"][metric] = (value["plug_in"] - value["zero_shot"]) / ceiling if ceiling > 0 else None
+    return found
+
+
+def misordered(measured: Measured) -> list[str]:
+    """What is not as the method promises, in accuracy or answer log-likelihood; an empty list is the promise kept."""
+    wrong = []
+    for metric, sign in (("acc", 1), ("answer_nll", -1)):
+        value = {name: sign * measured[name][metric] for name in MEASUREMENTS}
+        for lower in ("zero_shot", "emulator_finetune"):
+            if value["plug_in"] <= value[lower]:
+                wrong.append(f"plug_in is not better than {lower} in {metric}")
+    return wrong
+
+
+def measurement_table(tasks: Mapping[str, Measured]) -> Table:
+    """The five measurements of every task, each with its standard error."""
+    table = Table(title="The five measurements (our own splits, not the official ones)")
+    table.add_column("measurement")
+    for task in tasks:
+        table.add_column(f"{task}\nacc", justify="right")
+        table.add_column("\nacc_norm", justify="right")
+        table.add_column("\nanswer nll", justify="right")
+
+    def cell(figures: Mapping[str, Any], metric: str) -> str:
+        return f"{figures[metric]:.3f} ± {figures[metric + '_stderr']:.3f}" if metric in figures else "–"
+
+    for name in MEASUREMENTS:
+        cells = [cell(measured[name], m) for measured in tasks.values() for m in ("acc", "acc_norm", "answer_nll")]
+        table.add_row(name, *cells, style="bold" if name == "plug_in" else None)
+    return table
+
+
+def show(metrics: Mapping[str, Any]) -> None:
+    """Print the measurements and what they come to."""
+    console.print(measurement_table(metrics["tasks"]))
+    for task, measured in metrics["tasks"].items():
+        gap, recovery = measured["gap"]["acc"], measured["recovery"]["acc"]
+        share = "undefined (full fine-tuning gained nothing)" if recovery is None else f"{recovery:.2f}"
+        console.print(f"{task}: gap {100 * gap:+.1f} points, recovery {share}")
+        for line in misordered(measured):
+            console.print(f"  note: {line}", style="yellow")
+    emulator, perplexity = metrics["emulator"], metrics["corpus_perplexity"]
+    console.print(
+        f"emulator: {emulator['share_of_model']:.0%} of the model's bytes; "
+        f"corpus perplexity {perplexity['emulator']:.1f} against the model's {perplexity['model']:.1f}"
+    )
+
+
+def write_curves(path: Path, histories: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    """Loss curves of all stages as one CSV: stage, step, loss."""
+    with whole_file(path) as temporary, temporary.open("w", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(["stage", "step", "loss"])
+        for stage, history in histories.items():
+            writer.writerows([stage, row["step"], row["loss"]] for row in history)
+
+
+def write_layers(path: Path, prior: Sequence[float], scores: Sequence[float], kinds: Sequence[str]) -> None:
+    """Per-layer scores as one CSV: layer, prior, score, kind."""
+    with whole_file(path) as temporary, temporary.open("w", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(["layer", "prior", "score", "kind"])
+        writer.writerows(zip(range(len(scores)), prior, scores, kinds, strict=True))
+
+
+def draw(folder: Path, metrics: Mapping[str, Any], histories: Mapping[str, Any], layers: Mapping[str, Any]) -> None:
+    """Draw measurements.png, layers.png and curves.png into a folder."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 120})
+    _draw_measurements(plt, folder / "measurements.png", metrics["tasks"])
+    _draw_layers(plt, folder / "layers.png", layers)
+    _draw_curves(plt, folder / "curves.png", histories)
+
+
+def _save(plt: Any, figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _draw_measurements(plt: Any, path: Path, tasks: Mapping[str, Measured]) -> None:
+    colours = ["#9aa5b1", "#3e4c59", "#edae49", "#e07b39", "#d1495b"]
+    titles = {"acc": "accuracy (more is better)", "answer_nll": "answer nll, nats (less is better)"}
+    figure, rows = plt.subplots(2, len(tasks), figsize=(4.2 * len(tasks), 6.4), squeeze=False)
+    for column, (task, measured) in enumerate(tasks.items()):
+        for axis, (metric, title) in zip(rows[:, column], titles.items(), strict=True):
+            values = [measured[name][metric] for name in MEASUREMENTS]
+            errors = [measured[name][f"{metric}_stderr"] for name in MEASUREMENTS]
+            axis.bar(range(5), values, yerr=errors, color=colours, capsize=3)
+            low, high = min(values) - 2 * max(errors), max(values) + 2 * max(errors)
+            axis.set_ylim(max(0, low - 0.3 * (high - low)), high)
+            axis.set_xticks(range(5), [name.replace("_", "\n") for name in MEASUREMENTS], fontsize=7)
+            axis.set_title(f"{task}\n{title}", fontsize=9)
+    _save(plt, figure, path)
+
+
+def _draw_layers(plt: Any, path: Path, layers: Mapping[str, Any]) -> None:
+    figure, axis = plt.subplots(figsize=(8.4, 3.2))
+    for kind, colour in KIND_COLOURS.items():
+        members = [i for i, k in enumerate(layers["kinds"]) if k == kind]
+        axis.bar(members, [layers["scores"][i] for i in members], color=colour, label=kind)
+    axis.plot(range(len(layers["prior"])), layers["prior"], "k.", markersize=4, label="prior")
+    axis.axhline(0, color="black", linewidth=0.6)
+    axis.set_xlabel("decoder layer")
+    axis.set_ylabel("score")
+    axis.legend(fontsize=8, ncols=4, frameon=False)
+    _save(plt, figure, path)
+
+
+def _draw_curves(plt: Any, path: Path, histories: Mapping[str, Any]) -> None:
+    columns = min(3, len(histories))
+    count = math.ceil(len(histories) / columns)
+    figure, axes = plt.subplots(count, columns, figsize=(4 * columns, 2.6 * count), squeeze=False)
+    for axis in axes.flat[len(histories) :]:
+        axis.axis("off")
+    for axis, (stage, history) in zip(axes.flat, histories.items(), strict=False):
+        axis.plot([row["step"] for row in history], [row["loss"] for row in history], linewidth=0.9)
+        axis.set_title(stage, fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.set_ylabel("loss", fontsize=8)
+    _save(plt, figure, path)

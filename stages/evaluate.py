@@ -1,0 +1,102 @@
+"""Stage evaluate: the five measurements of every task, metrics.json, curves and pictures.
+
+Reads everything. Each finished measurement is kept until the stage ends, so that a stopped evaluation goes on.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from scaleot_core import emulator, report
+from scaleot_core.evaluation import evaluate
+from scaleot_core.files import fingerprint, folder_bytes, read_json, read_jsonl, read_tensors, whole_folder, write_json
+from scaleot_core.models import load_model, load_tokenizer, mean_loss
+from scaleot_core.params import load_params
+from scaleot_core.runtime import Meter, run_stage, setup
+from scaleot_core.training import Checkpoint, scratch
+
+ARTIFACTS, COSTS = Path("artifacts"), Path("costs")
+
+
+def main() -> None:
+    params = load_params()
+    runtime = setup(params, "evaluate")
+    meter = Meter(runtime)
+    folders = [ARTIFACTS / name for name in ("model", "emulator", "adapters", "tasks", "corpus")]
+    done = Checkpoint(scratch(f"evaluate-{fingerprint(params.dtype, params.tasks, *folders)}"), math.inf)
+
+    def once(name: str, measure: Callable[[], Any]) -> Any:
+        file = done.folder / f"{name}.json"
+        if not file.exists():
+            write_json(file, measure())
+        return read_json(file)
+
+    questions = {task: read_jsonl(ARTIFACTS / "tasks" / task / "eval.jsonl") for task in params.tasks}
+    adapters = {task: read_tensors(ARTIFACTS / "adapters" / task / "adapter.safetensors") for task in params.tasks}
+    heldout = read_tensors(ARTIFACTS / "corpus" / "heldout.safetensors")["blocks"]
+    tokenizer = load_tokenizer(ARTIFACTS / "model")
+    size = params.evaluate.batch_size
+
+    model, plan = emulator.load(ARTIFACTS / "emulator", device=runtime.device)
+    emulator_loss = once("emulator_loss", partial(mean_loss, model, heldout))
+    label = "emulator_zero_shot"
+    shipped = once(label, partial(evaluate, model, tokenizer, questions, batch_size=size, label=label))
+    tuned: dict[str, dict[str, Any]] = {}
+    for name in ("emulator_finetune", "plug_in"):
+        if name == "plug_in":
+            model = load_model(ARTIFACTS / "model", device=runtime.device, dtype=runtime.dtype)
+        tuned[name] = {}
+        for task in params.tasks:
+            emulator.plug_in(model, adapters[task])
+            only, label = {task: questions[task]}, f"{name}@{task}"
+            figures = once(label, partial(evaluate, model, tokenizer, only, batch_size=size, label=label))
+            tuned[name][task] = figures[task]
+
+    tasks = {}
+    for task in params.tasks:
+        measured = {
+            "zero_shot": read_json(ARTIFACTS / "baselines" / f"zero_shot-{task}.json"),
+            "full_finetune": read_json(ARTIFACTS / "baselines" / f"full_finetune-{task}" / "results.json"),
+            "emulator_zero_shot": shipped[task],
+            **{name: results[task] for name, results in tuned.items()},
+        }
+        tasks[task] = measured | report.utility(measured)
+    model_bytes, emulator_bytes = (folder_bytes(ARTIFACTS / name, ".safetensors") for name in ("model", "emulator"))
+    model_loss = read_json(ARTIFACTS / "importance" / "scores.json")["model_heldout_loss"]
+    metrics = {
+        "tasks": tasks,
+        "splits": "cut by prepare_data; not comparable to results on the official ones",
+        "emulator": {
+            "bytes": emulator_bytes,
+            "model_bytes": model_bytes,
+            "share_of_model": emulator_bytes / model_bytes,
+            **{f"{kind}_layers": len(plan.layers(kind)) for kind in ("adapter", "harmonizer", "compressed")},
+        },
+        "corpus_perplexity": {"model": math.exp(model_loss), "emulator": math.exp(emulator_loss)},
+        "cost": {file.stem: read_json(file) for file in sorted(COSTS.glob("*.json"))} | {"evaluate": meter.read()},
+        "versions": {name: version(name) for name in ("lm_eval", "torch", "transformers", "datasets")},
+    }
+    histories = {
+        "local fits": read_json(ARTIFACTS / "importance" / "history.json"),
+        "DLR": read_json(ARTIFACTS / "harmonizers" / "history.json"),
+        **{f"offsite_tune@{t}": read_json(ARTIFACTS / "adapters" / t / "history.json") for t in params.tasks},
+        **{
+            f"full_finetune@{t}": read_json(ARTIFACTS / "baselines" / f"full_finetune-{t}" / "history.json")
+            for t in params.tasks
+        },
+    }
+    layers = read_json(ARTIFACTS / "harmonizers" / "scores.json") | {"kinds": plan.kinds}
+    with whole_folder(Path("plots")) as out:
+        report.write_curves(out / "curves.csv", histories)
+        report.write_layers(out / "layers.csv", layers["prior"], layers["scores"], layers["kinds"])
+        report.draw(out, metrics, histories, layers)
+    write_json(Path("metrics.json"), metrics)
+    report.show(metrics)
+    done.remove()
+
+
+if __name__ == "__main__":
+    run_stage(main)

