@@ -1,5 +1,6 @@
 """Dynamic LayerReplace: harmonizers by deep learning, layer scores by reinforcement learning, together (section 2)."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,35 +14,37 @@ from scaleot_core.params import Dlr
 from scaleot_core.runtime import generator
 from scaleot_core.training import Checkpoint, Optimizer, run_steps, warmup_then_linear
 
-DISTINCT_DRAWS = 1000  # before giving up on distinct candidates
+DISTINCT_DRAWS = 1000  # before the draw counts as settled
 
 
-def sample_kept(scores: Tensor, group_size: int, draw: torch.Generator) -> Tensor:
+def sample_kept(scores: Tensor, group_size: int, settled: float, draw: torch.Generator) -> Tensor:
     """Draw one network: a mask (L,) of the layers kept, True, or replaced by their harmonizers, False.
 
     π_i ~ U(0, p_i) with p_i = sigmoid(s_i); in every group of `group_size` neighbours, the last taking the remainder,
-    the layers at or above the group's median are kept. Of n layers in a group, ⌊n/2⌋ are replaced.
+    the layers at or above the group's median are kept. Of n layers in a group, ⌊n/2⌋ are replaced. A layer whose p_i
+    is above `settled` stands above those that are not, however the draw falls: replacing an essential layer costs so
+    much that its samples would drown the others. The paper's rule is `settled` = 1, where none does.
     """
-    pi = torch.rand(len(scores), generator=draw, dtype=torch.float64) * torch.sigmoid(scores)
+    p = torch.sigmoid(scores.double())
+    pi = torch.rand(len(scores), generator=draw, dtype=torch.float64) * p + (p > settled)
     kept = torch.ones(len(scores), dtype=torch.bool)
     for group in torch.arange(len(scores)).split(group_size):
         kept[group[pi[group].argsort()[: len(group) // 2]]] = False
     return kept
 
 
-def distinct_candidates(scores: Tensor, group_size: int, count: int, draw: torch.Generator) -> list[Tensor]:
-    """`count` networks of which no two are the same; UserError where the model has too few layers for so many."""
+def distinct_candidates(
+    scores: Tensor, group_size: int, settled: float, count: int, draw: torch.Generator
+) -> list[Tensor]:
+    """`count` networks of which no two are the same, or fewer where the scores hardly leave others to draw."""
     candidates: list[Tensor] = []
     for _ in range(DISTINCT_DRAWS):
-        kept = sample_kept(scores, group_size, draw)
+        kept = sample_kept(scores, group_size, settled, draw)
         if not any(torch.equal(kept, other) for other in candidates):
             candidates.append(kept)
         if len(candidates) == count:
-            return candidates
-    raise UserError(
-        f"params.yaml: dlr.candidates = {count}: {DISTINCT_DRAWS} draws gave only {len(candidates)} distinct networks; "
-        "lower it, or dlr.score_lr"
-    )
+            break
+    return candidates
 
 
 def updated_scores(scores: Tensor, candidates: list[Tensor], losses: Tensor, score_lr: float) -> Tensor:
@@ -90,6 +93,12 @@ def train(
         raise UserError(
             f"params.yaml: dlr.group_size = {dlr.group_size}: the model has {len(harmonizers)} decoder layers"
         )
+    groups = torch.arange(len(harmonizers)).split(dlr.group_size)
+    networks = math.prod(math.comb(len(group), len(group) // 2) for group in groups)
+    if networks < dlr.candidates:
+        raise UserError(
+            f"params.yaml: dlr.candidates = {dlr.candidates}: groups of this model give {networks} networks"
+        )
     if dlr.score_blocks >= len(blocks):
         raise UserError(
             f"params.yaml: dlr.score_blocks = {dlr.score_blocks}: the corpus has {len(blocks)} training blocks"
@@ -106,7 +115,7 @@ def train(
 
     def update_scores(i: int) -> dict[str, float]:
         draw = generator(seed, "dlr scores", i)
-        candidates = distinct_candidates(state.scores, dlr.group_size, dlr.candidates, draw)
+        candidates = distinct_candidates(state.scores, dlr.group_size, dlr.settled, dlr.candidates, draw)
         heldout = batch(score_blocks, draw)
         losses = []
         for kept in candidates:
@@ -118,7 +127,7 @@ def train(
 
     def step(i: int) -> dict[str, float]:
         draw = generator(seed, "dlr", i)
-        kept = sample_kept(state.scores, dlr.group_size, draw)
+        kept = sample_kept(state.scores, dlr.group_size, dlr.settled, draw)
         sampled = batch(blocks, draw)
         with replaced(model, network(kept)):
             loss = block_loss(model, sampled)

@@ -15,6 +15,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from scaleot_core.decomposition import Decompose, shapes
 from scaleot_core.errors import UserError, one_line
 from scaleot_core.families import attention, decoder_layers, family
 from scaleot_core.files import read_json, read_tensors, sha256, write_json, write_tensors
@@ -68,7 +69,7 @@ def choose_layers(scores: Sequence[float], *, adapter_layers: int, alpha: float,
     )
 
 
-def _stand_in(model: PreTrainedModel, plan: Plan) -> dict[str, dict[str, list[int]]]:
+def _stand_in(model: PreTrainedModel, plan: Plan, decompose: Decompose) -> dict[str, dict[str, list[int]]]:
     """Give a model's layers the modules that the plan asks for, in place; return the ranks of the compressed ones.
 
     Attention layers are numbered anew, since a key-value cache counts the layers that use it.
@@ -85,13 +86,15 @@ def _stand_in(model: PreTrainedModel, plan: Plan) -> dict[str, dict[str, list[in
         attention(model.config, layers[i]).layer_idx = numbered  # type: ignore[assignment]
         numbered += 1
         if kind == "compressed":
-            ranks[str(i)] = compress_layer(model.config, layers[i], beta=plan.beta, semantics=plan.rank_semantics)
+            ranks[str(i)] = compress_layer(model, i, beta=plan.beta, semantics=plan.rank_semantics, decompose=decompose)
     return ranks
 
 
-def build(model: PreTrainedModel, harmonizers: Harmonizers, plan: Plan) -> dict[str, dict[str, list[int]]]:
+def build(
+    model: PreTrainedModel, harmonizers: Harmonizers, plan: Plan, decompose: Decompose
+) -> dict[str, dict[str, list[int]]]:
     """Turn the model into the emulator, in place: [A, E*]. Returns the ranks of the compressed layers' projections."""
-    ranks = _stand_in(model, plan)
+    ranks = _stand_in(model, plan, decompose)
     layers = decoder_layers(model)
     for i in plan.layers("harmonizer"):
         layers[i].load_state_dict(harmonizers[i].state_dict())
@@ -191,7 +194,7 @@ def load(folder: Path, *, device: torch.device, dtype: torch.dtype | None = None
     family(config)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[manifest["dtype"]])
-        _stand_in(model, plan)
+        _stand_in(model, plan, shapes)
     tensors: dict[str, Tensor] = {}
     for part in ("base", "adapter", "harmonizer", "compressed"):
         if f"{part}.safetensors" in manifest["files"]:

@@ -49,6 +49,18 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
+def projection_name(config: PretrainedConfig, layer: int, name: str) -> str:
+    """The name in the model of one layer's attention projection."""
+    return f"{family(config).layers}.{layer}.{family(config).attention}.{name}"
+
+
+def projections(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Every attention projection of the decoder layers, by its name in the model."""
+    layers, names = range(len(decoder_layers(model))), family(model.config).projections
+    paths = [projection_name(model.config, i, name) for i in layers for name in names]
+    return {path: model.get_submodule(path) for path in paths}
+
+
 def attention(config: PretrainedConfig, layer: nn.Module) -> nn.Module:
     """The attention of one decoder layer."""
     return layer.get_submodule(family(config).attention)

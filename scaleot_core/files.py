@@ -118,6 +118,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def tensor_hash(tensor: torch.Tensor) -> str:
+    """Hex SHA-256 of a tensor's bytes."""
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
 def fingerprint(*parts: Any) -> str:
     """A short hash of JSON-able values and, for a Path, of the content of that file or of all files in that folder."""
     digest = hashlib.sha256()

@@ -49,17 +49,27 @@ def restore(harmonizers: Harmonizers, path: Path) -> None:
 class LocalFit:
     """Local regression of all harmonizers at once, as batched matrix products over the layers.
 
-    Each layer's states are divided by the root mean square of what the layer adds, over the calibration tokens, so
-    that every layer weighs the same and one learning rate serves all. The scales are folded back into the weights.
+    A token's error counts relative to the mean square of the state it leaves the layer with, as the next layer's norm
+    will see it; otherwise the few tokens with massive activations would decide alone. Inputs are standardised by
+    feature with the same weighting, and targets scaled to size one, so that one learning rate serves every layer. Both
+    are folded back into the weights.
     """
 
     def __init__(self, harmonizers: Harmonizers, states: list[Tensor]) -> None:
         self.states = states
         self.harmonizers = harmonizers
-        rms = [(b.float() - a.float()).square().mean().sqrt() for a, b in pairwise(states)]
-        self.out_scale = torch.stack(rms)[:, None, None]  # (L, 1, 1)
-        inputs = [a.float().square().mean().sqrt() for a in states[:-1]]
-        self.in_scale = torch.stack(inputs)[:, None, None]
+        means, deviations, weights, scales = [], [], [], []
+        for before, after in pairwise(states):
+            x, added = before.float(), after.float() - before.float()
+            weight = 1 / after.float().square().mean(1)  # (N·T,)
+            mean = (weight @ x) / weight.sum()
+            means.append(mean)
+            deviations.append(((weight @ (x - mean).square()) / weight.sum()).sqrt().clamp(min=1e-6))
+            weights.append(weight)
+            scales.append((weight @ added.square().mean(1) / len(weight)).sqrt())
+        self.mean, self.deviation = torch.stack(means)[:, None], torch.stack(deviations)[:, None]  # (L, 1, D)
+        self.scale = torch.stack(scales).clamp(min=1e-6)[:, None, None]  # (L, 1, 1)
+        self.token_weights = torch.stack(weights)  # (L, N·T)
         stack = {
             "down": torch.stack([h.down.weight for h in harmonizers]),  # (L, r, D)
             "down_bias": torch.stack([h.down.bias for h in harmonizers])[:, None],  # (L, 1, r)
@@ -69,22 +79,23 @@ class LocalFit:
         self.weights = {name: nn.Parameter(value.detach().clone()) for name, value in stack.items()}
 
     def loss(self, rows: Tensor) -> Tensor:
-        """Squared error relative to what each layer adds, summed over layers, at token positions `rows` (n,)."""
+        """Error relative to what each layer adds, summed over layers, at token positions `rows` (n,)."""
         states = torch.stack([state[rows] for state in self.states]).float()  # (L + 1, n, D)
-        x = states[:-1] / self.in_scale
-        target = (states[1:] - states[:-1]) / self.out_scale
+        x = (states[:-1] - self.mean) / self.deviation
+        target = (states[1:] - states[:-1]) / self.scale
         hidden = torch.relu(torch.baddbmm(self.weights["down_bias"], x, self.weights["down"].mT))
         error = torch.baddbmm(self.weights["up_bias"], hidden, self.weights["up"].mT) - target
-        return error.square().mean((1, 2)).sum()
+        return (error.square().mean(2) * self.token_weights[:, rows]).mean(1).sum()
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Put the fitted weights, scales folded in, into the harmonizers."""
+        """Put the fitted weights, mean and scales folded in, into the harmonizers."""
         for i, harmonizer in enumerate(self.harmonizers):
-            harmonizer.down.weight.copy_(self.weights["down"][i] / self.in_scale[i])
-            harmonizer.down.bias.copy_(self.weights["down_bias"][i, 0])
-            harmonizer.up.weight.copy_(self.weights["up"][i] * self.out_scale[i])
-            harmonizer.up.bias.copy_(self.weights["up_bias"][i, 0] * self.out_scale[i, 0])
+            down = self.weights["down"][i] / self.deviation[i]
+            harmonizer.down.weight.copy_(down)
+            harmonizer.down.bias.copy_(self.weights["down_bias"][i, 0] - down @ self.mean[i, 0])
+            harmonizer.up.weight.copy_(self.weights["up"][i] * self.scale[i])
+            harmonizer.up.bias.copy_(self.weights["up_bias"][i, 0] * self.scale[i, 0])
 
 
 def fit_locally(

@@ -63,6 +63,15 @@ class LayerImportance(_Block):
     """Training blocks on which a layer's sensitivity is measured."""
 
 
+class Src(_Block):
+    """Selective Rank Compression (method section 4)."""
+
+    whiten: bool
+    """Truncate what projections give out on the corpus, as SVD-LLM does, or plain matrices, as the paper does."""
+    calibration_blocks: Positive
+    """Training blocks whose projection inputs are the covariance."""
+
+
 class Dlr(_Block):
     """Dynamic LayerReplace (method section 2)."""
 
@@ -70,6 +79,8 @@ class Dlr(_Block):
     """Scores start at the prior or at zero."""
     group_size: Annotated[int, Field(ge=2)]
     """N_g: neighbouring layers in a group, half of which is replaced in a sample."""
+    settled: Share
+    """Layers whose p_i is above this leave the draw and are kept; 1 for none, the paper's rule."""
     steps: Annotated[int, Field(ge=0)]
     """Harmonizer updates."""
     batch_blocks: Positive
@@ -143,6 +154,7 @@ class Params(_Block):
     harmonizer: Harmonizer
     layer_importance: LayerImportance
     dlr: Dlr
+    src: Src
     tuning: Tuning
     full_finetune: Tuning
     evaluate: Evaluate

@@ -1,13 +1,16 @@
 """Selective Rank Compression: the attention projections cut to a lower rank by truncated SVD (method section 4)."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from scaleot_core.families import attention, family
+from scaleot_core.decomposition import Decompose, Factors
+from scaleot_core.families import attention, decoder_layers, family, projection_name
 
 
 class LowRankLinear(nn.Module):
@@ -44,17 +47,6 @@ def kept_rank(full: int, beta: float, semantics: str) -> int:
     return max(1, math.floor(share * full + 0.5))
 
 
-def truncate(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Best rank-`rank` approximation of a matrix (out, in) in Frobenius norm (Eckart-Young), as (left, right) factors.
-
-    Float32 factors (out, r) and (r, in), the singular values split evenly between them. Their product's error equals
-    the root of the sum of squares of the singular values cut off.
-    """
-    u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
-    root = s[:rank].sqrt()
-    return (u[:, :rank] * root).float(), (root[:, None] * vt[:rank]).float()
-
-
 def _matrices(module: nn.Linear | Conv1D, fused: int) -> list[tuple[Tensor, Tensor | None]]:
     """A projection's matrices (out, in) and biases, cut apart where several are fused."""
     weight = module.weight.T if isinstance(module, Conv1D) else module.weight
@@ -73,34 +65,35 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear.requires_grad_(False)
 
 
-def _compressed(weight: Tensor, bias: Tensor | None, rank: int) -> nn.Module:
+def _compressed(weight: Tensor, bias: Tensor | None, rank: int, factors: Callable[[Tensor], Factors]) -> nn.Module:
     """One matrix at a rank: as it is where nothing is cut, two factors where that is smaller, else dense."""
     if rank >= min(weight.shape):
         return _linear(weight, bias)
-    if weight.is_meta:
-        left, right = weight.new_empty(weight.shape[0], rank), weight.new_empty(rank, weight.shape[1])
-    else:
-        left, right = (factor.to(weight.device, weight.dtype) for factor in truncate(weight.detach(), rank))
+    left, right = factors(weight.detach())
+    left, right = left[:, :rank].to(weight.dtype).contiguous(), right[:rank].to(weight.dtype).contiguous()
     if rank * sum(weight.shape) < weight.numel():
         return LowRankLinear(left, right, None if bias is None else bias.detach().clone())
     return _linear(left @ right, bias)
 
 
-def compress_layer(config: PretrainedConfig, layer: nn.Module, *, beta: float, semantics: str) -> dict[str, list[int]]:
+def compress_layer(
+    model: PreTrainedModel, index: int, *, beta: float, semantics: str, decompose: Decompose
+) -> dict[str, list[int]]:
     """Cut the attention projections of one decoder layer in place; return each one's ranks.
 
-    Works on the meta device too, where it only gives the modules their shapes. A projection of which nothing is cut
-    is left untouched, so that β = 0 is the model itself.
+    Works on the meta device too, with `decomposition.shapes`. A projection of which nothing is cut is left untouched,
+    so that β = 0 is the model itself.
     """
     ranks = {}
-    block = attention(config, layer)
-    for name, fused in family(config).projections.items():
+    block = attention(model.config, decoder_layers(model)[index])
+    for name, fused in family(model.config).projections.items():
         module = block.get_submodule(name)
         assert isinstance(module, nn.Linear | Conv1D)
         matrices = _matrices(module, fused)
         ranks[name] = [kept_rank(min(weight.shape), beta, semantics) for weight, _ in matrices]
         if all(rank >= min(weight.shape) for rank, (weight, _) in zip(ranks[name], matrices, strict=True)):
             continue
-        parts = [_compressed(w, b, rank) for rank, (w, b) in zip(ranks[name], matrices, strict=True)]
+        factors = partial(decompose, projection_name(model.config, index, name))
+        parts = [_compressed(w, b, rank, factors) for rank, (w, b) in zip(ranks[name], matrices, strict=True)]
         setattr(block, name, parts[0] if fused == 1 else FusedProjection(parts))
     return ranks

@@ -1,23 +1,26 @@
 """Stage compress: choose adapter layers, harmonizers and compressed layers, and write the emulator package.
 
-Reads the model, the scores and the harmonizers; α, β and adapter_layers decide. What it writes is all that the data
-owner gets.
+Reads the model, the corpus, the scores and the harmonizers; α, β and adapter_layers decide. What it writes is all that
+the data owner gets. Decompositions stay beside the checkpoints, for the next α and β.
 """
 
 from pathlib import Path
 
-from scaleot_core import emulator, importance
-from scaleot_core.files import read_json, whole_folder
+from scaleot_core import decomposition, emulator, importance
+from scaleot_core.files import fingerprint, read_json, read_tensors, whole_folder, write_tensors
 from scaleot_core.models import load_model, load_tokenizer
 from scaleot_core.params import load_params
 from scaleot_core.runtime import cost, run_stage, setup
+from scaleot_core.training import scratch
 
-MODEL, HARMONIZERS, OUT = Path("artifacts/model"), Path("artifacts/harmonizers"), Path("artifacts/emulator")
+MODEL, CORPUS, OUT = Path("artifacts/model"), Path("artifacts/corpus/train.safetensors"), Path("artifacts/emulator")
+HARMONIZERS = Path("artifacts/harmonizers")
 
 
 def main() -> None:
     params = load_params()
     runtime = setup(params, "compress")
+    kept = scratch("decompositions")
     with cost(Path("costs/compress.json"), runtime):
         kinds = emulator.choose_layers(
             read_json(HARMONIZERS / "scores.json")["scores"],
@@ -29,7 +32,14 @@ def main() -> None:
         model = load_model(MODEL, device=runtime.device, dtype=runtime.dtype)
         harmonizers = importance.new_harmonizers(model, params.harmonizer.rank, params.seed)
         importance.restore(harmonizers, HARMONIZERS / "harmonizers.safetensors")
-        ranks = emulator.build(model, harmonizers, plan)
+        covariances = None
+        if params.src.whiten:
+            file = kept / f"inputs-{fingerprint(params.src.calibration_blocks, MODEL, CORPUS)}.safetensors"
+            if not file.exists():
+                blocks = read_tensors(CORPUS)["blocks"][: params.src.calibration_blocks]
+                write_tensors(file, decomposition.input_covariances(model, blocks))
+            covariances = read_tensors(file)
+        ranks = emulator.build(model, harmonizers, plan, decomposition.cached(kept, covariances))
         with whole_folder(OUT) as out:
             emulator.save(out, model, load_tokenizer(MODEL), plan, ranks)
 

@@ -1,16 +1,16 @@
 """The optimizer and the loop: masters, the step limit, NaN, interruptions, and resuming to the same bytes."""
 
-import errno
 import os
-import shutil
 import signal
-from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_model
+from test_files import fill_disk, refusal
 from torch import Tensor, nn
 
 from scaleot_core import training
@@ -23,6 +23,11 @@ from scaleot_core.training import Checkpoint, Optimizer, run_steps, scratch, war
 
 STEPS = 6
 DTYPES = [torch.bfloat16, torch.float32]
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+
+
+def power_cut() -> NoReturn:
+    raise RuntimeError("power cut")
 
 
 def parameters(dtype: torch.dtype, seed: int = 0) -> dict[str, nn.Parameter]:
@@ -147,7 +152,9 @@ def test_optimizer_read_back_goes_on_to_the_same_bits(tmp_path: Path, dtype: tor
     assert equal(given, others) and equal(optimizer.tensors(), other.tensors())
 
 
-@pytest.mark.parametrize(("steps", "warmup", "rise"), [(100, 0.1, 10), (10, 0.25, 2), (7, 0.5, 4), (5, 0, 1), (5, 1, 5)])
+@pytest.mark.parametrize(
+    ("steps", "warmup", "rise"), [(100, 0.1, 10), (10, 0.25, 2), (7, 0.5, 4), (5, 0, 1), (5, 1, 5)]
+)
 def test_warmup_then_linear(steps: int, warmup: float, rise: int) -> None:
     shares = [warmup_then_linear(i, steps, warmup) for i in range(steps + 1)]
     assert shares[:rise] == pytest.approx([(i + 1) / rise for i in range(rise)])
@@ -199,16 +206,104 @@ def test_resumes_to_the_same_bits(
     whole = Training(dtype)
     history = whole.run()
 
-    def fail(self: Training, i: int) -> None:
-        if i in stops:
-            raise RuntimeError("power cut")
-
     for stop in stops:
         run = Training(dtype)
-        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
-            patch.setattr(Training, "interrupt", fail if stop == stops[0] else fail)
+        monkeypatch.setattr(run, "interrupt", lambda i, stop=stop: power_cut() if i == stop else None)
+        with pytest.raises(RuntimeError, match="power cut"):
             run.run(Checkpoint(tmp_path / "c", 0))
     last = Training(dtype)
     assert last.run(Checkpoint(tmp_path / "c", 0)) == history
     assert last.finished == list(range(stops[-1], STEPS))
     assert last.ends_like(whole)
+
+
+def test_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    """It may die between its last step and its outputs."""
+    first, again = Training(), Training()
+    history = first.run(Checkpoint(tmp_path / "c", 0))
+    assert again.run(Checkpoint(tmp_path / "c", 0)) == history
+    assert not again.began and again.ends_like(first)
+
+
+def test_removed_checkpoint_is_forgotten(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "c", 0)
+    checkpoint.remove()  # there is none yet
+    Training().run(checkpoint)
+    checkpoint.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_saves_whenever_its_seconds_are_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, saved = Training(), []
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: 10.0 * len(run.finished)))  # 10 s a step
+    monkeypatch.setattr(Checkpoint, "save", lambda checkpoint, state, step: saved.append(step))
+    run.run(Checkpoint(tmp_path / "c", 20))
+    assert saved == [2, 4, 6]
+
+
+def test_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, run, last = Training(), Training(), Training()
+    history = whole.run()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(run, "interrupt", lambda i: fill_disk(patch) if i == 3 else None)
+        run.run(Checkpoint(tmp_path / "c", 0))
+    assert run.finished == [0, 1, 2, 3]
+    assert last.run(Checkpoint(tmp_path / "c", 0)) == history
+    assert last.finished == [3, 4, 5] and last.ends_like(whole)
+
+
+def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    Training().run(Checkpoint(tmp_path / "c", 0))
+    state = tmp_path / "c" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1])
+    assert str(state) in refusal(Training().run, Checkpoint(tmp_path / "c", 0))
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_signal_lets_the_step_end_saves_and_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    whole, run, last = Training(), Training(), Training()
+    history = whole.run()
+    monkeypatch.setattr(run, "interrupt", lambda i: os.kill(os.getpid(), number) if i == 2 else None)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(Checkpoint(tmp_path / "c", 3600))  # long before the next checkpoint is due
+    assert run.began == run.finished == [0, 1, 2]
+    assert last.run(Checkpoint(tmp_path / "c", 3600)) == history
+    assert last.finished == [3, 4, 5] and last.ends_like(whole)
+
+
+def test_signal_without_a_checkpoint_stops_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Training()
+    monkeypatch.setattr(run, "interrupt", lambda i: os.kill(os.getpid(), signal.SIGINT) if i == 2 else None)
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    assert run.finished == [0, 1, 2] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ending", ["well", "failed", "interrupted"])
+def test_signals_are_the_process_own_again(monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+    before, run, during = [signal.getsignal(number) for number in SIGNALS], Training(), []
+
+    def interrupt(i: int) -> None:
+        during.append([signal.getsignal(number) for number in SIGNALS])
+        if i == 2 and ending == "failed":
+            power_cut()
+        if i == 2 and ending == "interrupted":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(run, "interrupt", interrupt)
+    with nullcontext() if ending == "well" else pytest.raises((RuntimeError, KeyboardInterrupt)):
+        run.run()
+    assert before not in during
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+@pytest.mark.parametrize("root", [None, "/main/repository"])
+def test_scratch_lies_in_the_main_repository(monkeypatch: pytest.MonkeyPatch, root: str | None) -> None:
+    """Where experiments run in copies, DVC_ROOT is still the repository that they came from."""
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    if root:
+        monkeypatch.setenv("DVC_ROOT", root)
+    assert scratch("tuning-1") == Path(root or ".") / ".scaleot" / "scratch" / "tuning-1"

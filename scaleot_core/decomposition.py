@@ -1,0 +1,96 @@
+"""Singular value decompositions for Selective Rank Compression, each made once for a whole sweep over β (section 4).
+
+Plain, or whitened by the covariance of a projection's inputs, as SVD-LLM does (Wang et al., ICLR 2025): plain
+truncation is nearest to the matrix, whitened truncation is nearest in what the matrix gives out on real text.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from scaleot_core.families import projections
+from scaleot_core.files import fingerprint, read_tensors, tensor_hash, write_tensors
+
+DAMPING = 1e-4  # of the mean input variance, added to each direction: a covariance of few tokens is singular
+
+Factors = tuple[Tensor, Tensor]
+Decompose = Callable[[str, Tensor], Factors]
+"""A projection's name in the model, and its matrix or one of its fused ones, to that matrix's factors."""
+
+
+def decompose(weight: Tensor, covariance: Tensor | None = None) -> Factors:
+    """Factors left (out, k) and right (k, in) of a matrix (out, in), k = min(out, in), in float32.
+
+    Their first r columns and rows are the best approximation of rank r: of W in Frobenius norm (Eckart-Young), or with
+    a `covariance` C (in, in) of W · C^½, so of the outputs. The error then is the tail of the singular values of W, or
+    of W · S for C = S · Sᵀ. The singular values are split evenly between the factors.
+    """
+    weight = weight.double()
+    if covariance is None:
+        u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+    else:
+        whitener = torch.linalg.cholesky(damped(covariance))
+        u, s, vt = torch.linalg.svd(weight @ whitener, full_matrices=False)
+        vt = torch.linalg.solve_triangular(whitener, vt, upper=False, left=False)
+    root = s.sqrt()
+    return (u * root).float(), (root[:, None] * vt).float()
+
+
+def shapes(name: str, weight: Tensor) -> Factors:
+    """Factors with nothing in them, to give a model its shapes before a package's tensors are read."""
+    rank = min(weight.shape)
+    return weight.new_empty(weight.shape[0], rank), weight.new_empty(rank, weight.shape[1])
+
+
+def damped(covariance: Tensor) -> Tensor:
+    """A covariance (in, in) in float64, scaled to mean variance 1 and made positive definite."""
+    covariance = covariance.double()
+    scaled = covariance / covariance.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+    return scaled + DAMPING * torch.eye(len(covariance), dtype=torch.float64, device=covariance.device)
+
+
+@torch.no_grad()
+def input_covariances(model: PreTrainedModel, blocks: Tensor, batch_blocks: int = 8) -> dict[str, Tensor]:
+    """Uncentred covariance (in, in) in float32 of every attention projection's input over blocks (N, T), by its name.
+
+    Summed up on the way: memory doesn't grow with the blocks. Projections that read the same input share one.
+    """
+    sums: dict[str, Tensor] = {}
+    latest: list[Tensor] = []  # the last input and its product, which the next projection may share
+
+    def accumulate(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if not latest or latest[0] is not args[0]:
+                x = args[0].flatten(0, -2).float()
+                latest[:] = [args[0], (x.T @ x).double() / blocks.numel()]
+            sums[name] = sums.get(name, 0) + latest[1]
+
+        return hook
+
+    hooks = [module.register_forward_pre_hook(accumulate(name)) for name, module in projections(model).items()]
+    try:
+        for batch in blocks.split(batch_blocks):
+            model.base_model(input_ids=batch.to(model.device).long(), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: total.float() for name, total in sums.items()}
+
+
+def cached(folder: Path, covariances: Mapping[str, Tensor] | None = None) -> Decompose:
+    """`decompose` that keeps what it made in `folder`, by the content of the matrix and of its inputs' covariance."""
+
+    def factors(name: str, weight: Tensor) -> Factors:
+        covariance = None if covariances is None else covariances[name]
+        inputs = "plain" if covariance is None else tensor_hash(covariance)
+        file = folder / f"{fingerprint(tensor_hash(weight), list(weight.shape), inputs)}.safetensors"
+        if not file.exists():
+            left, right = decompose(weight, covariance)
+            write_tensors(file, {"left": left, "right": right})
+        kept = read_tensors(file)
+        return kept["left"].to(weight.device), kept["right"].to(weight.device)
+
+    return factors

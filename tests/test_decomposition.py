@@ -1,0 +1,70 @@
+import pytest
+import torch
+from conftest import tiny_model
+
+from scaleot_core import decomposition
+from scaleot_core.decomposition import cached, damped, decompose, input_covariances
+from scaleot_core.families import projections
+
+SHAPES = [(32, 32), (16, 32), (32, 16)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [1, 5, 15])
+def test_error_is_the_tail_of_the_singular_values(shape, rank):
+    weight = torch.randn(shape)
+    left, right = decompose(weight)
+    tail = torch.linalg.svdvals(weight.double())[rank:].square().sum().sqrt()
+    approximation = left[:, :rank].double() @ right[:rank].double()
+    assert (weight.double() - approximation).norm() == pytest.approx(tail.item(), rel=1e-4)
+    assert torch.linalg.matrix_rank(approximation) == rank
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_whitened_error_in_the_outputs_is_the_tail_and_below_the_plain_one(shape):
+    weight, inputs = torch.randn(shape), torch.randn(500, shape[1]) * torch.logspace(-1.5, 1.5, shape[1])
+    covariance = inputs.T @ inputs / len(inputs)
+    whitener = torch.linalg.cholesky(damped(covariance))
+
+    def error(factors, rank):
+        approximation = factors[0][:, :rank].double() @ factors[1][:rank].double()
+        return ((weight.double() - approximation) @ whitener).norm().item()
+
+    for rank in (1, 5, 15):
+        tail = torch.linalg.svdvals(weight.double() @ whitener)[rank:].square().sum().sqrt()
+        assert error(decompose(weight, covariance), rank) == pytest.approx(tail.item(), rel=1e-4)
+        assert error(decompose(weight, covariance), rank) < error(decompose(weight), rank)
+
+
+def test_a_singular_covariance_is_no_obstacle():
+    inputs = torch.randn(3, 16)
+    left, right = decompose(torch.randn(8, 16), inputs.T @ inputs)
+    assert left.isfinite().all() and right.isfinite().all()
+
+
+def test_covariances_are_those_of_the_inputs(model, blocks):
+    seen = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0]))
+        for name, module in projections(model).items()
+    ]
+    found = input_covariances(model, blocks, batch_blocks=5)
+    for hook in hooks:
+        hook.remove()
+    assert found.keys() == projections(model).keys()
+    for name, covariance in found.items():
+        x = torch.cat([part.flatten(0, -2) for part in seen[name]])
+        torch.testing.assert_close(covariance, x.T @ x / len(x))
+
+
+def test_each_matrix_is_decomposed_once(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(decomposition, "decompose", lambda *args: made.append(args) or decompose(*args))
+    model = tiny_model("llama")
+    name, module = next(iter(projections(model).items()))
+    first = cached(tmp_path)(name, module.weight)
+    again = cached(tmp_path)(name, module.weight.clone())
+    assert len(made) == 1 and all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    cached(tmp_path, {name: torch.eye(32)})(name, module.weight)
+    cached(tmp_path)(name, module.weight + 1)
+    assert len(made) == 3  # other inputs and another matrix are decomposed anew

@@ -1,0 +1,222 @@
+"""Parameters: the file agrees with its fields, and one line names the key that is wrong, its value and its range."""
+
+import re
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+import yaml
+from conftest import ROOT
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from test_files import refusal
+
+from scaleot_core.params import Params, load_params
+
+TEXT = (ROOT / "params.yaml").read_text(encoding="utf-8")
+
+
+def fields(block: type[BaseModel] = Params, before: str = "") -> dict[str, FieldInfo]:
+    """Every key of params.yaml as the code declares it, blocks before what is in them."""
+    found = {}
+    for name, field in block.model_fields.items():
+        found[before + name] = field
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= fields(field.annotation, f"{before}{name}.")
+    return found
+
+
+def comments() -> dict[str, str]:
+    """The comment beside every key of the file, empty where there is none."""
+    found, block = {}, ""
+    for indent, name, comment in re.findall(r"^( *)(\w+):[^#\n]*(?:# *(.*))?$", TEXT, flags=re.MULTILINE):
+        block = block if indent else f"{name}."
+        found[f"{block}{name}" if indent else name] = comment
+    return found
+
+
+def with_value(key, value):
+    """The file's content with one value changed or added."""
+    values = yaml.safe_load(TEXT)
+    *blocks, last = key.split(".")
+    block = values
+    for name in blocks:
+        block = block[name]
+    block[last] = value
+    return yaml.safe_dump(values)
+
+
+def load(folder, text):
+    file = folder / "params.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return load_params(file)
+
+
+def refused(folder, text) -> str:
+    """What is said of such a file, without its path."""
+    said = refusal(load, folder, text)
+    assert said.startswith(f"{folder / 'params.yaml'}: ")
+    return said.removeprefix(f"{folder / 'params.yaml'}: ")
+
+
+# --- the repository's file -------------------------------------------------------------------------------
+
+
+def test_repositorys_file_gives_its_values(params):
+    assert params.model_dump() == yaml.safe_load(TEXT)
+
+
+def test_every_key_of_the_file_has_a_field_and_every_field_its_meaning():
+    assert comments().keys() == fields().keys()
+    for key, field in fields().items():
+        is_block = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        assert field.annotation.__doc__ if is_block else field.description, key
+
+
+def test_every_key_is_commented_with_its_type_or_its_choices():
+    said = comments()
+    for key, field in fields().items():
+        comment = said[key.replace("full_finetune.", "tuning.")]  # the same block, explained once
+        if get_origin(field.annotation) is Literal:
+            assert set(re.split(r" \| ", comment.split(":")[0])) == set(get_args(field.annotation)), key
+        elif get_origin(field.annotation) is list:
+            assert comment.startswith("list of "), key
+        elif issubclass(field.annotation, BaseModel):
+            assert comment.startswith("stage"), key
+        else:
+            assert re.match(rf"{field.annotation.__name__}\b", comment), key
+
+
+def test_ranges_in_comments_are_the_fields_own(tmp_path):
+    """Each end of a range that a comment gives is accepted, and what lies beyond it is not."""
+    ranges = {key: re.search(r"float, (\S+) to ([\d.]+):", comment) for key, comment in comments().items()}
+    given = {key: (float(found[1]), float(found[2])) for key, found in ranges.items() if found}
+    assert {"alpha", "beta", "tuning.warmup"} <= given.keys()
+    for key, (low, high) in given.items():
+        for value in (low, high):
+            load(tmp_path, with_value(key, value))
+        for value in (low - 0.001, high + 0.001):
+            assert refused(tmp_path, with_value(key, value)).startswith(f"{key} = {value}: ")
+
+
+def test_parameters_cannot_be_changed_on_the_way(params):
+    with pytest.raises(ValidationError):
+        params.alpha = 0.5
+    with pytest.raises(ValidationError):
+        params.tuning.lr = 0.5
+
+
+# --- what is refused -------------------------------------------------------------------------------------
+
+OUT_OF_RANGE: list[tuple[str, Any, str]] = [
+    ("alpha", 1.5, "the range is 0 to 1"),
+    ("alpha", -0.1, "the range is 0 to 1"),
+    ("beta", float("nan"), "the range is 0 to 1"),
+    ("full_finetune.warmup", 1.01, "the range is 0 to 1"),
+    ("dlr.lr", 0, "the range is 0 to 1"),
+    ("adapter_layers", 0, "the least is 1"),
+    ("seed", -1, "the least is 0"),
+    ("data.block_size", 7, "the least is 8"),
+    ("dlr.group_size", 1, "the least is 2"),
+    ("dlr.score_lr", float("inf"), "the least is 0"),
+    ("tuning.max_steps", -1, "the least is 0"),
+    ("tasks", [], "at least 1 item"),
+    ("data.corpus", "", "at least 1 character"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "said"), OUT_OF_RANGE)
+def test_value_out_of_range_is_named_with_the_range(tmp_path, key, value, said):
+    message = refused(tmp_path, with_value(key, value))
+    assert message.startswith(f"{key} = {value!r}: ") and said in message
+
+
+WRONG_TYPES: list[tuple[str, Any, str]] = [
+    ("seed", "two", "integer"),
+    ("adapter_layers", 2.5, "integer"),
+    ("tuning.lr", "1e-4x", "number"),
+    ("alpha", None, "number"),
+    ("src.whiten", "maybe", "boolean"),
+    ("model", 7, "string"),
+    ("tasks", "piqa", "list"),
+    ("tasks", {"piqa": 1}, "list"),
+    ("data", 5, "dictionary"),
+    ("tuning", None, "dictionary"),
+    ("device", "gpu", "'auto', 'cpu' or 'cuda'"),
+    ("layer_importance.estimator", "guess", "'sensitivity', 'block_influence', 'taylor' or 'zero'"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "said"), WRONG_TYPES)
+def test_value_of_the_wrong_type_is_named(tmp_path, key, value, said):
+    message = refused(tmp_path, with_value(key, value))
+    assert message.startswith(f"{key} = {value!r}: ") and said in message
+
+
+@pytest.mark.xfail(strict=True, reason="pydantic takes true for 1 where a number is asked for")
+@pytest.mark.parametrize("key", ["alpha", "adapter_layers", "tuning.lr"])
+def test_truth_value_is_no_number(tmp_path, key):
+    """YAML reads `no` as false: `alpha: no` would be α = 0."""
+    assert refused(tmp_path, with_value(key, True)).startswith(f"{key} = True: ")
+
+
+@pytest.mark.parametrize("name", ["../piqa", "a/b", "", "-piqa", "two words"])
+def test_task_name_that_is_no_folder_name_is_refused(tmp_path, name):
+    """It becomes part of paths and of a shell command."""
+    assert refused(tmp_path, with_value("tasks", ["piqa", name])).startswith(f"tasks.1 = {name!r}: ")
+
+
+def test_task_named_twice_is_refused(tmp_path):
+    message = refused(tmp_path, with_value("tasks", ["piqa", "sciq", "piqa"]))
+    assert message.startswith("tasks = ['piqa', 'sciq', 'piqa']: ") and "named twice" in message
+
+
+@pytest.mark.parametrize("key", ["alhpa", "data.blocksize", "dlr.alpha", "full_finetune.epoch"])
+def test_key_that_is_no_parameter_is_named(tmp_path, key):
+    assert refused(tmp_path, with_value(key, 1)).startswith(f"{key} is no parameter; ")
+
+
+@pytest.mark.xfail(strict=True, reason="the key that it leaves missing is named first")
+@pytest.mark.parametrize("key", ["alpha", "block_size"])
+def test_mistyped_key_is_named_as_it_was_typed(tmp_path, key):
+    text = re.sub(rf"\b{key}: ", f"{key}x: ", TEXT)
+    assert f"{key}x is no parameter" in refused(tmp_path, text)
+
+
+@pytest.mark.parametrize("key", [key for key in fields() if "full_finetune." not in key])
+def test_missing_key_is_named(tmp_path, key):
+    """No parameter has a default: the file is all there is to know."""
+    values = yaml.safe_load(TEXT)
+    *blocks, last = key.split(".")
+    del (values[blocks[0]] if blocks else values)[last]
+    assert refused(tmp_path, yaml.safe_dump(values)).startswith(f"{key} is missing; ")
+
+
+# --- the file itself -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["alpha: [1", "alpha: 1\n\tbeta: 2", "{", "a: \0"], ids=repr)
+def test_invalid_yaml_is_one_line(tmp_path, text):
+    assert refused(tmp_path, text).startswith("not valid YAML (")
+
+
+@pytest.mark.xfail(strict=True, reason="only YAML's own errors are caught")
+@pytest.mark.parametrize("text", [b"\xff\xfe", b"model: 2020-13-45\n"], ids=["not UTF-8", "impossible date"])
+def test_text_that_yaml_cannot_take_is_one_line(tmp_path, text):
+    assert refused(tmp_path, text)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "- alpha\n", "alpha\n"], ids=repr)
+def test_file_without_keys_is_refused(tmp_path, text):
+    assert refused(tmp_path, text).startswith("the file = ")
+
+
+def test_missing_file_is_named(tmp_path):
+    assert refusal(load_params, tmp_path / "params.yaml").startswith(f"{tmp_path / 'params.yaml'}: no such file; ")
+
+
+@pytest.mark.parametrize("written", ["1e-4", "1E-4", "1.0e-4", "0.0001"])
+def test_scientific_notation_is_a_number(tmp_path, written):
+    """PyYAML reads `1e-4` as text."""
+    assert isinstance(yaml.safe_load("1e-4"), str)
+    lr = load(tmp_path, re.sub(r"^(  lr:) \S+", rf"\1 {written}", TEXT, flags=re.MULTILINE)).tuning.lr
+    assert isinstance(lr, float) and lr == 1e-4

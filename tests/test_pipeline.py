@@ -1,0 +1,274 @@
+"""The whole pipeline by DVC, on a tiny model: what a run leaves behind, and what another α runs again."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import yaml
+from conftest import write_project
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from scaleot_core import emulator
+from scaleot_core.evaluation import evaluate
+from scaleot_core.files import read_jsonl
+from scaleot_core.models import load_model, load_tokenizer
+
+UPSTREAM = ["prepare_data", "layer_importance", "train_harmonizers", "zero_shot@piqa", "full_finetune@piqa"]
+DOWNSTREAM = ["compress", "offsite_tune@piqa", "evaluate"]  # what α decides
+STAGES = sorted(UPSTREAM + DOWNSTREAM)
+MEASUREMENTS = ["zero_shot", "full_finetune", "emulator_zero_shot", "emulator_finetune", "plug_in"]
+CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.timeout(1800)  # the fixture: fifteen processes, each with seconds of imports
+
+
+class Sweep(NamedTuple):
+    """What DVC said at each command, and the folder as it was after the first run and after the experiment."""
+
+    first: str
+    again: str
+    changed: str
+    diff: dict[str, Any]
+    shown: list[Any]
+    back: str
+    at_first: Path
+    at_changed: Path
+    at_back: Path
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Sweep:
+    """One repository: the run, the run again, α = 0.5 as an experiment, and back to the first α."""
+    base = tmp_path_factory.mktemp("sweep")
+    folder = base / "project"
+    folder.mkdir()
+    write_project(folder, tokenizer)
+    given = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "DVC_NO_ANALYTICS": "1",
+        "DVC_SITE_CACHE_DIR": str(base / "site"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("DVC_")} | given
+
+    def call(*command: str, plain: bool = False) -> str:
+        """All that a command prints, or its plain output alone."""
+        stderr = subprocess.PIPE if plain else subprocess.STDOUT
+        done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
+        assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def keep(name: str) -> Path:
+        return Path(shutil.copytree(folder, base / name, ignore=shutil.ignore_patterns(".git", ".dvc", "tiny-*")))
+
+    call("git", "init", "--quiet")
+    call("git", "config", "user.name", "tester")
+    call("git", "config", "user.email", "tester@example.com")
+    call("dvc", "init", "--quiet")
+    call("git", "add", "--all")
+    call("git", "commit", "--quiet", "--message", "project")
+    first = call("dvc", "repro")
+    at_first = keep("first")
+    call("git", "add", "--all")
+    call("git", "commit", "--quiet", "--message", "first run")
+    again = call("dvc", "repro")
+    changed = call("dvc", "exp", "run", "--set-param", "alpha=0.5")
+    at_changed = keep("changed")
+    diff = json.loads(call("dvc", "metrics", "diff", "--json", plain=True))
+    shown = json.loads(call("dvc", "exp", "show", "--json", plain=True))
+    back = call("dvc", "exp", "run", "--set-param", "alpha=0.25")
+    return Sweep(first, again, changed, diff, shown, back, at_first, at_changed, keep("back"))
+
+
+@pytest.fixture(scope="module")
+def metrics(sweep: Sweep) -> dict[str, Any]:
+    return read_metrics(sweep.at_first)
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def stages_that(did: str, output: str) -> list[str]:
+    """Stages that DVC says it ran, didn't have to look at, or took out of its cache, sorted."""
+    line = {
+        "ran": r"Running stage '(.+)'",
+        "rested": r"Stage '(.+)' didn't change",
+        "cached": r"Stage '(.+)' is cached",
+    }
+    return sorted(re.findall(line[did], output))
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the safetensors files in a folder, by name."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_every_stage_runs(sweep: Sweep) -> None:
+    assert stages_that("ran", sweep.first) == STAGES
+
+
+def test_nothing_changed_means_nothing_to_do(sweep: Sweep) -> None:
+    assert stages_that("rested", sweep.again) == STAGES
+    assert "up to date" in sweep.again
+
+
+def test_five_measurements_with_their_errors(metrics: dict[str, Any]) -> None:
+    assert list(metrics["tasks"]) == ["piqa"]
+    for name in MEASUREMENTS:
+        measured = metrics["tasks"]["piqa"][name]
+        assert 0 <= measured["acc"] <= 1 and measured["answer_nll"] > 0
+        assert 0 < measured["acc_stderr"] < 0.2 and measured["answer_nll_stderr"] > 0
+        assert measured["questions"] == 20 and measured["version"] == 1
+
+
+def test_gap_and_recovery(metrics: dict[str, Any]) -> None:
+    piqa = metrics["tasks"]["piqa"]
+    for metric, sign in (("acc", 1), ("acc_norm", 1), ("answer_nll", -1)):
+        start, ceiling, _, tuned, plugged = (sign * piqa[name][metric] for name in MEASUREMENTS)
+        assert piqa["gap"][metric] == pytest.approx(plugged - tuned)
+        expected = pytest.approx((plugged - start) / (ceiling - start)) if ceiling > start else None
+        assert piqa["recovery"][metric] == expected
+    assert piqa["recovery"]["answer_nll"] is not None  # full fine-tuning did lower it
+
+
+def test_sizes_are_those_of_the_files(sweep: Sweep, metrics: dict[str, Any]) -> None:
+    on_disk = {
+        name: sum(file.stat().st_size for file in (sweep.at_first / "artifacts" / name).glob("*.safetensors"))
+        for name in ("emulator", "model")
+    }
+    size = metrics["emulator"]
+    assert (size["bytes"], size["model_bytes"]) == (on_disk["emulator"], on_disk["model"])
+    assert size["share_of_model"] == pytest.approx(on_disk["emulator"] / on_disk["model"])
+    assert 0 < size["share_of_model"] < 1
+    assert [size[f"{kind}_layers"] for kind in ("adapter", "harmonizer", "compressed")] == [1, 1, 2]
+
+
+def test_perplexity_of_both_on_held_out_text(sweep: Sweep, metrics: dict[str, Any]) -> None:
+    artifacts = sweep.at_first / "artifacts"
+    blocks = load_file(artifacts / "corpus" / "heldout.safetensors")["blocks"].long()
+    whole = load_model(artifacts / "model", device=CPU, dtype=torch.float32)
+    package, _ = emulator.load(artifacts / "emulator", device=CPU)
+    for name, model in (("model", whole), ("emulator", package)):
+        loss = model(input_ids=blocks, labels=blocks).loss
+        assert metrics["corpus_perplexity"][name] == pytest.approx(loss.exp().item(), rel=1e-4)
+    assert metrics["corpus_perplexity"]["model"] != metrics["corpus_perplexity"]["emulator"]
+
+
+def test_cost_of_every_stage(metrics: dict[str, Any]) -> None:
+    assert sorted(metrics["cost"]) == sorted(stage.replace("@", "-") for stage in STAGES)
+    assert all(cost["seconds"] >= 0 and cost["peak_memory_mib"] > 50 for cost in metrics["cost"].values())
+    assert metrics["cost"]["evaluate"]["seconds"] > 0
+
+
+def test_versions_and_whose_splits_stand_beside_the_figures(metrics: dict[str, Any]) -> None:
+    assert metrics["versions"]["lm_eval"] == version("lm_eval")
+    assert "prepare_data" in metrics["splits"] and "not comparable" in metrics["splits"]
+
+
+def test_pictures_and_tables_of_the_curves(sweep: Sweep) -> None:
+    plots = sweep.at_first / "plots"
+    assert sorted(file.stem for file in plots.glob("*.png")) == ["curves", "layers", "measurements"]
+    assert all(file.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for file in plots.glob("*.png"))
+    with (plots / "curves.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    steps = {stage: [int(row["step"]) for row in rows if row["stage"] == stage] for stage in {r["stage"] for r in rows}}
+    lengths = {"local fits": 20, "DLR": 10, "offsite_tune@piqa": 10, "full_finetune@piqa": 5}
+    assert steps == {stage: list(range(count)) for stage, count in lengths.items()}
+    scores = json.loads((sweep.at_first / "artifacts" / "harmonizers" / "scores.json").read_text())
+    with (plots / "layers.csv").open(newline="") as stream:
+        layers = list(csv.DictReader(stream))
+    assert [float(row["score"]) for row in layers] == scores["scores"]
+    assert [float(row["prior"]) for row in layers] == scores["prior"]
+
+
+def test_another_alpha_runs_only_what_hangs_on_it(sweep: Sweep) -> None:
+    assert stages_that("ran", sweep.changed) == sorted(DOWNSTREAM)
+    assert stages_that("rested", sweep.changed) == sorted(UPSTREAM)
+
+
+def test_another_alpha_changes_the_emulator_and_no_baseline(sweep: Sweep, metrics: dict[str, Any]) -> None:
+    changed = read_metrics(sweep.at_changed)
+    assert changed["emulator"]["harmonizer_layers"] == 2 and changed["emulator"]["compressed_layers"] == 1
+    assert changed["emulator"]["bytes"] < metrics["emulator"]["bytes"]
+    for name in MEASUREMENTS:
+        same = changed["tasks"]["piqa"][name] == metrics["tasks"]["piqa"][name]
+        assert same == (name in ("zero_shot", "full_finetune")), name
+
+
+def test_metrics_diff_shows_what_changed(sweep: Sweep) -> None:
+    changed = sweep.diff["metrics.json"]
+    assert changed["emulator.harmonizer_layers"] == {"old": 1, "new": 2, "diff": 1}
+    assert changed["emulator.bytes"]["diff"] < 0
+    assert {"tasks.piqa.plug_in.answer_nll", "corpus_perplexity.emulator"} <= changed.keys()
+    assert not [key for key in changed if "full_finetune" in key or "zero_shot" in key.replace("emulator_zero", "")]
+
+
+def test_experiments_are_listed_with_their_alpha_and_metrics(sweep: Sweep) -> None:
+    (committed,) = (entry for entry in sweep.shown if entry["rev"] != "workspace")
+    (experiment,) = (found for group in committed["experiments"] for found in group["revs"])
+    seen = []
+    for entry in (committed, experiment):
+        data = entry["data"]
+        layers = data["metrics"]["metrics.json"]["data"]["emulator"]["harmonizer_layers"]
+        seen.append((data["params"]["params.yaml"]["data"]["alpha"], layers))
+    assert seen == [(0.25, 1), (0.5, 2)]
+
+
+def test_first_alpha_again_comes_out_of_the_cache(sweep: Sweep) -> None:
+    assert stages_that("ran", sweep.back) == []
+    assert stages_that("cached", sweep.back) == sorted(DOWNSTREAM)
+    assert yaml.safe_load((sweep.at_back / "params.yaml").read_text())["alpha"] == 0.25
+    assert read_metrics(sweep.at_back) == read_metrics(sweep.at_first)
+    for name in ("artifacts", "plots"):
+        first, back = (
+            {file.relative_to(at): file.read_bytes() for file in (at / name).rglob("*") if file.is_file()}
+            for at in (sweep.at_first, sweep.at_back)
+        )
+        assert first == back and first
+
+
+def test_adapter_layers_and_nothing_else_come_back_changed(sweep: Sweep) -> None:
+    artifacts = sweep.at_first / "artifacts"
+    manifest = emulator.read_manifest(artifacts / "emulator")  # raises where any file isn't as compress wrote it
+    shipped = tensors(artifacts / "emulator")
+    returned = load_file(artifacts / "adapters" / "piqa" / "adapter.safetensors")
+    whole = tensors(artifacts / "model")
+    adapters = [f"model.layers.{i}." for i, kind in enumerate(manifest["layers"]) if kind == "adapter"]
+    assert returned.keys() == {name for name in whole if name.startswith(tuple(adapters))}
+    for name, tensor in returned.items():
+        assert torch.equal(shipped[name], whole[name]), name
+        assert not torch.equal(tensor, whole[name]), name
+
+
+def test_evaluated_models_are_the_tuned_ones(sweep: Sweep, metrics: dict[str, Any]) -> None:
+    """Both are put together here by hand and scored again: the figures must be those of metrics.json."""
+    artifacts = sweep.at_first / "artifacts"
+    returned = load_file(artifacts / "adapters" / "piqa" / "adapter.safetensors")
+    questions = {"piqa": read_jsonl(artifacts / "tasks" / "piqa" / "eval.jsonl")}
+    package, _ = emulator.load(artifacts / "emulator", device=CPU)
+    whole = load_model(artifacts / "model", device=CPU, dtype=torch.float32)
+    parts: dict[str, tuple[PreTrainedModel, Path]] = {
+        "emulator_finetune": (package, artifacts / "emulator"),
+        "plug_in": (whole, artifacts / "model"),
+    }
+    for name, (model, folder) in parts.items():
+        model.load_state_dict(returned, strict=False)
+        expected = tensors(folder) | returned
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items()), name
+        scored = evaluate(model, load_tokenizer(artifacts / "model"), questions, batch_size=32, label=name)
+        assert scored["piqa"] == pytest.approx(metrics["tasks"]["piqa"][name], rel=1e-5), name
+    piqa = metrics["tasks"]["piqa"]
+    for untuned, tuned in (("emulator_zero_shot", "emulator_finetune"), ("zero_shot", "plug_in")):
+        assert piqa[untuned]["answer_nll"] != pytest.approx(piqa[tuned]["answer_nll"], rel=1e-5)

@@ -1,0 +1,126 @@
+"""What the measurements come to: gap, recovery, order, tables and pictures."""
+
+import csv
+
+import matplotlib.image
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+
+from scaleot_core import report
+
+HISTORIES = {
+    "local fits": [{"step": 0, "loss": 1.5, "more": 7}, {"step": 1, "loss": 1.25}],
+    "DLR": [{"step": 0, "loss": 3.0}],
+}
+LAYERS = {"prior": [0.5, -1.0, 0.25], "scores": [1.5, -2.0, 1.25], "kinds": ["adapter", "harmonizer", "compressed"]}
+
+
+def measured(acc, nll):
+    """The five measurements, in the order of `report.MEASUREMENTS`."""
+    rows = zip(report.MEASUREMENTS, acc, nll, strict=True)
+    return {n: {"acc": a, "acc_stderr": 0.01, "answer_nll": b, "answer_nll_stderr": 0.1} for n, a, b in rows}
+
+
+# zero_shot, full_finetune, emulator_zero_shot, emulator_finetune, plug_in
+GOOD = measured([0.50, 0.60, 0.40, 0.52, 0.58], [20.0, 10.0, 30.0, 18.0, 12.0])
+
+
+def test_gap_and_recovery_follow_their_equations():
+    found = report.utility(GOOD)
+    assert found["gap"] == pytest.approx({"acc": 0.06, "answer_nll": 6.0})
+    assert found["recovery"] == pytest.approx({"acc": 0.8, "answer_nll": 0.8})
+
+
+def test_worse_plug_in_is_negative_in_every_metric():
+    found = report.utility(measured([0.50, 0.60, 0.40, 0.52, 0.45], [20.0, 10.0, 30.0, 18.0, 25.0]))
+    assert found["gap"] == pytest.approx({"acc": -0.07, "answer_nll": -7.0})
+    assert found["recovery"] == pytest.approx({"acc": -0.5, "answer_nll": -0.5})
+
+
+@pytest.mark.parametrize("ceiling", [0.50, 0.45])
+def test_recovery_is_none_where_full_finetuning_gained_nothing(ceiling):
+    found = report.utility(measured([0.50, ceiling, 0.40, 0.52, 0.58], [20.0, 10.0, 30.0, 18.0, 12.0]))
+    assert found["recovery"]["acc"] is None and found["recovery"]["answer_nll"] == pytest.approx(0.8)
+    assert found["gap"]["acc"] == pytest.approx(0.06)
+
+
+def test_acc_norm_counts_where_the_task_has_it():
+    with_norm = {name: {**figures, "acc_norm": figures["acc"] + 0.1} for name, figures in GOOD.items()}
+    assert report.utility(with_norm)["gap"]["acc_norm"] == pytest.approx(0.06)
+    assert "acc_norm" not in report.utility(GOOD)["gap"]
+
+
+@pytest.mark.parametrize(
+    ("acc", "nll", "said"),
+    [
+        (0.58, 12.0, []),
+        (0.51, 12.0, ["emulator_finetune in acc"]),
+        (0.50, 12.0, ["zero_shot in acc", "emulator_finetune in acc"]),
+        (0.58, 19.0, ["emulator_finetune in answer_nll"]),
+        (0.58, 21.0, ["zero_shot in answer_nll", "emulator_finetune in answer_nll"]),
+    ],
+)
+def test_broken_order_is_told(acc, nll, said):
+    given = measured([0.50, 0.60, 0.40, 0.52, acc], [20.0, 10.0, 30.0, 18.0, nll])
+    assert report.misordered(given) == [f"plug_in is not better than {what}" for what in said]
+
+
+def test_table_has_every_figure_with_its_error():
+    table = report.measurement_table({"piqa": GOOD})
+    assert list(table.columns[0].cells) == list(report.MEASUREMENTS)
+    assert list(table.columns[1].cells)[-1] == "0.580 ± 0.010"
+    assert set(table.columns[2].cells) == {"–"}  # no acc_norm
+    assert list(table.columns[3].cells)[-1] == "12.000 ± 0.100"
+
+
+def rows_of(path):
+    with path.open(newline="") as stream:
+        return list(csv.reader(stream))
+
+
+def test_curves_have_a_row_a_step(tmp_path):
+    report.write_curves(tmp_path / "curves.csv", HISTORIES)
+    assert rows_of(tmp_path / "curves.csv") == [
+        ["stage", "step", "loss"],
+        ["local fits", "0", "1.5"],
+        ["local fits", "1", "1.25"],
+        ["DLR", "0", "3.0"],
+    ]
+
+
+def test_layers_have_a_row_each_and_must_be_of_one_length(tmp_path):
+    report.write_layers(tmp_path / "layers.csv", LAYERS["prior"], LAYERS["scores"], LAYERS["kinds"])
+    assert rows_of(tmp_path / "layers.csv") == [
+        ["layer", "prior", "score", "kind"],
+        ["0", "0.5", "1.5", "adapter"],
+        ["1", "-1.0", "-2.0", "harmonizer"],
+        ["2", "0.25", "1.25", "compressed"],
+    ]
+    with pytest.raises(ValueError):
+        report.write_layers(tmp_path / "short.csv", LAYERS["prior"][:2], LAYERS["scores"], LAYERS["kinds"])
+    assert not (tmp_path / "short.csv").exists()
+
+
+def share(path, colour) -> float:
+    """How much of a picture is of one colour."""
+    pixels = matplotlib.image.imread(path)[..., :3]
+    return float((np.abs(pixels - to_rgb(colour)).max(-1) < 0.01).mean())
+
+
+def test_pictures_show_what_was_measured(tmp_path):
+    report.draw(tmp_path, {"tasks": {"piqa": GOOD, "sciq": GOOD}}, HISTORIES, LAYERS)
+    assert {file.name for file in tmp_path.iterdir()} == {"measurements.png", "layers.png", "curves.png"}
+    for file in tmp_path.iterdir():
+        assert 0.3 < share(file, "white") < 0.99
+    assert share(tmp_path / "measurements.png", "#d1495b") > 0.01  # the plug-in's bars
+    assert all(share(tmp_path / "layers.png", colour) > 0.01 for colour in report.KIND_COLOURS.values())
+    assert share(tmp_path / "curves.png", "C0") > 1e-4
+
+
+def test_pictures_of_the_same_figures_are_the_same_bytes(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        report.draw(tmp_path / name, {"tasks": {"piqa": GOOD}}, HISTORIES, LAYERS)
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()

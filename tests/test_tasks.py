@@ -1,0 +1,116 @@
+"""Tasks are lm-eval's own, on our rows; a task or a row that can't be used is named."""
+
+from functools import partial
+
+import lm_eval.tasks
+import pytest
+from conftest import piqa_rows
+from test_files import refusal
+
+from scaleot_core.tasks import answer_pairs, load_task, task_config
+
+CLOZE = [
+    {
+        "id": str(i),
+        "question": f" What comes after {i}? ",
+        "choices": {"label": list("ABCDE"), "text": [f"{i + k} or so" for k in range(5)]},
+        "answerKey": "ABCDE"[i % 5],
+    }
+    for i in range(7)
+]
+
+
+def pairs(task, rows):
+    return answer_pairs(load_task(task, rows))
+
+
+def test_rows_are_those_of_their_split():
+    train, evaluation = piqa_rows(5), piqa_rows(9)[5:]
+    task = load_task("piqa", train, evaluation)
+    assert task.training_docs().to_list() == train
+    assert task.eval_docs.to_list() == evaluation
+    assert load_task("piqa", train).eval_docs.to_list() == train  # the data owner has no others
+
+
+@pytest.mark.parametrize(("task", "rows"), [("piqa", piqa_rows(7)), ("commonsense_qa_cloze", CLOZE)])
+def test_answer_pairs_are_what_lm_eval_requests_for_the_right_answers(task, rows):
+    loaded = load_task(task, rows, rows)
+    loaded.build_all_requests()
+    right = [row["label"] if task == "piqa" else "ABCDE".index(row["answerKey"]) for row in rows]
+    requested = {(request.doc_id, request.idx): request.args for request in loaded.instances}
+    assert answer_pairs(loaded) == [requested[i, answer] for i, answer in enumerate(right)]
+    assert all(continuation.startswith(" ") for _, continuation in answer_pairs(loaded))
+
+
+def test_piqa_reads_as_published():
+    assert pairs("piqa", piqa_rows(2)) == [
+        ("Question: count to 0\nAnswer:", " say one to 0"),
+        ("Question: count to 1\nAnswer:", " say 1 to one"),
+    ]
+
+
+def test_cloze_asks_for_the_answers_themselves_and_scores_them():
+    task = load_task("commonsense_qa_cloze", CLOZE, CLOZE)
+    task.build_all_requests()
+    asked = [request.args for request in task.instances if request.doc_id == 3]
+    assert asked == [("Question: What comes after 3?\nAnswer:", f" {3 + k} or so") for k in range(5)]
+    for best in range(5):
+        figures = task.process_results(CLOZE[3], [(-1.0 if k == best else -2.0, False) for k in range(5)])
+        assert figures["acc"] == figures["acc_norm"] == (best == 3)
+
+
+def test_unknown_task_has_a_hint():
+    assert "did you mean piqa" in refusal(task_config, "piqaa")
+
+
+def test_unknown_task_like_no_other(monkeypatch):
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False))
+    assert "'zzz' is no task of lm-eval; `lm-eval ls tasks`" in refusal(task_config, "zzz")
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ("gsm8k", "'generate_until'; use a multiple_choice"),
+        ("wikitext", "'loglikelihood_rolling'; use a multiple_choice"),
+        ("truthfulqa_mc1", "no training split"),
+        ("webqs", "no accuracy"),
+    ],
+)
+def test_task_that_cannot_be_tuned_and_scored_is_refused(task, said):
+    message = refusal(task_config, task)
+    assert f"tasks: {task!r}" in message and said in message
+
+
+ROW = piqa_rows(1)[0]
+
+
+def without(field):
+    return {key: value for key, value in ROW.items() if key != field}
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {**ROW, "label": 2},
+        {**ROW, "label": -1},
+        {**ROW, "label": None},
+        without("label"),
+        {**ROW, "sol1": ""},
+        {**ROW, "sol1": None},
+        without("sol1"),
+    ],
+    ids=["label beyond", "label below", "label null", "no label", "answer empty", "answer null", "no answer"],
+)
+def test_row_without_its_answer_is_named(bad):
+    assert "task piqa, training row 3" in refusal(pairs, "piqa", [*piqa_rows(2), bad, ROW])
+
+
+@pytest.mark.parametrize("key", ["F", "", "a"])
+def test_answer_that_is_none_of_the_choices_is_named(key):
+    said = refusal(pairs, "commonsense_qa_cloze", [*CLOZE[:2], {**CLOZE[2], "answerKey": key}])
+    assert "task commonsense_qa_cloze, training row 3" in said
+
+
+def test_rows_of_another_task_are_refused():
+    assert "task piqa: its rows don't fit" in refusal(load_task, "piqa", CLOZE)
