@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,21 +78,23 @@ def show(metrics: Mapping[str, Any]) -> None:
     )
 
 
-def write_curves(path: Path, histories: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
-    """Loss curves of all stages as one CSV: stage, step, loss."""
+def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     with whole_file(path) as temporary, temporary.open("w", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["stage", "step", "loss"])
-        for stage, history in histories.items():
-            writer.writerows([stage, row["step"], row["loss"]] for row in history)
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def write_curves(folder: Path, histories: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    """Loss curves as one CSV a stage, `<folder>/<stage>.csv`: step, loss."""
+    for stage, history in histories.items():
+        _write_csv(folder / f"{stage}.csv", ["step", "loss"], ([row["step"], row["loss"]] for row in history))
 
 
 def write_layers(path: Path, prior: Sequence[float], scores: Sequence[float], kinds: Sequence[str]) -> None:
     """Per-layer scores as one CSV: layer, prior, score, kind."""
-    with whole_file(path) as temporary, temporary.open("w", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["layer", "prior", "score", "kind"])
-        writer.writerows(zip(range(len(scores)), prior, scores, kinds, strict=True))
+    rows = zip(range(len(scores)), prior, scores, kinds, strict=True)
+    _write_csv(path, ["layer", "prior", "score", "kind"], rows)
 
 
 def draw(folder: Path, metrics: Mapping[str, Any], histories: Mapping[str, Any], layers: Mapping[str, Any]) -> None:

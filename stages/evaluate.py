@@ -80,8 +80,8 @@ def main() -> None:
         "versions": {name: version(name) for name in ("lm_eval", "torch", "transformers", "datasets")},
     }
     histories = {
-        "local fits": read_json(ARTIFACTS / "importance" / "history.json"),
-        "DLR": read_json(ARTIFACTS / "harmonizers" / "history.json"),
+        "layer_importance": read_json(ARTIFACTS / "importance" / "history.json"),
+        "train_harmonizers": read_json(ARTIFACTS / "harmonizers" / "history.json"),
         **{f"offsite_tune@{t}": read_json(ARTIFACTS / "adapters" / t / "history.json") for t in params.tasks},
         **{
             f"full_finetune@{t}": read_json(ARTIFACTS / "baselines" / f"full_finetune-{t}" / "history.json")
@@ -90,7 +90,7 @@ def main() -> None:
     }
     layers = read_json(ARTIFACTS / "harmonizers" / "scores.json") | {"kinds": plan.kinds}
     with whole_folder(Path("plots")) as out:
-        report.write_curves(out / "curves.csv", histories)
+        report.write_curves(out / "loss", histories)
         report.write_layers(out / "layers.csv", layers["prior"], layers["scores"], layers["kinds"])
         report.draw(out, metrics, histories, layers)
     write_json(Path("metrics.json"), metrics)

@@ -16,7 +16,7 @@ from scaleot_core.emulator import Plan, adapter_parameters, build, choose_layers
 from scaleot_core.families import attention, decoder_layers, family
 from scaleot_core.files import read_json, read_tensors, sha256, write_tensors
 from scaleot_core.importance import new_harmonizers
-from scaleot_core.models import load_model, load_tokenizer
+from scaleot_core.models import load_model, load_tokenizer, replaced
 
 CPU = torch.device("cpu")
 PLAN = Plan(
@@ -30,12 +30,21 @@ each_family = pytest.mark.parametrize("name", sorted(CONFIGS))
 each_head = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
 
-def turned(model, plan=PLAN):
-    """Make a model the emulator, its harmonizers as if they were trained; the ranks."""
-    harmonizers = new_harmonizers(model, plan.harmonizer_rank, seed=0)
+def plain(name, weight):
+    return decompose(weight)
+
+
+def trained_harmonizers(model):
+    """Harmonizers with something in them, as if they were trained."""
+    harmonizers = new_harmonizers(model, 8, seed=0)
     for parameter in harmonizers.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    return build(model, harmonizers, plan, lambda name, weight: decompose(weight))
+    return harmonizers
+
+
+def turned(model, plan=PLAN):
+    """Make a model the emulator; the ranks."""
+    return build(model, trained_harmonizers(model), plan, plain)
 
 
 def emulator_of(name, plan=PLAN, **changes):
@@ -120,16 +129,26 @@ def test_alpha_and_beta_at_zero_give_the_model_itself(name, tied):
     assert not torch.allclose(emulator_of(name, tie_word_embeddings=tied)(IDS).logits, whole)
 
 
+@each_family
+def test_harmonizers_that_were_given_stand_in_for_their_own_layers(name):
+    real, model = tiny_model(name), tiny_model(name)
+    harmonizers = trained_harmonizers(model)
+    build(model, harmonizers, Plan(("harmonizer", "adapter", "compressed", "harmonizer"), 0.0, "removed", 8), plain)
+    with replaced(real, {i: harmonizers[i] for i in (0, 3)}):
+        assert torch.equal(model(IDS).logits, real(IDS).logits)
+
+
 @pytest.mark.parametrize("kinds", [PLAN.kinds, ("compressed", "harmonizer", "adapter", "harmonizer")])
 @each_family
 def test_generation_with_a_cache_equals_generation_without(tmp_path, tokenizer, name, kinds):
     plan = Plan(kinds, 0.8, "removed", 8)
     model, _ = load(write(tmp_path / "package", tiny_model(name), tokenizer, plan), device=CPU)
     options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
-    options |= {"return_dict_in_generate": True, "output_logits": True}
-    cached, plain = (model.generate(IDS, **options, use_cache=use) for use in (True, False))
-    assert cached.sequences.shape == (1, 20) and torch.equal(cached.sequences, plain.sequences)
-    torch.testing.assert_close(torch.stack(cached.logits), torch.stack(plain.logits))
+    cached, uncached = (model.generate(IDS, **options, use_cache=use) for use in (True, False))
+    assert cached.shape == (1, 20) and torch.equal(cached, uncached)
+    begun = model(IDS[:, :3], use_cache=True)
+    rest = model(IDS[:, 3:], past_key_values=begun.past_key_values).logits  # many tokens at once, after some
+    torch.testing.assert_close(rest, model(IDS, use_cache=False).logits[:, 3:])
 
 
 # --- the package -----------------------------------------------------------------------------------------

@@ -181,11 +181,13 @@ def test_pictures_and_tables_of_the_curves(sweep: Sweep) -> None:
     plots = sweep.at_first / "plots"
     assert sorted(file.stem for file in plots.glob("*.png")) == ["curves", "layers", "measurements"]
     assert all(file.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for file in plots.glob("*.png"))
-    with (plots / "curves.csv").open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    steps = {stage: [int(row["step"]) for row in rows if row["stage"] == stage] for stage in {r["stage"] for r in rows}}
-    lengths = {"local fits": 20, "DLR": 10, "offsite_tune@piqa": 10, "full_finetune@piqa": 5}
-    assert steps == {stage: list(range(count)) for stage, count in lengths.items()}
+    lengths = {"layer_importance": 20, "train_harmonizers": 10, "offsite_tune@piqa": 10, "full_finetune@piqa": 5}
+    assert {file.stem for file in (plots / "loss").iterdir()} == lengths.keys()
+    for stage, count in lengths.items():
+        with (plots / "loss" / f"{stage}.csv").open(newline="") as stream:
+            rows = list(csv.DictReader(stream))
+        assert [int(row["step"]) for row in rows] == list(range(count))
+        assert all(float(row["loss"]) > 0 for row in rows)
     scores = json.loads((sweep.at_first / "artifacts" / "harmonizers" / "scores.json").read_text())
     with (plots / "layers.csv").open(newline="") as stream:
         layers = list(csv.DictReader(stream))

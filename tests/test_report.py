@@ -80,13 +80,9 @@ def rows_of(path):
 
 
 def test_curves_have_a_row_a_step(tmp_path):
-    report.write_curves(tmp_path / "curves.csv", HISTORIES)
-    assert rows_of(tmp_path / "curves.csv") == [
-        ["stage", "step", "loss"],
-        ["local fits", "0", "1.5"],
-        ["local fits", "1", "1.25"],
-        ["DLR", "0", "3.0"],
-    ]
+    report.write_curves(tmp_path / "loss", HISTORIES)
+    assert rows_of(tmp_path / "loss" / "local fits.csv") == [["step", "loss"], ["0", "1.5"], ["1", "1.25"]]
+    assert rows_of(tmp_path / "loss" / "DLR.csv") == [["step", "loss"], ["0", "3.0"]]
 
 
 def test_layers_have_a_row_each_and_must_be_of_one_length(tmp_path):
