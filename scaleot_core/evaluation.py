@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from scaleot_core.errors import UserError
 from scaleot_core.progress import say
 from scaleot_core.tasks import Rows, load_task
 
@@ -36,6 +37,9 @@ def evaluate(
     """
     from lm_eval import simple_evaluate
 
+    for name, rows in questions.items():
+        if len(rows) < 2:
+            raise UserError(f"task {name}: a standard error needs two questions; raise data.eval_questions")
     say(f"{label}: {', '.join(f'{name} ({len(rows)} questions)' for name, rows in questions.items())}")
     tasks = [load_task(name, rows, rows) for name, rows in questions.items()]
     results = simple_evaluate(

@@ -27,7 +27,9 @@ def check_sources(params: Params) -> None:
         ("data.source", params.data.source),
         ("data.corpus", params.data.corpus),
     ):
-        if value.startswith((".", "/", "~")) and not Path(value).exists():
+        is_path = value.startswith((".", "/", "~")) or value.endswith((".jsonl", ".txt"))
+        is_path = is_path or (key == "data.source" and value not in ("embedded", "hub"))
+        if is_path and not Path(value).exists():
             raise UserError(f"params.yaml: {key} = {value!r}: no such file or folder; correct the path")
     folder = Path(params.model)
     if folder.is_dir():

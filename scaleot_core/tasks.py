@@ -4,7 +4,6 @@ Tuning takes its prompts from the same definition that evaluation scores, so tha
 lm-eval is imported where it is used: it takes seconds.
 """
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,6 @@ def _manager(name: str) -> "TaskManager":
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     packaged = Path(lm_eval.__file__).parent / "tasks"
     likely = [str(folder) for folder in packaged.iterdir() if folder.is_dir() and name.startswith(folder.name)]
     manager = TaskManager(include_path=[*likely, str(OWN_TASKS)], include_defaults=False)
@@ -55,6 +53,8 @@ def task_config(name: str) -> dict[str, Any]:
         )
     if not config.get("training_split"):
         raise UserError(f"params.yaml: tasks: {name!r} has no training split, so nothing can be tuned on it")
+    if config.get("metric_list") and "acc" not in [metric["metric"] for metric in config["metric_list"]]:
+        raise UserError(f"params.yaml: tasks: {name!r} has no accuracy; use a task that has one")
     return config
 
 
@@ -97,5 +97,11 @@ def answer_pairs(task: "Task") -> list[tuple[str, str]]:
             raise UserError(f"task {task.config.task}, training row {row}: no answer ({one_line(error)})") from error
         if not isinstance(answer, int) or not 0 <= answer < len(requests):
             raise UserError(f"task {task.config.task}, training row {row}: answer {answer!r} is none of its choices")
-        pairs.append(requests[answer].args)
+        before, continuation = requests[answer].args
+        unset = (
+            any(value is None for value in doc.values()) and continuation.strip() == "None"
+        )  # as a template prints it
+        if unset or not continuation.strip():
+            raise UserError(f"task {task.config.task}, training row {row}: the right answer is empty")
+        pairs.append((before, continuation))
     return pairs

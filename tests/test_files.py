@@ -101,7 +101,6 @@ def test_whole_file_that_fails_leaves_what_was_there(tmp_path: Path, failure: Ba
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.xfail(strict=True, reason="the old folder is deleted before the new one takes its name")
 def test_whole_folder_outlives_a_death_while_the_old_one_is_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,7 +117,6 @@ def test_whole_folder_outlives_a_death_while_the_old_one_is_deleted(
     assert snapshot(target) in ({"a": b"old a", "b": b"old b"}, {"a": b"new a", "b": b"new b"})
 
 
-@pytest.mark.xfail(strict=True, reason="the old folder is deleted before the new one takes its name")
 def test_whole_folder_that_cannot_be_renamed_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,7 +241,6 @@ def test_rows_come_back(tmp_path: Path) -> None:
     assert read_jsonl(tmp_path / "a.jsonl") == rows
 
 
-@pytest.mark.xfail(strict=True, reason="str.splitlines parts a row at characters that JSON doesn't escape")
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
 def test_rows_with_unusual_line_separators_come_back(tmp_path: Path, separator: str) -> None:
     rows = [{"text": f"one{separator}two"}]

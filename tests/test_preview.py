@@ -58,7 +58,6 @@ def test_missing_path_is_named_by_its_key(params, tmp_path, monkeypatch, key, pa
     assert said.startswith(f"params.yaml: {key} = {path!r}: no such file or folder")
 
 
-@pytest.mark.xfail(strict=True, reason="a path without ./ before it is taken for a name")
 @pytest.mark.parametrize(("key", "path"), [("data.source", "lab"), ("data.corpus", "lab/text.jsonl")])
 def test_missing_path_that_can_be_no_name_is_named_by_its_key(params, tmp_path, monkeypatch, key, path):
     monkeypatch.chdir(tmp_path)

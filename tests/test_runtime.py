@@ -158,7 +158,6 @@ def test_trouble_with_a_file_is_one_line(capsys, error, said):
     assert code == 1 and printed.startswith("error: ") and said in printed and printed.count("\n") == 1
 
 
-@pytest.mark.xfail(strict=True, reason="an OSError's own text is printed whole")
 def test_trouble_that_another_library_tells_at_length_is_one_line(capsys):
     code, printed = ending(capsys, OSError("the hub can't be reached\nand here is a page about it\nand another"))
     assert code == 1 and "the hub can't be reached" in printed and printed.count("\n") == 1
