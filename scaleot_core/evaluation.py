@@ -1,5 +1,6 @@
 """Evaluation, all of it lm-eval's own: `simple_evaluate` over the model in memory (method section 6)."""
 
+import math
 import statistics
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scaleot_core.errors import UserError
 from scaleot_core.progress import say
-from scaleot_core.tasks import Rows, load_task
+from scaleot_core.tasks import OWN_TASKS, Rows, load_task
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -36,6 +37,7 @@ def evaluate(
     standard error; the number of `questions`; the task's `version`.
     """
     from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
     for name, rows in questions.items():
         if len(rows) < 2:
@@ -45,6 +47,7 @@ def evaluate(
     results = simple_evaluate(
         model=lm(model, tokenizer, batch_size),
         tasks=tasks,
+        task_manager=TaskManager(include_path=str(OWN_TASKS), include_defaults=False),  # the default one takes 10 s
         num_fewshot=0,
         bootstrap_iters=100,  # accuracies have a closed form; only a value above zero is needed
         log_samples=True,
@@ -60,6 +63,10 @@ def _figures(results: dict[str, Any], name: str) -> dict[str, Any]:
         if of == "none" and isinstance(value, float):
             figures[metric] = value
     nll = [-sample["filtered_resps"][int(sample["target"])][0] for sample in results["samples"][name]]
+    if not all(map(math.isfinite, nll)):
+        raise UserError(
+            f"task {name}: an answer's likelihood is not finite; mend the model's weights or use dtype float32"
+        )
     return figures | {
         "answer_nll": statistics.fmean(nll),
         "answer_nll_stderr": statistics.stdev(nll) / len(nll) ** 0.5,

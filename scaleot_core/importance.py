@@ -3,6 +3,7 @@
 The prior that Dynamic LayerReplace starts from, and the other estimators that stand beside it to compare.
 """
 
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from scaleot_core.errors import UserError
 from scaleot_core.families import decoder_layers
-from scaleot_core.files import read_tensors
+from scaleot_core.files import read_json, read_tensors
 from scaleot_core.harmonizer import Harmonizer, Harmonizers
 from scaleot_core.models import block_loss, hidden_states, mean_loss, replaced
 from scaleot_core.progress import progress
@@ -29,6 +30,17 @@ def new_harmonizers(model: PreTrainedModel, rank: int, seed: int) -> Harmonizers
         harmonizer.reset(draw)
         harmonizers.append(harmonizer)
     return harmonizers.to(model.device)
+
+
+def read_scores(path: Path, layers: int) -> list[float]:
+    """The scores of a model's decoder layers; UserError where one is missing or not finite."""
+    scores = read_json(path).get("scores", [])
+    if len(scores) != layers:
+        raise UserError(f"{path}: {len(scores)} scores, and the model has {layers} decoder layers; make it again")
+    for i, score in enumerate(scores):
+        if not math.isfinite(score):
+            raise UserError(f"{path}: layer {i} has score {score}; make it again")
+    return scores
 
 
 def restore(harmonizers: Harmonizers, path: Path) -> None:
@@ -204,7 +216,9 @@ def prior_scores(costs: list[float]) -> list[float]:
     """
     values = torch.tensor(costs, dtype=torch.float64)
     positive = values[values > 0]
-    if len(positive) == 0 or bool((values == values[0]).all()):
+    if len(positive) == 0:
         return [0.0] * len(costs)
     logs = values.clamp(min=positive.min()).log()
+    if bool((logs == logs[0]).all()):
+        return [0.0] * len(costs)
     return ((logs - logs.mean()) / logs.std() * 2).tolist()

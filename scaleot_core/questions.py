@@ -109,4 +109,6 @@ def load(
     for name, rows in zip(("training", "evaluation"), parts, strict=True):
         if not rows:
             raise UserError(f"task {task}: params.yaml: data.source = {source!r} has no {name} question")
+    if len(parts[1]) < 2:
+        raise UserError(f"task {task}: a standard error needs two evaluation questions; raise data.eval_questions")
     return parts

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from scaleot_core.errors import UserError, one_line
@@ -101,7 +102,8 @@ def run_stage(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         say("interrupted; `dvc repro` goes on from the last checkpoint", style="yellow")
         sys.exit(130)
-    except OSError as error:
-        what = f"{error.filename or 'a file'}: {error.strerror or one_line(error)}"
+    except (OSError, SafetensorError) as error:  # transformers writes a model through safetensors' own error
+        name, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
+        what = f"{name or 'a file'}: {reason or one_line(error)}"
         say(f"error: {what}; free space or mend it, then run again", style="bold red")
         sys.exit(1)

@@ -82,10 +82,11 @@ def load_task(name: str, train: Rows, evaluation: Rows | None = None) -> "Task":
     return task
 
 
-def answer_pairs(task: "Task") -> list[tuple[str, str]]:
+def answer_pairs(task: "Task", part: str = "training") -> list[tuple[str, str]]:
     """(context, continuation) of every training question's right answer, to the letter as lm-eval scores it.
 
-    UserError names the first row whose answer is missing or not among its choices.
+    `part` is what the rows are called in messages. UserError names the first row whose answer is missing or not among
+    its choices.
     """
     pairs = []
     for row, doc in enumerate(task.training_docs(), start=1):
@@ -94,14 +95,12 @@ def answer_pairs(task: "Task") -> list[tuple[str, str]]:
             requests = task.construct_requests(doc, context, metadata=(task.config.task, row, 1))
             answer = task.doc_to_target(doc)
         except Exception as error:
-            raise UserError(f"task {task.config.task}, training row {row}: no answer ({one_line(error)})") from error
+            raise UserError(f"task {task.config.task}, {part} row {row}: no answer ({one_line(error)})") from error
         if not isinstance(answer, int) or not 0 <= answer < len(requests):
-            raise UserError(f"task {task.config.task}, training row {row}: answer {answer!r} is none of its choices")
+            raise UserError(f"task {task.config.task}, {part} row {row}: answer {answer!r} is none of its choices")
         before, continuation = requests[answer].args
-        unset = (
-            any(value is None for value in doc.values()) and continuation.strip() == "None"
-        )  # as a template prints it
-        if unset or not continuation.strip():
-            raise UserError(f"task {task.config.task}, training row {row}: the right answer is empty")
+        text = continuation.strip()
+        if not text or (text == "None" and None in doc.values()):  # as a template prints a field that isn't set
+            raise UserError(f"task {task.config.task}, {part} row {row}: the right answer is empty")
         pairs.append((before, continuation))
     return pairs

@@ -103,19 +103,24 @@ class Checkpoint:
 
     def resume(self, state: State) -> int:
         """Load the last checkpoint into `state` and `history`; return the number of finished steps, 0 without one."""
-        if not self.folder.is_dir():
+        saves = sorted(self.folder.glob("[0-9]*"))
+        if not saves:
             return 0
-        state.load(read_tensors(self.folder / "state.safetensors"))
-        saved = read_json(self.folder / "progress.json")
+        state.load(read_tensors(saves[-1] / "state.safetensors"))
+        saved = read_json(saves[-1] / "progress.json")
         self.history = saved["history"]
         say(f"resuming after step {saved['step']}")
         return int(saved["step"])
 
     def save(self, state: State, step: int) -> None:
-        """Write the checkpoint of `step` finished steps, whole or not at all."""
-        with whole_folder(self.folder) as folder:
+        """Write the checkpoint of `step` finished steps, whole or not at all; only then drop what was there before."""
+        new = self.folder / f"{step:09d}"
+        with whole_folder(new) as folder:
             write_tensors(folder / "state.safetensors", state.tensors())
             write_json(folder / "progress.json", {"step": step, "history": self.history})
+        for old in self.folder.iterdir():
+            if old != new:
+                shutil.rmtree(old, ignore_errors=True)
 
     def remove(self) -> None:
         """Forget the checkpoint, once the stage's outputs stand."""

@@ -12,7 +12,7 @@ from scaleot_core.files import whole_folder, write_jsonl, write_tensors
 from scaleot_core.models import load_tokenizer, save_model
 from scaleot_core.params import load_params
 from scaleot_core.runtime import cost, run_stage, setup
-from scaleot_core.tasks import task_config
+from scaleot_core.tasks import answer_pairs, load_task, task_config
 
 ARTIFACTS = Path("artifacts")
 DOWNLOADS = Path(os.environ.get("DVC_ROOT", ".")) / ".scaleot" / "downloads"
@@ -45,6 +45,8 @@ def main() -> None:
                     evaluate=params.data.eval_questions,
                     seed=params.seed,
                 )
+                for part, rows in (("training", train), ("evaluation", evaluation)):
+                    answer_pairs(load_task(task, rows), part)  # found now, not after hours
                 write_jsonl(out / task / "train.jsonl", train)
                 write_jsonl(out / task / "eval.jsonl", evaluation)
         source = params.data.corpus

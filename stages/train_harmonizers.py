@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from scaleot_core import dlr, importance
-from scaleot_core.files import fingerprint, read_json, read_tensors, whole_folder, write_json, write_tensors
+from scaleot_core.files import fingerprint, read_tensors, whole_folder, write_json, write_tensors
 from scaleot_core.models import load_model
 from scaleot_core.params import load_params
 from scaleot_core.runtime import cost, run_stage, setup
@@ -28,7 +28,7 @@ def main() -> None:
         harmonizers = importance.new_harmonizers(model, params.harmonizer.rank, params.seed)
         prior = torch.zeros(len(harmonizers))
         if params.dlr.init == "prior":
-            prior = torch.tensor(read_json(PRIOR / "scores.json")["scores"], dtype=torch.float64)
+            prior = torch.tensor(importance.read_scores(PRIOR / "scores.json", len(harmonizers)), dtype=torch.float64)
             importance.restore(harmonizers, PRIOR / "harmonizers.safetensors")
         scores, history = dlr.train(
             model,

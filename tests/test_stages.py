@@ -1,0 +1,344 @@
+"""Every stage by itself: what it reads, that its bytes repeat, that it survives a kill, what a mistake ends in."""
+
+import json
+import os
+import resource
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import chdir, redirect_stderr
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import yaml
+from conftest import write_project
+from transformers import PreTrainedTokenizerFast
+
+from scaleot_core.files import read_tensors, write_tensors
+
+OUTPUTS = {
+    "layer_importance": "artifacts/importance",
+    "train_harmonizers": "artifacts/harmonizers",
+    "compress": "artifacts/emulator",
+    "offsite_tune": "artifacts/adapters/piqa",
+}
+STEPS = {"layer_importance": 400, "train_harmonizers": 150, "offsite_tune": 150}
+PARAMS = {
+    "layer_importance.steps": STEPS["layer_importance"],
+    "dlr.steps": STEPS["train_harmonizers"],
+    "tuning.epochs": STEPS["offsite_tune"] // 5,  # of 40 questions in batches of 8
+}
+PER_TASK = ("offsite_tune", "zero_shot", "full_finetune")
+
+
+class Ended(NamedTuple):
+    code: int
+    said: list[str]
+
+
+@pytest.fixture(autouse=True)
+def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a stage sets in its process is set back; scratch lies in the stage's own folder."""
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def command(stage: str) -> list[str]:
+    return [f"stages/{stage}.py", *(["piqa"] if stage in PER_TASK else [])]
+
+
+def run(folder: Path, stage: str) -> Ended:
+    """Run a stage in this process. Only SystemExit is caught: anything else would have been a traceback."""
+    said, argv, code = StringIO(), sys.argv, 0
+    try:
+        sys.argv = command(stage)
+        with chdir(folder), redirect_stderr(said):
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        sys.argv = argv
+    return Ended(code, said.getvalue().splitlines())
+
+
+def succeed(folder: Path, *stages: str) -> list[str]:
+    said = []
+    for stage in stages:
+        ended = run(folder, stage)
+        assert ended.code == 0, ended.said
+        said += ended.said
+    return said
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """All files in a folder, hidden ones too, by path."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def change(folder: Path, **values: object) -> None:
+    """Set parameters of the first level, or those in a block given as a dict."""
+    params: dict[str, Any] = yaml.safe_load((folder / "params.yaml").read_text())
+    for key, value in values.items():
+        params[key] = {**params[key], **value} if isinstance(value, dict) else value
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A project before its first stage. Not to be changed."""
+    folder = tmp_path_factory.mktemp("given") / "project"
+    folder.mkdir()
+    write_project(folder, tokenizer, **PARAMS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(given: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same after prepare_data to offsite_tune, none of them stopped. Not to be changed."""
+    folder = Path(shutil.copytree(given, tmp_path_factory.mktemp("made") / "project"))
+    succeed(folder, "prepare_data", *OUTPUTS)
+    return folder
+
+
+@pytest.fixture
+def fresh(given: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(given, tmp_path / "project"))
+
+
+@pytest.fixture
+def project(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "project"))
+
+
+@pytest.fixture
+def owners(made: Path, tmp_path: Path) -> Path:
+    """What the data owner has: the stages, params.yaml, the package and the private questions."""
+    folder = tmp_path / "owner"
+    for name in ("stages", "artifacts/emulator"):
+        shutil.copytree(made / name, folder / name)
+    for name in ("params.yaml", "artifacts/tasks/piqa/train.jsonl"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(made / name, folder / name)
+    return folder
+
+
+def test_the_data_owner_needs_no_model(made: Path, owners: Path) -> None:
+    succeed(owners, "offsite_tune")
+    assert files(owners / OUTPUTS["offsite_tune"]) == files(made / OUTPUTS["offsite_tune"])
+
+
+def test_same_params_give_the_same_bytes(made: Path, fresh: Path) -> None:
+    succeed(fresh, "prepare_data", *OUTPUTS)
+    for name in ("tasks", "corpus", "model", *(Path(output).relative_to("artifacts") for output in OUTPUTS.values())):
+        first, second = files(made / "artifacts" / name), files(fresh / "artifacts" / name)
+        assert first and first == second, name
+
+
+def test_another_seed_gives_others(made: Path, project: Path) -> None:
+    change(project, seed=1)
+    for stage in STEPS:
+        succeed(project, stage)
+        first, second = files(made / OUTPUTS[stage]), files(project / OUTPUTS[stage])
+        assert first.keys() == second.keys() and not {name for name in first if first[name] == second[name]}, stage
+
+
+def saved_steps(folder: Path) -> int:
+    """Finished steps of the newest whole checkpoint in scratch, 0 without one."""
+    steps = [0]
+    for file in (folder / ".scaleot").rglob("progress.json"):
+        if not any(part.startswith(".") for part in file.relative_to(folder / ".scaleot").parts):
+            try:
+                steps.append(json.loads(file.read_text())["step"])
+            except (FileNotFoundError, ValueError):  # just replaced by the next one
+                continue
+    return max(steps)
+
+
+def stop(folder: Path, stage: str, number: signal.Signals) -> tuple[Ended, int]:
+    """Start a stage that saves after every step, send it a signal; return its end and the steps saved before."""
+    change(folder, checkpoint_seconds=0)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, *command(stage)], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    while (steps := saved_steps(folder)) < 3 and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(number)
+    said = process.communicate()[1]
+    change(folder, checkpoint_seconds=1000)
+    return Ended(process.returncode, said.splitlines()), steps
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+@pytest.mark.parametrize("stage", STEPS)
+def test_stopped_stage_goes_on_to_the_same_bytes(
+    made: Path, project: Path, owners: Path, stage: str, number: signal.Signals
+) -> None:
+    folder = owners if stage == "offsite_tune" else project
+    output = folder / OUTPUTS[stage]
+    shutil.rmtree(output, ignore_errors=True)
+    ended, saved = stop(folder, stage, number)
+    assert saved >= 3, ended.said
+    if number == signal.SIGINT:
+        assert ended.code == 130 and ended.said[-1].startswith("interrupted; "), ended.said
+    else:
+        assert ended.code == -signal.SIGKILL
+    assert not list(output.parent.glob(f"*{output.name}*"))  # neither the output nor a part under another name
+    (line,) = (line for line in succeed(folder, stage) if line.startswith("resuming after step "))
+    assert saved <= int(line.split()[-1]) < STEPS[stage]
+    assert files(output) == files(made / OUTPUTS[stage])
+    assert not [left.name for left in (folder / ".scaleot" / "scratch").iterdir() if stage in left.name]
+
+
+def refused(folder: Path, stage: str, *parts: str) -> None:
+    """A stage ends with code 1 and one line that has all `parts`, before a step of training, and writes no output."""
+    before = files(folder)
+    ended = run(folder, stage)
+    assert ended.code == 1, ended.said
+    assert [line for line in ended.said if line.startswith("error: ")] == ended.said[-1:], ended.said
+    assert all(part in ended.said[-1] for part in parts), ended.said[-1]
+    assert not [line for line in ended.said if "loss" in line], ended.said
+    new = [name for name, content in files(folder).items() if content != before.get(name)]
+    earlier = ("artifacts/model", "artifacts/tasks") if stage == "prepare_data" else ()  # whole parts of its output
+    assert not [name for name in new if not name.startswith(earlier)]
+
+
+MISTAKES = {
+    "out of range": ({"alpha": 1.5}, ["params.yaml: alpha = 1.5", "0 to 1"]),
+    "mistyped key": ({"adaptor_layers": 1}, ["params.yaml: adaptor_layers is no parameter"]),
+    "mistyped key in a block": ({"dlr": {"group": 4}}, ["params.yaml: dlr.group is no parameter"]),
+    "too many layers": ({"adapter_layers": 99}, ["params.yaml: adapter_layers = 99", "4 decoder layers", "1 to 4"]),
+    "unknown task": ({"tasks": ["piqaa"]}, ["params.yaml: tasks: 'piqaa'", "did you mean piqa"]),
+    "no model": ({"model": "./nowhere"}, ["params.yaml: model = './nowhere'", "no such file or folder"]),
+    "no corpus": ({"data": {"corpus": "./none.jsonl"}}, ["data.corpus = './none.jsonl'", "no such file or folder"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_in_params_is_told_before_anything_is_written(fresh: Path, mistake: str) -> None:
+    changes, parts = MISTAKES[mistake]
+    change(fresh, **changes)
+    refused(fresh, "prepare_data", *parts)
+    assert not (fresh / "artifacts").exists()
+
+
+def test_mistake_ends_a_process_with_code_1_and_one_line(fresh: Path) -> None:
+    change(fresh, alpha=1.5)
+    done = subprocess.run([sys.executable, *command("prepare_data")], cwd=fresh, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+    assert done.stderr.startswith("error: params.yaml: alpha = 1.5")
+
+
+def rewrite(file: Path, edit: Callable[[list[dict[str, Any]]], object]) -> None:
+    """Change the rows of a jsonl file in place."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    edit(rows)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def cut(file: Path) -> None:
+    """Lose the end of a file, as a broken copy does."""
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+def test_model_folder_without_weights(fresh: Path) -> None:
+    (fresh / "tiny-model" / "model.safetensors").unlink()
+    refused(fresh, "prepare_data", "params.yaml: model = 'tiny-model'", "no weights")
+    assert not (fresh / "artifacts").exists()
+
+
+def test_model_with_damaged_weights(fresh: Path) -> None:
+    cut(fresh / "tiny-model" / "model.safetensors")
+    refused(fresh, "prepare_data", "params.yaml: model = 'tiny-model'", "can't be loaded")
+    assert not files(fresh / "artifacts")
+
+
+@pytest.mark.parametrize("text", ["", '{"text": ""}\n{"text": "  "}\n'], ids=["no row", "rows without text"])
+def test_empty_corpus(fresh: Path, text: str) -> None:
+    (fresh / "tiny-data" / "corpus.jsonl").write_text(text)
+    refused(fresh, "prepare_data", "params.yaml: data.corpus", "no text")
+
+
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_question_without_its_answer_is_told_at_once(fresh: Path, part: str) -> None:
+    rewrite(fresh / "tiny-data" / "piqa" / f"{part}.jsonl", lambda rows: rows[3].pop("label"))
+    refused(fresh, "prepare_data", "task piqa", "row", "answer")
+    assert not (fresh / "artifacts" / "tasks").exists()
+
+
+def test_private_question_without_its_answer(owners: Path) -> None:
+    rewrite(owners / "artifacts/tasks/piqa/train.jsonl", lambda rows: rows[3].pop("label"))
+    refused(owners, "offsite_tune", "task piqa, training row 4", "answer")
+
+
+DAMAGED = {
+    "artifacts/importance/harmonizers.safetensors": "train_harmonizers",
+    "artifacts/harmonizers/harmonizers.safetensors": "compress",
+    "artifacts/emulator/base.safetensors": "offsite_tune",
+    "artifacts/emulator/adapter.safetensors": "offsite_tune",
+}
+
+
+@pytest.mark.parametrize("file", DAMAGED)
+def test_damaged_tensors(project: Path, file: str) -> None:
+    stage = DAMAGED[file]
+    cut(project / file)
+    shutil.rmtree(project / OUTPUTS[stage])
+    refused(project, stage, file)
+
+
+@pytest.mark.parametrize("stage, scores", [("train_harmonizers", "importance"), ("compress", "harmonizers")])
+def test_scores_with_nan(project: Path, stage: str, scores: str) -> None:
+    file = project / "artifacts" / scores / "scores.json"
+    found = json.loads(file.read_text())
+    found["scores"][1] = float("nan")
+    file.write_text(json.dumps(found))
+    refused(project, stage, "scores", "layer 1", "nan")
+
+
+@pytest.mark.parametrize("stage", ["layer_importance", "train_harmonizers", "zero_shot", "full_finetune"])
+def test_model_with_infinite_weights(project: Path, stage: str) -> None:
+    file = project / "artifacts" / "model" / "model.safetensors"
+    tensors = read_tensors(file)
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("inf")
+    write_tensors(file, tensors, {"format": "pt"})
+    shutil.rmtree(project / OUTPUTS.get(stage, "artifacts/baselines"), ignore_errors=True)
+    before = files(project / "artifacts")
+    ended = run(project, stage)
+    assert ended.code == 1 and ended.said[-1].startswith("error: "), ended.said
+    assert files(project / "artifacts") == before
+
+
+def test_loss_that_blows_up_names_the_step_and_leaves_nothing(owners: Path) -> None:
+    change(owners, tuning={"lr": 1.0, "weight_decay": 1e30})
+    ended = run(owners, "offsite_tune")
+    assert ended.code == 1 and "offsite_tune@piqa: the loss is nan at step 1" in ended.said[-1], ended.said
+    assert not files(owners / "artifacts" / "adapters")
+
+
+@pytest.mark.parametrize("stage", ["prepare_data", *OUTPUTS])
+def test_full_disk_leaves_no_part_of_an_output(project: Path, stage: str) -> None:
+    """A process whose files may not grow beyond 2 KiB meets the error of a full disk in the middle of a write."""
+    output = project / OUTPUTS.get(stage, "artifacts/model")
+    shutil.rmtree(output)
+    before = files(project)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, hard))
+    try:
+        ended = run(project, stage)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert ended.code == 1 and ended.said[-1].startswith("error: "), ended.said
+    assert "File too large" in ended.said[-1] and "free space" in ended.said[-1]
+    assert files(project) == before
+    assert not list(output.parent.glob(f"*{output.name}*"))
