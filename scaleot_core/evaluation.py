@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scaleot_core.errors import UserError
-from scaleot_core.progress import say
+from scaleot_core.progress import progress, say
 from scaleot_core.tasks import OWN_TASKS, Rows, load_task
 
 if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
 
@@ -20,6 +21,22 @@ def lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: i
     from lm_eval.models.huggingface import HFLM
 
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
+def _watched(view: "HFLM", model: PreTrainedModel, batch_size: int, label: str) -> "HFLM":
+    """The view with our progress in the place of lm-eval's own bars."""
+    score = view.loglikelihood
+
+    def loglikelihood(requests: list["Instance"]) -> list[tuple[float, bool]]:
+        with progress(label, math.ceil(len(requests) / batch_size)) as tick:
+            hook = model.register_forward_hook(lambda _, args, out: tick(tokens=args[0].numel()))
+            try:
+                return score(requests, disable_tqdm=True)
+            finally:
+                hook.remove()
+
+    view.loglikelihood = loglikelihood  # type: ignore[method-assign,assignment]
+    return view
 
 
 def evaluate(
@@ -45,7 +62,7 @@ def evaluate(
     say(f"{label}: {', '.join(f'{name} ({len(rows)} questions)' for name, rows in questions.items())}")
     tasks = [load_task(name, rows, rows) for name, rows in questions.items()]
     results = simple_evaluate(
-        model=lm(model, tokenizer, batch_size),
+        model=_watched(lm(model, tokenizer, batch_size), model, batch_size, label),
         tasks=tasks,
         task_manager=TaskManager(include_path=str(OWN_TASKS), include_defaults=False),  # the default one takes 10 s
         num_fewshot=0,

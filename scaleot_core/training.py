@@ -48,7 +48,7 @@ class Optimizer:
             for name, p in self.parameters.items()
         }
         self.clip = clip
-        self.adamw = torch.optim.AdamW(self.masters.values(), weight_decay=weight_decay)
+        self.adamw = torch.optim.AdamW(self.masters.values(), weight_decay=weight_decay, fused=True)
 
     def step(self, lr: float) -> None:
         """One update from the gradients at hand, clipped by their common norm; then they are dropped."""

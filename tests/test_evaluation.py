@@ -74,3 +74,10 @@ def test_figures_are_numbers_with_their_errors_and_versions(figures):
 def test_one_question_has_no_standard_error(tokenizer):
     said = refusal(lambda: evaluate(tiny_model("llama"), tokenizer, {"piqa": PIQA[:1]}, batch_size=1, label="test"))
     assert "task piqa" in said and "data.eval_questions" in said
+
+
+def test_likelihood_that_is_no_number_is_refused(tokenizer):
+    model = tiny_model("llama")
+    model.model.norm.weight.fill_(math.nan)
+    said = refusal(lambda: evaluate(model, tokenizer, {"piqa": PIQA[:2]}, batch_size=2, label="test"))
+    assert "task piqa" in said and "not finite" in said

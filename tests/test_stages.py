@@ -155,11 +155,11 @@ def test_another_seed_gives_others(made: Path, project: Path) -> None:
 def saved_steps(folder: Path) -> int:
     """Finished steps of the newest whole checkpoint in scratch, 0 without one."""
     steps = [0]
-    for file in (folder / ".scaleot").rglob("progress.json"):
-        if not any(part.startswith(".") for part in file.relative_to(folder / ".scaleot").parts):
+    for at, _, names in os.walk(folder / ".scaleot" / "scratch"):  # what vanishes under it, it passes over
+        if "progress.json" in names and not Path(at).name.startswith("."):
             try:
-                steps.append(json.loads(file.read_text())["step"])
-            except (FileNotFoundError, ValueError):  # just replaced by the next one
+                steps.append(json.loads((Path(at) / "progress.json").read_text())["step"])
+            except FileNotFoundError:  # the next one just took its place
                 continue
     return max(steps)
 

@@ -112,5 +112,11 @@ def test_answer_that_is_none_of_the_choices_is_named(key):
     assert "task commonsense_qa_cloze, training row 3" in said
 
 
+def test_right_answer_that_is_null_among_the_choices_is_named():
+    choices = {"label": list("ABCDE"), "text": ["a", "b", None, "d", "e"]}
+    said = refusal(pairs, "commonsense_qa_cloze", [*CLOZE[:2], {**CLOZE[2], "choices": choices}])
+    assert "task commonsense_qa_cloze, training row 3" in said
+
+
 def test_rows_of_another_task_are_refused():
     assert "task piqa: its rows don't fit" in refusal(load_task, "piqa", CLOZE)
