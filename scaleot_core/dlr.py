@@ -14,7 +14,7 @@ from scaleot_core.params import Dlr
 from scaleot_core.runtime import generator
 from scaleot_core.training import Checkpoint, Optimizer, run_steps, warmup_then_linear
 
-DISTINCT_DRAWS = 1000  # before the draw counts as settled
+DISTINCT_DRAWS = 100  # before the draw counts as settled
 
 
 def sample_kept(scores: Tensor, group_size: int, settled: float, draw: torch.Generator) -> Tensor:

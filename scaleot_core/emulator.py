@@ -55,7 +55,7 @@ def choose_layers(scores: Sequence[float], *, adapter_layers: int, alpha: float,
     bad = [i for i, score in enumerate(scores) if not math.isfinite(score)]
     if bad:
         raise UserError(f"scores: layer {bad[0]} has score {scores[bad[0]]}; run train_harmonizers again")
-    check_layers("adapter_layers", adapter_layers, len(scores), least=0)
+    check_layers("adapter_layers", adapter_layers, len(scores), least=1, most=len(scores) - 1)
     ranked = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
     if placement == "ends":
         bottom = math.ceil(adapter_layers / 2)
@@ -63,7 +63,7 @@ def choose_layers(scores: Sequence[float], *, adapter_layers: int, alpha: float,
     else:
         adapters = set(ranked[:adapter_layers])
     others = [i for i in ranked if i not in adapters]
-    replaced = set(others[len(others) - math.floor(alpha * len(others) + 0.5) :])
+    replaced = set(others[len(others) - math.floor(round(alpha * len(others), 9) + 0.5) :])
     return tuple(
         "adapter" if i in adapters else "harmonizer" if i in replaced else "compressed" for i in range(len(scores))
     )
@@ -166,8 +166,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         file = folder / name
         if Path(name).name != name or file.is_symlink() or not file.is_file():
             raise UserError(f"{folder}: {name!r} is not a file of the package; fetch it again")
-        if file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
+        if entry != {"bytes": file.stat().st_size, "sha256": sha256(file)}:
             raise UserError(f"{file}: the content is not what the manifest says; fetch it again")
+    unlisted = {file.name for file in folder.iterdir()} - {*files, MANIFEST}
+    if unlisted:
+        raise UserError(f"{folder}: {min(unlisted)!r} is not among the files of the package; fetch it again")
     return manifest
 
 
@@ -181,36 +184,47 @@ def plan_of(manifest: dict[str, Any]) -> Plan:
     )
 
 
-def load(folder: Path, *, device: torch.device, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, Plan]:
-    """Read a package as a model, frozen, and its plan; `dtype` overrides the package's own.
+def load(folder: Path, *, device: torch.device) -> tuple[PreTrainedModel, Plan]:
+    """Read a package as a model, frozen, and its plan.
 
     The model is built from the manifest's configuration with no weights, its layers are replaced as the plan says,
     and every tensor must then be in the files, by name and shape, and nothing else.
     """
     manifest = read_manifest(folder)
-    plan = plan_of(manifest)
-    fields = dict(manifest["model_config"])
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    family(config)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[manifest["dtype"]])
-        _stand_in(model, plan, shapes)
+    try:
+        plan = plan_of(manifest)
+        fields = dict(manifest["model_config"])
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        family(config)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[manifest["dtype"]])
+            _stand_in(model, plan, shapes)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a manifest that makes no sense leads to
+        raise UserError(f"{folder}/{MANIFEST}: it describes no model ({one_line(error)}); fetch it again") from error
     tensors: dict[str, Tensor] = {}
     for part in ("base", "adapter", "harmonizer", "compressed"):
         if f"{part}.safetensors" in manifest["files"]:
             tensors.update(read_tensors(folder / f"{part}.safetensors"))
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    expected, given = (
+        {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
+        for state in (model.state_dict(), tensors)
+    )
     tied = set(model.all_tied_weights_keys)
-    wrong = {name for name in expected.keys() ^ tensors.keys() if name not in tied}
-    wrong |= {name for name in expected.keys() & tensors.keys() if expected[name] != tensors[name].shape}
+    wrong = {name for name in expected.keys() ^ given.keys() if name not in tied}
+    wrong |= {name for name in expected.keys() & given.keys() if expected[name] != given[name]}
     if wrong:
-        raise UserError(f"{folder}: tensor {min(wrong)!r} is missing, foreign or of the wrong shape; fetch it again")
+        raise UserError(
+            f"{folder}: tensor {min(wrong)!r} is missing, foreign or of the wrong shape or dtype; fetch it again"
+        )
     try:
         model.load_state_dict(tensors, strict=False, assign=True)
     except RuntimeError as error:
         raise UserError(f"{folder}: {one_line(error)}") from None
     model.tie_weights()
-    return model.to(device=device, dtype=dtype).eval().requires_grad_(False), plan
+    model.to(device)  # type: ignore[arg-type]
+    return model.eval().requires_grad_(False), plan
 
 
 def adapter_parameters(model: PreTrainedModel, plan: Plan) -> dict[str, nn.Parameter]:

@@ -99,11 +99,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write tensors as one safetensors file, in sorted order so that equal tensors give equal bytes."""
     ready = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     with whole_file(path) as temporary:
-        temporary.write_bytes(serialize(ready, metadata=metadata))
+        temporary.write_bytes(serialize(ready))
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -1,18 +1,48 @@
 """Loading a model and its tokenizer from a local folder, and what the stages ask of every model."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from scaleot_core.errors import UserError, one_line
 from scaleot_core.families import decoder_layers, family
 
 logging.disable_progress_bar()
+
+
+def _pretrained(source: str | Path, **options: Any) -> PreTrainedModel:
+    """A model with all of its weights; ValueError where transformers would draw a missing tensor at random."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source, output_loading_info=True, trust_remote_code=False, **options
+    )
+    model, missing = loaded[0], loaded[1]["missing_keys"]
+    if missing:
+        raise ValueError(f"tensor {min(missing)!r} is missing")
+    return model
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The configuration in a transformers folder; UserError for none, or an unsupported architecture."""
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # each library below has its own type
+        raise UserError(f"{folder}: no model configuration can be read there ({one_line(error)})") from error
+    family(config)
+    return config
 
 
 def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -24,11 +54,8 @@ def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Pre
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no model is there (config.json is missing); run `dvc repro` or correct `model`")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        family(config)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, use_safetensors=True, local_files_only=True
-        )
+        config = read_config(folder)
+        model = _pretrained(folder, config=config, dtype=dtype, use_safetensors=True, local_files_only=True)
     except UserError:
         raise
     except Exception as error:  # each library below has its own type for a damaged or missing file
@@ -43,10 +70,10 @@ def save_model(source: str, folder: Path, dtype: torch.dtype) -> None:
     UserError for a model that can't be fetched or read, or is of an unsupported architecture.
     """
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         family(config)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model = _pretrained(source, config=config, dtype=dtype)
     except UserError:
         raise
     except Exception as error:
@@ -58,7 +85,7 @@ def save_model(source: str, folder: Path, dtype: torch.dtype) -> None:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a transformers folder; UserError where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"{folder}: the tokenizer can't be loaded ({one_line(error)}); fetch it again") from error
 
@@ -90,6 +117,8 @@ def mean_loss(model: PreTrainedModel, blocks: Tensor, batch_blocks: int = 8) -> 
     total = 0.0
     for batch in blocks.split(batch_blocks):
         total += block_loss(model, batch).item() * len(batch)
+    if not math.isfinite(total):
+        raise UserError(f"the model's loss on the corpus is {total}; check its weights, or use dtype float32")
     return total / len(blocks)
 
 
@@ -116,10 +145,9 @@ def hidden_states(model: PreTrainedModel, blocks: Tensor, batch_blocks: int = 8)
     return [torch.cat(parts) for parts in kept]
 
 
-def check_layers(name: str, count: int, config_layers: int, least: int) -> None:
-    """UserError where a parameter asks for more layers than the model has."""
-    if count > config_layers - least:
+def check_layers(name: str, count: int, layers: int, *, least: int, most: int) -> None:
+    """UserError where a parameter asks for fewer or more layers than a model of `layers` can give."""
+    if not least <= count <= most:
         raise UserError(
-            f"params.yaml: {name} = {count}: the model has {config_layers} decoder layers; "
-            f"the range is 1 to {config_layers - least}"
+            f"params.yaml: {name} = {count}: the model has {layers} decoder layers; the range is {least} to {most}"
         )

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import torch
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from scaleot_core.errors import UserError, one_line
-from scaleot_core.families import family
-from scaleot_core.models import check_layers
+from scaleot_core.errors import UserError
+from scaleot_core.models import check_layers, read_config
 from scaleot_core.params import Params, Tuning
 from scaleot_core.progress import console
 from scaleot_core.runtime import Runtime
@@ -40,14 +39,10 @@ def check_sources(params: Params) -> None:
 
 def check_model(params: Params, folder: Path) -> None:
     """UserError where a parameter doesn't fit the model in a folder: its architecture, layers or context length."""
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        raise UserError(f"{folder}: no model configuration can be read there ({one_line(error)})") from error
-    family(config)
+    config = read_config(folder)
     layers = config.num_hidden_layers
-    check_layers("adapter_layers", params.adapter_layers, layers, least=0)
-    check_layers("dlr.group_size", params.dlr.group_size, layers, least=0)
+    check_layers("adapter_layers", params.adapter_layers, layers, least=1, most=layers - 1)
+    check_layers("dlr.group_size", params.dlr.group_size, layers, least=2, most=layers)
     if params.data.block_size > config.max_position_embeddings:
         raise UserError(
             f"params.yaml: data.block_size = {params.data.block_size}: the model's context is "
@@ -94,7 +89,7 @@ def _rate(runtime: Runtime) -> float:
 
 def show(params: Params, model: Path, runtime: Runtime) -> None:
     """Print the stages to come, where they run, and about how long each takes."""
-    config = AutoConfig.from_pretrained(model, local_files_only=True)
+    config = read_config(model)
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     rate = _rate(runtime) * EFFICIENCY

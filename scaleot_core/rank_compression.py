@@ -44,7 +44,7 @@ def kept_rank(full: int, beta: float, semantics: str) -> int:
     `semantics` is "removed" as above, or "kept" for β as the share that is kept. Rounding is half up.
     """
     share = 1 - beta if semantics == "removed" else beta
-    return max(1, math.floor(share * full + 0.5))
+    return max(1, math.floor(round(share * full, 9) + 0.5))
 
 
 def _matrices(module: nn.Linear | Conv1D, fused: int) -> list[tuple[Tensor, Tensor | None]]:

@@ -47,18 +47,18 @@ def misordered(measured: Measured) -> list[str]:
 def measurement_table(tasks: Mapping[str, Measured]) -> Table:
     """The five measurements of every task, each with its standard error."""
     table = Table(title="The five measurements (our own splits, not the official ones)")
-    table.add_column("measurement")
-    for task in tasks:
-        table.add_column(f"{task}\nacc", justify="right")
-        table.add_column("\nacc_norm", justify="right")
-        table.add_column("\nanswer nll", justify="right")
+    table.add_column("")
+    for name in ("acc", "acc_norm", "answer nll"):
+        table.add_column(name, justify="right")
 
     def cell(figures: Mapping[str, Any], metric: str) -> str:
         return f"{figures[metric]:.3f} ± {figures[metric + '_stderr']:.3f}" if metric in figures else "–"
 
-    for name in MEASUREMENTS:
-        cells = [cell(measured[name], m) for measured in tasks.values() for m in ("acc", "acc_norm", "answer_nll")]
-        table.add_row(name, *cells, style="bold" if name == "plug_in" else None)
+    for task, measured in tasks.items():
+        table.add_section()
+        table.add_row(task, style="bold")
+        for name in MEASUREMENTS:
+            table.add_row(f"  {name}", *(cell(measured[name], m) for m in ("acc", "acc_norm", "answer_nll")))
     return table
 
 

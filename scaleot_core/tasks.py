@@ -53,6 +53,8 @@ def task_config(name: str) -> dict[str, Any]:
         )
     if not config.get("training_split"):
         raise UserError(f"params.yaml: tasks: {name!r} has no training split, so nothing can be tuned on it")
+    if config["training_split"] == (config.get("test_split") or config.get("validation_split")):
+        raise UserError(f"params.yaml: tasks: {name!r} is scored on its training split, which tells nothing")
     if config.get("metric_list") and "acc" not in [metric["metric"] for metric in config["metric_list"]]:
         raise UserError(f"params.yaml: tasks: {name!r} has no accuracy; use a task that has one")
     return config
@@ -93,14 +95,13 @@ def answer_pairs(task: "Task", part: str = "training") -> list[tuple[str, str]]:
         try:
             context = task.fewshot_context(doc, 0)
             requests = task.construct_requests(doc, context, metadata=(task.config.task, row, 1))
-            answer = task.doc_to_target(doc)
+            answer, choices = task.doc_to_target(doc), task.doc_to_choice(doc)
         except Exception as error:
             raise UserError(f"task {task.config.task}, {part} row {row}: no answer ({one_line(error)})") from error
         if not isinstance(answer, int) or not 0 <= answer < len(requests):
             raise UserError(f"task {task.config.task}, {part} row {row}: answer {answer!r} is none of its choices")
         before, continuation = requests[answer].args
-        text = continuation.strip()
-        if not text or (text == "None" and None in doc.values()):  # as a template prints a field that isn't set
+        if choices[answer] is None or not continuation.strip():  # a template prints a field that isn't set as None
             raise UserError(f"task {task.config.task}, {part} row {row}: the right answer is empty")
         pairs.append((before, continuation))
     return pairs

@@ -106,8 +106,11 @@ class Checkpoint:
         saves = sorted(self.folder.glob("[0-9]*"))
         if not saves:
             return 0
-        state.load(read_tensors(saves[-1] / "state.safetensors"))
-        saved = read_json(saves[-1] / "progress.json")
+        try:
+            state.load(read_tensors(saves[-1] / "state.safetensors"))
+            saved = read_json(saves[-1] / "progress.json")
+        except UserError as error:
+            raise UserError(f"{error}; or delete {self.folder} to begin the stage anew") from error
         self.history = saved["history"]
         say(f"resuming after step {saved['step']}")
         return int(saved["step"])

@@ -6,10 +6,12 @@ import shutil
 import pytest
 import torch
 from conftest import tiny_model
+from safetensors.torch import save_file
 from test_files import refusal
 
+from scaleot_core.errors import UserError
 from scaleot_core.families import FAMILIES, decoder_layers
-from scaleot_core.files import read_json, read_tensors, write_tensors
+from scaleot_core.files import read_json, read_tensors
 from scaleot_core.models import block_loss, load_model, load_tokenizer, mean_loss, replaced, save_model
 
 CPU = torch.device("cpu")
@@ -42,7 +44,7 @@ def cut_short(folder):
 def without_a_tensor(folder):  # transformers fills it with random numbers
     tensors = read_tensors(folder / WEIGHTS)
     del tensors["model.layers.1.mlp.up_proj.weight"]
-    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
 DAMAGES = [without_folder, without_weights, with_noise, cut_short, without_a_tensor]
@@ -129,3 +131,17 @@ def test_mean_loss_is_the_mean_over_blocks_whatever_the_batch(model, blocks):
     expected = sum(naive_loss(model, block) for block in blocks) / len(blocks)
     for size in (1, 5, 12, 100):  # 5 leaves a last batch of 2
         assert mean_loss(model, blocks, batch_blocks=size) == pytest.approx(expected, rel=1e-5)
+
+
+def test_code_in_a_folder_is_neither_run_nor_asked_for(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked to run code of the folder"))
+    tiny_model("llama").save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Model"}}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "m" / "own.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(UserError):
+        load_model(tmp_path / "m", device=torch.device("cpu"), dtype=torch.float32)
+    with pytest.raises(UserError):
+        save_model(str(tmp_path / "m"), tmp_path / "copy", torch.float32)

@@ -37,7 +37,7 @@ def folder(tmp_path, tokenizer):
 @pytest.fixture
 def fitting(params, folder):
     """Parameters that ask for all that the tiny model has: 4 layers, 128 tokens of context."""
-    return changed(params, {"model": str(folder), "adapter_layers": 4, "dlr.group_size": 4, "data.block_size": 128})
+    return changed(params, {"model": str(folder), "adapter_layers": 3, "dlr.group_size": 4, "data.block_size": 128})
 
 
 # --- sources ---------------------------------------------------------------------------------------------
@@ -93,8 +93,8 @@ def test_unsupported_architecture_names_the_supported_ones(fitting, folder):
 @pytest.mark.parametrize(
     ("key", "least_wrong", "has", "limit"),
     [
-        ("adapter_layers", 5, "4 decoder layers", "1 to 4"),
-        ("dlr.group_size", 5, "4 decoder layers", "to 4"),
+        ("adapter_layers", 4, "4 decoder layers", "1 to 3"),
+        ("dlr.group_size", 5, "4 decoder layers", "2 to 4"),
         ("data.block_size", 129, "128 tokens", "8 to 128"),
     ],
 )

@@ -68,9 +68,9 @@ def test_broken_order_is_told(acc, nll, said):
 
 def test_table_has_every_figure_with_its_error():
     table = report.measurement_table({"piqa": GOOD})
-    assert list(table.columns[0].cells) == list(report.MEASUREMENTS)
+    assert [str(cell).strip() for cell in table.columns[0].cells] == ["piqa", *report.MEASUREMENTS]
     assert list(table.columns[1].cells)[-1] == "0.580 ± 0.010"
-    assert set(table.columns[2].cells) == {"–"}  # no acc_norm
+    assert set(list(table.columns[2].cells)[1:]) == {"–"}  # no acc_norm
     assert list(table.columns[3].cells)[-1] == "12.000 ± 0.100"
 
 
