@@ -11,7 +11,7 @@ from scaleot_core.errors import UserError
 from scaleot_core.harmonizer import Harmonizers
 from scaleot_core.models import block_loss, mean_loss, replaced
 from scaleot_core.params import Dlr
-from scaleot_core.runtime import generator
+from scaleot_core.runtime import generator, keep_freed_memory
 from scaleot_core.training import Checkpoint, Optimizer, run_steps, warmup_then_linear
 
 DISTINCT_DRAWS = 100  # before the draw counts as settled
@@ -103,6 +103,7 @@ def train(
         raise UserError(
             f"params.yaml: dlr.score_blocks = {dlr.score_blocks}: the corpus has {len(blocks)} training blocks"
         )
+    keep_freed_memory()
     blocks, score_blocks = blocks[: -dlr.score_blocks], blocks[-dlr.score_blocks :]
     parameters = {name: p for name, p in harmonizers.named_parameters()}
     state = DlrState(Optimizer(parameters), scores.double().clone())

@@ -17,7 +17,7 @@ from scaleot_core.files import read_json, read_tensors
 from scaleot_core.harmonizer import Harmonizer, Harmonizers
 from scaleot_core.models import block_loss, hidden_states, mean_loss, replaced
 from scaleot_core.progress import progress
-from scaleot_core.runtime import generator
+from scaleot_core.runtime import generator, keep_freed_memory
 from scaleot_core.training import Checkpoint, Optimizer, run_steps, warmup_then_linear
 
 
@@ -126,6 +126,7 @@ def fit_locally(
     Memory: (L + 1) · N · T · D numbers in the model's dtype. Returns the loss a step: the mean over layers of the
     squared error relative to what the layer adds.
     """
+    keep_freed_memory()
     states = hidden_states(model, blocks)
     fit = LocalFit(harmonizers, states)
     optimizer = Optimizer(fit.weights)
