@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from accelerate import init_empty_weights
@@ -196,6 +196,8 @@ def load(folder: Path, *, device: torch.device) -> tuple[PreTrainedModel, Plan]:
         fields = dict(manifest["model_config"])
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         family(config)
+        if len(plan.kinds) != config.num_hidden_layers or not set(plan.kinds) <= set(get_args(Kind)):
+            raise ValueError("`layers` doesn't name one known kind for each layer")
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[manifest["dtype"]])
             _stand_in(model, plan, shapes)

@@ -342,6 +342,15 @@ def test_manifest_that_makes_no_sense_is_refused_in_one_line(package, changes):
     assert refused(package)
 
 
+@pytest.mark.parametrize(
+    ("plan", "layers"), [(PLAN, ["harmonizer", "other", "compressed", "compressed"]), (WHOLE, ["adapter"])]
+)
+def test_plan_that_does_not_name_a_known_kind_for_each_layer_is_refused(tmp_path, tokenizer, plan, layers):
+    package = write(tmp_path / "package", tiny_model("llama"), tokenizer, plan)
+    change_manifest(package, layers=layers)
+    assert "layers" in refused(package)
+
+
 def test_folder_without_a_sound_manifest(package):
     (package / "manifest.json").write_text("{half")
     assert "manifest.json" in refused(package)
