@@ -30,6 +30,9 @@ def check_sources(params: Params) -> None:
         is_path = is_path or (key == "data.source" and value not in ("embedded", "hub"))
         if is_path and not Path(value).exists():
             raise UserError(f"params.yaml: {key} = {value!r}: no such file or folder; correct the path")
+    scored, blocks = params.dlr.score_blocks, params.data.train_blocks
+    if scored >= blocks:
+        raise UserError(f"params.yaml: dlr.score_blocks = {scored}: none of data.train_blocks = {blocks} is left")
     folder = Path(params.model)
     if folder.is_dir():
         check_model(params, folder)

@@ -7,7 +7,7 @@ the data owner gets. Decompositions stay beside the checkpoints, for the next α
 from pathlib import Path
 
 from scaleot_core import decomposition, emulator, importance
-from scaleot_core.files import fingerprint, read_json, read_tensors, whole_folder, write_tensors
+from scaleot_core.files import fingerprint, read_tensors, whole_folder, write_tensors
 from scaleot_core.models import load_model, load_tokenizer
 from scaleot_core.params import load_params
 from scaleot_core.runtime import cost, run_stage, setup
@@ -22,16 +22,16 @@ def main() -> None:
     runtime = setup(params, "compress")
     kept = scratch("decompositions")
     with cost(Path("costs/compress.json"), runtime):
+        model = load_model(MODEL, device=runtime.device, dtype=runtime.dtype)
+        harmonizers = importance.new_harmonizers(model, params.harmonizer.rank, params.seed)
+        importance.restore(harmonizers, HARMONIZERS / "harmonizers.safetensors")
         kinds = emulator.choose_layers(
-            read_json(HARMONIZERS / "scores.json")["scores"],
+            importance.read_scores(HARMONIZERS / "scores.json", len(harmonizers)),
             adapter_layers=params.adapter_layers,
             alpha=params.alpha,
             placement=params.adapter_placement,
         )
         plan = emulator.Plan(kinds, params.beta, params.rank_semantics, params.harmonizer.rank)
-        model = load_model(MODEL, device=runtime.device, dtype=runtime.dtype)
-        harmonizers = importance.new_harmonizers(model, params.harmonizer.rank, params.seed)
-        importance.restore(harmonizers, HARMONIZERS / "harmonizers.safetensors")
         covariances = None
         if params.src.whiten:
             file = kept / f"inputs-{fingerprint(params.src.calibration_blocks, MODEL, CORPUS)}.safetensors"
