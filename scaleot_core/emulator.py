@@ -21,6 +21,7 @@ from scaleot_core.families import attention, decoder_layers, family
 from scaleot_core.files import read_json, read_tensors, sha256, write_json, write_tensors
 from scaleot_core.harmonizer import Harmonizer, Harmonizers
 from scaleot_core.models import check_layers
+from scaleot_core.params import HarmonizerForm
 from scaleot_core.rank_compression import compress_layer
 from scaleot_core.runtime import DTYPES
 
@@ -38,7 +39,7 @@ class Plan:
     kinds: tuple[Kind, ...]
     beta: float
     rank_semantics: str
-    harmonizer_rank: int
+    harmonizer: HarmonizerForm
 
     def layers(self, kind: Kind) -> list[int]:
         """Indices of the layers of one kind, ascending."""
@@ -50,11 +51,8 @@ def choose_layers(scores: Sequence[float], *, adapter_layers: int, alpha: float,
 
     Placement "importance" takes the layers of highest score, "ends" the two bottom and two top ones of N_a = 4 (the
     bottom has the odd one). Harmonizers replace the other layers of lowest score; their number is rounded half up.
-    UserError for scores that are not finite or more adapter layers than the model can give.
+    UserError for more adapter layers than the model can give.
     """
-    bad = [i for i, score in enumerate(scores) if not math.isfinite(score)]
-    if bad:
-        raise UserError(f"scores: layer {bad[0]} has score {scores[bad[0]]}; run train_harmonizers again")
     check_layers("adapter_layers", adapter_layers, len(scores), least=1, most=len(scores) - 1)
     ranked = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
     if placement == "ends":
@@ -81,7 +79,7 @@ def _stand_in(model: PreTrainedModel, plan: Plan, decompose: Decompose) -> dict[
     for i, kind in enumerate(plan.kinds):
         if kind == "harmonizer":
             like = next(layers[i].parameters())
-            layers[i] = Harmonizer(size, plan.harmonizer_rank).to(device=like.device, dtype=like.dtype)
+            layers[i] = Harmonizer(size, plan.harmonizer).to(device=like.device, dtype=like.dtype)
             continue
         attention(model.config, layers[i]).layer_idx = numbered  # type: ignore[assignment]
         numbered += 1
@@ -143,7 +141,7 @@ def save(
             "layers": list(plan.kinds),
             "beta": plan.beta,
             "rank_semantics": plan.rank_semantics,
-            "harmonizer_rank": plan.harmonizer_rank,
+            "harmonizer": plan.harmonizer.model_dump(),
             "ranks": ranks,
             "files": {
                 file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(folder.iterdir())
@@ -180,7 +178,7 @@ def plan_of(manifest: dict[str, Any]) -> Plan:
         kinds=tuple(manifest["layers"]),
         beta=manifest["beta"],
         rank_semantics=manifest["rank_semantics"],
-        harmonizer_rank=manifest["harmonizer_rank"],
+        harmonizer=HarmonizerForm.model_validate(manifest["harmonizer"]),
     )
 
 
@@ -229,18 +227,24 @@ def load(folder: Path, *, device: torch.device) -> tuple[PreTrainedModel, Plan]:
     return model.eval().requires_grad_(False), plan
 
 
-def adapter_parameters(model: PreTrainedModel, plan: Plan) -> dict[str, nn.Parameter]:
-    """The parameters of the adapter layers, by their names in the model: what offsite tuning trains, and all of it."""
+def layer_parameters(model: PreTrainedModel, plan: Plan, kind: Kind) -> dict[str, nn.Parameter]:
+    """The parameters of the layers of one kind, by their names in the model. Offsite tuning trains the adapters'."""
     path = family(model.config).layers
-    return {name: p for name, p in model.named_parameters() if _part(name, path, plan) == "adapter"}
+    return {name: p for name, p in model.named_parameters() if _part(name, path, plan) == kind}
 
 
-def plug_in(model: PreTrainedModel, adapters: dict[str, Tensor]) -> None:
-    """Put tuned adapter tensors into the emulator or the real model, in place; UserError for one that doesn't fit."""
-    parameters = dict(model.named_parameters())
-    for name, tensor in adapters.items():
-        if name not in parameters or parameters[name].shape != tensor.shape:
-            raise UserError(f"adapter tensor {name!r} doesn't fit the model; tune the adapter on this model's package")
+def plug_in(model: PreTrainedModel, plan: Plan, adapters: dict[str, Tensor]) -> None:
+    """Put tuned adapter tensors into the emulator or the real model, in place.
+
+    They must be those of the plan's adapter layers, all of them and nothing else; UserError names one that isn't.
+    """
+    parameters = layer_parameters(model, plan, "adapter")
+    for name in sorted(parameters.keys() | adapters.keys()):
+        here, given = parameters.get(name), adapters.get(name)
+        if here is None or given is None or here.shape != given.shape:
+            raise UserError(
+                f"adapter tensor {name!r} is missing, foreign or of another shape; tune the adapter on this package"
+            )
     with torch.no_grad():
-        for name, tensor in adapters.items():
-            parameters[name].copy_(tensor)
+        for name, parameter in parameters.items():
+            parameter.copy_(adapters[name])

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,13 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not valid JSON ({one_line(error)}); make it again") from None
 
 
+def once(file: Path, measure: Callable[[], Any]) -> Any:
+    """What `measure` gives, as JSON in `file`: measured if the file isn't there yet, else read back."""
+    if not file.exists():
+        write_json(file, measure())
+    return read_json(file)
+
+
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object a line."""
     with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
@@ -85,18 +92,21 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({one_line(error)})") from None
-    rows = []
+    return [row for _, row in parse_jsonl(str(path), lines)]
+
+
+def parse_jsonl(name: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each line's number, from 1, and its JSON object, blank lines aside; UserError for a line that is none."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise UserError(f"{path}, line {number}: not valid JSON ({one_line(error)})") from None
+            raise UserError(f"{name}, line {number}: not valid JSON ({one_line(error)})") from None
         if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: a JSON object is needed, this is a {type(row).__name__}")
-        rows.append(row)
-    return rows
+            raise UserError(f"{name}, line {number}: a JSON object is needed, this is a {type(row).__name__}")
+        yield number, row
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

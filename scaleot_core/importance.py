@@ -15,18 +15,19 @@ from scaleot_core.errors import UserError
 from scaleot_core.families import decoder_layers
 from scaleot_core.files import read_json, read_tensors
 from scaleot_core.harmonizer import Harmonizer, Harmonizers
-from scaleot_core.models import block_loss, hidden_states, mean_loss, replaced
+from scaleot_core.models import block_loss, hidden_states, hooked, mean_loss, replaced
+from scaleot_core.params import HarmonizerForm
 from scaleot_core.progress import progress
 from scaleot_core.runtime import generator, keep_freed_memory
 from scaleot_core.training import Checkpoint, Optimizer, run_steps, warmup_then_linear
 
 
-def new_harmonizers(model: PreTrainedModel, rank: int, seed: int) -> Harmonizers:
+def new_harmonizers(model: PreTrainedModel, form: HarmonizerForm, seed: int) -> Harmonizers:
     """One fresh float32 harmonizer a decoder layer, on the model's device."""
     draw = generator(seed, "harmonizers")
     harmonizers = Harmonizers()
     for _ in decoder_layers(model):
-        harmonizer = Harmonizer(model.config.hidden_size, rank)
+        harmonizer = Harmonizer(model.config.hidden_size, form)
         harmonizer.reset(draw)
         harmonizers.append(harmonizer)
     return harmonizers.to(model.device)
@@ -38,7 +39,7 @@ def read_scores(path: Path, layers: int) -> list[float]:
     if len(scores) != layers:
         raise UserError(f"{path}: {len(scores)} scores, and the model has {layers} decoder layers; make it again")
     for i, score in enumerate(scores):
-        if not math.isfinite(score):
+        if type(score) not in (int, float) or not math.isfinite(score):
             raise UserError(f"{path}: layer {i} has score {score}; make it again")
     return scores
 
@@ -70,15 +71,16 @@ class LocalFit:
     def __init__(self, harmonizers: Harmonizers, states: list[Tensor]) -> None:
         self.states = states
         self.harmonizers = harmonizers
+        self.first = next(iter(harmonizers))  # they share one form
         means, deviations, weights, scales = [], [], [], []
         for before, after in pairwise(states):
-            x, added = before.float(), after.float() - before.float()
+            x, target = self._pair(before, after)
             weight = 1 / after.float().square().mean(1)  # (N·T,)
             mean = (weight @ x) / weight.sum()
             means.append(mean)
             deviations.append(((weight @ (x - mean).square()) / weight.sum()).sqrt().clamp(min=1e-6))
             weights.append(weight)
-            scales.append((weight @ added.square().mean(1) / len(weight)).sqrt())
+            scales.append((weight @ target.square().mean(1) / len(weight)).sqrt())
         self.mean, self.deviation = torch.stack(means)[:, None], torch.stack(deviations)[:, None]  # (L, 1, D)
         self.scale = torch.stack(scales).clamp(min=1e-6)[:, None, None]  # (L, 1, 1)
         self.token_weights = torch.stack(weights)  # (L, N·T)
@@ -90,13 +92,18 @@ class LocalFit:
         }
         self.weights = {name: nn.Parameter(value.detach().clone()) for name, value in stack.items()}
 
+    def _pair(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+        """What W_down is given and what W_up is to give, for states (..., D) around a layer."""
+        before, after = before.float(), after.float()
+        return self.first.normed(before), after - before if self.first.form.residual else after
+
     def loss(self, rows: Tensor) -> Tensor:
         """Error relative to what each layer adds, summed over layers, at token positions `rows` (n,)."""
-        states = torch.stack([state[rows] for state in self.states]).float()  # (L + 1, n, D)
-        x = (states[:-1] - self.mean) / self.deviation
-        target = (states[1:] - states[:-1]) / self.scale
+        states = torch.stack([state[rows] for state in self.states])  # (L + 1, n, D)
+        x, target = self._pair(states[:-1], states[1:])
+        x = (x - self.mean) / self.deviation
         hidden = torch.relu(torch.baddbmm(self.weights["down_bias"], x, self.weights["down"].mT))
-        error = torch.baddbmm(self.weights["up_bias"], hidden, self.weights["up"].mT) - target
+        error = torch.baddbmm(self.weights["up_bias"], hidden, self.weights["up"].mT) - target / self.scale
         return (error.square().mean(2) * self.token_weights[:, rows]).mean(1).sum()
 
     @torch.no_grad()
@@ -185,16 +192,13 @@ def taylor(model: PreTrainedModel, blocks: Tensor) -> list[float]:
         return (first, *args[1:])
 
     hooks = [layers[0].register_forward_pre_hook(start), *(layer.register_forward_hook(keep) for layer in layers)]
-    try:
+    with hooked(*hooks):
         for block in blocks.split(1):
             states.clear()
             block_loss(model, block).backward()
             for i, (before, after) in enumerate(pairwise(states)):
                 assert after.grad is not None
                 totals[i] += (after.grad.float() * (after - before).float()).sum().abs().item() / len(blocks)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return totals
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -91,6 +92,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 @contextmanager
+def hooked(*handles: RemovableHandle) -> Iterator[None]:
+    """Hooks that are registered for the length of a block."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def replaced(model: PreTrainedModel, stand_ins: dict[int, nn.Module]) -> Iterator[None]:
     """Put stand-ins in the place of some decoder layers, by index, for the length of a block."""
     layers = decoder_layers(model)
@@ -136,12 +147,9 @@ def hidden_states(model: PreTrainedModel, blocks: Tensor, batch_blocks: int = 8)
 
     hooks = [layer.register_forward_pre_hook(keep_input(i)) for i, layer in enumerate(layers)]
     hooks.append(layers[-1].register_forward_hook(lambda module, args, out: kept[-1].append(out.flatten(0, 1))))
-    try:
+    with hooked(*hooks):
         for batch in blocks.split(batch_blocks):
             model.base_model(input_ids=batch.to(model.device).long(), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return [torch.cat(parts) for parts in kept]
 
 

@@ -47,11 +47,15 @@ class Data(_Block):
     """Most evaluated questions a task."""
 
 
-class Harmonizer(_Block):
-    """The stand-in for one decoder layer (method section 1)."""
+class HarmonizerForm(_Block):
+    """What the stand-in for one decoder layer is (method section 1)."""
 
     rank: Positive
     """r: 64 for models up to about 2B parameters, 256 for larger ones."""
+    residual: bool
+    """Whether the input is added to the output."""
+    norm: bool
+    """Whether the input of W_down is divided by its root mean square."""
 
 
 class LayerImportance(_Block):
@@ -61,8 +65,8 @@ class LayerImportance(_Block):
     """What the prior scores are made of."""
     calibration_blocks: Positive
     """Training blocks whose hidden states are kept for the local fits; memory grows with it."""
-    steps: Positive
-    """Steps of local regression; all layers take each step together."""
+    steps: Annotated[int, Field(ge=0)]
+    """Steps of local regression; all layers take each step together. With 0 harmonizers stay identities."""
     batch_tokens: Positive
     """Tokens in a step."""
     lr: Rate
@@ -95,6 +99,8 @@ class Dlr(_Block):
     """Corpus blocks in a step."""
     lr: Rate
     """AdamW's learning rate for the harmonizers."""
+    hidden_weight: Annotated[float, Field(ge=0)]
+    """Weight of the error of the last hidden states beside the cross-entropy; 0 is the paper's loss, OT has 30."""
     score_blocks: Positive
     """Training blocks set aside to compare candidates on."""
     score_every: Positive
@@ -103,6 +109,8 @@ class Dlr(_Block):
     """η of the score update."""
     candidates: Annotated[int, Field(ge=2)]
     """N_c: distinct networks compared in a score update."""
+    after_src: Annotated[int, Field(ge=0)]
+    """Harmonizer updates in the finished emulator, by stage `compress`, to make up for what the truncation costs."""
 
 
 class Tuning(_Block):
@@ -159,7 +167,7 @@ class Params(_Block):
     rank_semantics: Literal["removed", "kept"]
     """Whether β is the share of the rank that is removed or kept."""
     data: Data
-    harmonizer: Harmonizer
+    harmonizer: HarmonizerForm
     layer_importance: LayerImportance
     dlr: Dlr
     src: Src

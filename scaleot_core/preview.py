@@ -5,9 +5,12 @@ from pathlib import Path
 
 import torch
 from rich.table import Table
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from scaleot_core import dlr
+from scaleot_core.decomposition import decompose
 from scaleot_core.errors import UserError
+from scaleot_core.families import family
 from scaleot_core.models import check_layers, read_config
 from scaleot_core.params import Params, Tuning
 from scaleot_core.progress import console
@@ -16,6 +19,7 @@ from scaleot_core.runtime import Runtime
 QUESTION_TOKENS = 30  # of a typical question with its answer
 CHOICES = 4  # scored for a typical question
 OVERHEAD_SECONDS = 15  # of one stage: imports and loading
+SMALL = 256  # rows and columns of the matrix that a decomposition is timed on
 EFFICIENCY = 0.4  # of a large matrix product's rate that a small model reaches
 
 
@@ -30,9 +34,6 @@ def check_sources(params: Params) -> None:
         is_path = is_path or (key == "data.source" and value not in ("embedded", "hub"))
         if is_path and not Path(value).exists():
             raise UserError(f"params.yaml: {key} = {value!r}: no such file or folder; correct the path")
-    scored, blocks = params.dlr.score_blocks, params.data.train_blocks
-    if scored >= blocks:
-        raise UserError(f"params.yaml: dlr.score_blocks = {scored}: none of data.train_blocks = {blocks} is left")
     folder = Path(params.model)
     if folder.is_dir():
         check_model(params, folder)
@@ -45,7 +46,7 @@ def check_model(params: Params, folder: Path) -> None:
     config = read_config(folder)
     layers = config.num_hidden_layers
     check_layers("adapter_layers", params.adapter_layers, layers, least=1, most=layers - 1)
-    check_layers("dlr.group_size", params.dlr.group_size, layers, least=2, most=layers)
+    dlr.check(params.dlr, layers=layers, blocks=params.data.train_blocks)
     if params.data.block_size > config.max_position_embeddings:
         raise UserError(
             f"params.yaml: data.block_size = {params.data.block_size}: the model's context is "
@@ -64,14 +65,15 @@ def forward_tokens(params: Params) -> dict[str, float]:
     A backward pass through frozen layers counts once: it needs the gradient of their input alone.
     """
     block, tasks = params.data.block_size, len(params.tasks)
-    fits, dlr = params.layer_importance, params.dlr
+    fits, steps = params.layer_importance, params.dlr.steps
     layers = 30  # of the sensitivities, in a typical model
     scoring = params.data.eval_questions * CHOICES * QUESTION_TOKENS * tasks
-    updates = dlr.steps // dlr.score_every * dlr.candidates
+    candidates = steps // params.dlr.score_every * params.dlr.candidates
     return {
         "layer_importance": block * (fits.calibration_blocks + layers * fits.sensitivity_blocks)
         + 0.1 * fits.steps * fits.batch_tokens,
-        "train_harmonizers": block * dlr.batch_blocks * (2 * dlr.steps + updates),
+        "train_harmonizers": block * params.dlr.batch_blocks * (2 * steps + candidates),
+        "compress": block * params.src.calibration_blocks if params.src.whiten else 0,
         "zero_shot": scoring,
         "full_finetune": scoring + 3 * tasks * _tuning_tokens(params.full_finetune, params.data.train_questions),
         "offsite_tune": 2 * tasks * _tuning_tokens(params.tuning, params.data.train_questions),
@@ -90,6 +92,14 @@ def _rate(runtime: Runtime) -> float:
     return count * 2 * 1024**3 / (time.perf_counter() - start)
 
 
+def _decomposition_seconds(config: PretrainedConfig) -> float:
+    """Seconds that the decompositions of all attention projections take: measured on a small one, cubic in its size."""
+    start = time.perf_counter()
+    decompose(torch.randn(SMALL, SMALL))
+    one = (time.perf_counter() - start) * (config.hidden_size / SMALL) ** 3
+    return one * sum(family(config).projections.values()) * config.num_hidden_layers
+
+
 def show(params: Params, model: Path, runtime: Runtime) -> None:
     """Print the stages to come, where they run, and about how long each takes."""
     config = read_config(model)
@@ -104,8 +114,9 @@ def show(params: Params, model: Path, runtime: Runtime) -> None:
     table.add_column("about", justify="right")
     total = 0.0
     for stage, tokens in forward_tokens(params).items():
-        processes = 1 if stage in ("layer_importance", "train_harmonizers", "evaluate") else len(params.tasks)
+        processes = len(params.tasks) if stage in ("zero_shot", "full_finetune", "offsite_tune") else 1
         seconds = tokens * 2 * parameters / rate + OVERHEAD_SECONDS * processes
+        seconds += _decomposition_seconds(config) if stage == "compress" else 0
         total += seconds
         table.add_row(stage, f"{tokens:,.0f}", f"{seconds / 60:.1f} min")
     table.add_row("all", "", f"{total / 60:.0f} min", style="bold")

@@ -59,11 +59,20 @@ def cut(
 def local(folder: Path, task: str) -> tuple[list[Row], list[Row]]:
     """Both splits of `<folder>/<task>/`: train.jsonl, and validation.jsonl or, without one, test.jsonl.
 
-    UserError for a missing or malformed file.
+    UserError for a missing or malformed file, and for a row that lacks a field which others have.
     """
     validation, test = folder / task / "validation.jsonl", folder / task / "test.jsonl"
     evaluated = test if test.is_file() and not validation.is_file() else validation
-    return read_jsonl(folder / task / "train.jsonl"), read_jsonl(evaluated)
+    return _rows(folder / task / "train.jsonl"), _rows(evaluated)
+
+
+def _rows(file: Path) -> list[Row]:
+    rows = read_jsonl(file)
+    names = {name for row in rows for name in row}
+    for number, row in enumerate(rows, start=1):
+        if row.keys() != names:
+            raise UserError(f"{file}, row {number}: the field `{min(names - row.keys())}` is missing; add it")
+    return rows
 
 
 def hub(task: str) -> tuple[list[Row], list[Row]]:

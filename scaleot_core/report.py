@@ -78,7 +78,8 @@ def show(metrics: Mapping[str, Any]) -> None:
     )
 
 
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a header and rows as CSV."""
     with whole_file(path) as temporary, temporary.open("w", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(header)
@@ -88,13 +89,13 @@ def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]])
 def write_curves(folder: Path, histories: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
     """Loss curves as one CSV a stage, `<folder>/<stage>.csv`: step, loss."""
     for stage, history in histories.items():
-        _write_csv(folder / f"{stage}.csv", ["step", "loss"], ([row["step"], row["loss"]] for row in history))
+        write_csv(folder / f"{stage}.csv", ["step", "loss"], ([row["step"], row["loss"]] for row in history))
 
 
 def write_layers(path: Path, prior: Sequence[float], scores: Sequence[float], kinds: Sequence[str]) -> None:
     """Per-layer scores as one CSV: layer, prior, score, kind."""
     rows = zip(range(len(scores)), prior, scores, kinds, strict=True)
-    _write_csv(path, ["layer", "prior", "score", "kind"], rows)
+    write_csv(path, ["layer", "prior", "score", "kind"], rows)
 
 
 def draw(folder: Path, metrics: Mapping[str, Any], histories: Mapping[str, Any], layers: Mapping[str, Any]) -> None:

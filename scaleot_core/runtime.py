@@ -92,6 +92,14 @@ def cost(path: Path, runtime: Runtime) -> Iterator[None]:
     write_json(path, meter.read())
 
 
+def named_task(params: Params) -> str:
+    """The task that a stage's command line names; UserError for none, or one that params.yaml doesn't have."""
+    given = sys.argv[1:]
+    if len(given) != 1 or given[0] not in params.tasks:
+        raise UserError(f"name one of the tasks in params.yaml: python {sys.argv[0]} {'|'.join(params.tasks)}")
+    return given[0]
+
+
 def run_stage(main: Callable[[], None]) -> None:
     """Run a stage's main; a UserError ends in one line and exit code 1, an interruption in 130."""
     try:

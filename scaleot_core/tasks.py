@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers import PreTrainedTokenizerBase
+
 from scaleot_core.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -84,24 +86,33 @@ def load_task(name: str, train: Rows, evaluation: Rows | None = None) -> "Task":
     return task
 
 
-def answer_pairs(task: "Task", part: str = "training") -> list[tuple[str, str]]:
+def answer_pairs(
+    task: "Task", tokenizer: PreTrainedTokenizerBase, *, context_length: int, part: str = "training"
+) -> list[tuple[str, str]]:
     """(context, continuation) of every training question's right answer, to the letter as lm-eval scores it.
 
     `part` is what the rows are called in messages. UserError names the first row whose answer is missing or not among
-    its choices.
+    its choices, or of which a choice is empty or has more tokens than the model's context.
     """
     pairs = []
     for row, doc in enumerate(task.training_docs(), start=1):
+        where = f"task {task.config.task}, {part} row {row}"
         try:
             context = task.fewshot_context(doc, 0)
             requests = task.construct_requests(doc, context, metadata=(task.config.task, row, 1))
             answer, choices = task.doc_to_target(doc), task.doc_to_choice(doc)
         except Exception as error:
-            raise UserError(f"task {task.config.task}, {part} row {row}: no answer ({one_line(error)})") from error
+            raise UserError(f"{where}: no answer ({one_line(error)})") from error
         if not isinstance(answer, int) or not 0 <= answer < len(requests):
-            raise UserError(f"task {task.config.task}, {part} row {row}: answer {answer!r} is none of its choices")
-        before, continuation = requests[answer].args
-        if choices[answer] is None or not continuation.strip():  # a template prints a field that isn't set as None
-            raise UserError(f"task {task.config.task}, {part} row {row}: the right answer is empty")
-        pairs.append((before, continuation))
+            raise UserError(f"{where}: answer {answer!r} is none of its choices")
+        for number, (choice, request) in enumerate(zip(choices, requests, strict=False), start=1):
+            continuation = request.args[1]
+            if choice is None or not continuation.strip():  # a template prints a field that isn't set as None
+                raise UserError(f"{where}: choice {number} is empty")
+            tokens = len(tokenizer(continuation, add_special_tokens=False)["input_ids"])
+            if tokens > context_length:
+                raise UserError(
+                    f"{where}: choice {number} has {tokens} tokens, and the model's context is {context_length}"
+                )
+        pairs.append(requests[answer].args)
     return pairs

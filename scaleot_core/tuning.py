@@ -26,7 +26,7 @@ def examples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: s
     """
     view = lm(model, tokenizer)
     made = []
-    for context, continuation in answer_pairs(load_task(task, rows)):
+    for context, continuation in answer_pairs(load_task(task, rows), tokenizer, context_length=view.max_length):
         before, answer = view._encode_pair(context, continuation)
         tokens = (before + answer)[-(view.max_length + 1) :]
         made.append((tokens[:-1], ([IGNORED] * len(tokens) + answer)[-len(tokens) + 1 :]))

@@ -4,7 +4,7 @@ Reads everything. Each finished measurement is kept until the stage ends, so tha
 """
 
 import math
-from collections.abc import Callable
+import shutil
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -12,11 +12,20 @@ from typing import Any
 
 from scaleot_core import emulator, report
 from scaleot_core.evaluation import evaluate
-from scaleot_core.files import fingerprint, folder_bytes, read_json, read_jsonl, read_tensors, whole_folder, write_json
+from scaleot_core.files import (
+    fingerprint,
+    folder_bytes,
+    once,
+    read_json,
+    read_jsonl,
+    read_tensors,
+    whole_folder,
+    write_json,
+)
 from scaleot_core.models import load_model, load_tokenizer, mean_loss
 from scaleot_core.params import load_params
 from scaleot_core.runtime import Meter, run_stage, setup
-from scaleot_core.training import Checkpoint, scratch
+from scaleot_core.training import scratch
 
 ARTIFACTS, COSTS = Path("artifacts"), Path("costs")
 
@@ -26,13 +35,7 @@ def main() -> None:
     runtime = setup(params, "evaluate")
     meter = Meter(runtime)
     folders = [ARTIFACTS / name for name in ("model", "emulator", "adapters", "tasks", "corpus")]
-    done = Checkpoint(scratch(f"evaluate-{fingerprint(params.dtype, params.tasks, *folders)}"), math.inf)
-
-    def once(name: str, measure: Callable[[], Any]) -> Any:
-        file = done.folder / f"{name}.json"
-        if not file.exists():
-            write_json(file, measure())
-        return read_json(file)
+    done = scratch(f"evaluate-{fingerprint(params.dtype, params.tasks, *folders)}")
 
     questions = {task: read_jsonl(ARTIFACTS / "tasks" / task / "eval.jsonl") for task in params.tasks}
     adapters = {task: read_tensors(ARTIFACTS / "adapters" / task / "adapter.safetensors") for task in params.tasks}
@@ -41,19 +44,20 @@ def main() -> None:
     size = params.evaluate.batch_size
 
     model, plan = emulator.load(ARTIFACTS / "emulator", device=runtime.device)
-    emulator_loss = once("emulator_loss", partial(mean_loss, model, heldout))
+    emulator_loss = once(done / "emulator_loss.json", partial(mean_loss, model, heldout))
     label = "emulator_zero_shot"
-    shipped = once(label, partial(evaluate, model, tokenizer, questions, batch_size=size, label=label))
+    measure = partial(evaluate, model, tokenizer, questions, batch_size=size, label=label)
+    shipped = once(done / f"{label}.json", measure)
     tuned: dict[str, dict[str, Any]] = {}
     for name in ("emulator_finetune", "plug_in"):
         if name == "plug_in":
             model = load_model(ARTIFACTS / "model", device=runtime.device, dtype=runtime.dtype)
         tuned[name] = {}
         for task in params.tasks:
-            emulator.plug_in(model, adapters[task])
+            emulator.plug_in(model, plan, adapters[task])
             only, label = {task: questions[task]}, f"{name}@{task}"
-            figures = once(label, partial(evaluate, model, tokenizer, only, batch_size=size, label=label))
-            tuned[name][task] = figures[task]
+            measure = partial(evaluate, model, tokenizer, only, batch_size=size, label=label)
+            tuned[name][task] = once(done / f"{label}.json", measure)[task]
 
     tasks = {}
     for task in params.tasks:
@@ -95,7 +99,7 @@ def main() -> None:
         report.draw(out, metrics, histories, layers)
     write_json(Path("metrics.json"), metrics)
     report.show(metrics)
-    done.remove()
+    shutil.rmtree(done)
 
 
 if __name__ == "__main__":

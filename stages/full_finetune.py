@@ -1,6 +1,5 @@
 """Stage full_finetune, one per task: all weights of the real model tuned, the ceiling. α and β don't touch it."""
 
-import sys
 from pathlib import Path
 
 from scaleot_core import tuning
@@ -8,16 +7,16 @@ from scaleot_core.evaluation import evaluate
 from scaleot_core.files import fingerprint, read_jsonl, whole_folder, write_json
 from scaleot_core.models import load_model, load_tokenizer
 from scaleot_core.params import load_params
-from scaleot_core.runtime import cost, run_stage, setup
+from scaleot_core.runtime import cost, named_task, run_stage, setup
 from scaleot_core.training import Checkpoint, scratch
 
 MODEL = Path("artifacts/model")
 
 
 def main() -> None:
-    task = sys.argv[1]
-    folder = Path("artifacts/tasks") / task
     params = load_params()
+    task = named_task(params)
+    folder = Path("artifacts/tasks") / task
     runtime = setup(params, f"full_finetune@{task}")
     key = fingerprint(params.full_finetune.model_dump(), params.seed, params.dtype, MODEL, folder)
     checkpoint = Checkpoint(scratch(f"full_finetune-{task}-{key}"), params.checkpoint_seconds)

@@ -19,12 +19,12 @@ def main() -> None:
     params = load_params()
     settings = params.layer_importance
     runtime = setup(params, "layer_importance")
-    key = fingerprint(settings.model_dump(), params.harmonizer.rank, params.seed, params.dtype, MODEL, CORPUS)
+    key = fingerprint(settings.model_dump(), params.harmonizer.model_dump(), params.seed, params.dtype, MODEL, CORPUS)
     checkpoint = Checkpoint(scratch(f"layer_importance-{key}"), params.checkpoint_seconds)
     with cost(Path("costs/layer_importance.json"), runtime):
         model = load_model(MODEL, device=runtime.device, dtype=runtime.dtype)
         blocks = read_tensors(CORPUS / "train.safetensors")["blocks"]
-        harmonizers = importance.new_harmonizers(model, params.harmonizer.rank, params.seed)
+        harmonizers = importance.new_harmonizers(model, params.harmonizer, params.seed)
         history = importance.fit_locally(
             model,
             harmonizers,

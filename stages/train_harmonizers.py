@@ -21,11 +21,13 @@ PRIOR = Path("artifacts/importance")
 def main() -> None:
     params = load_params()
     runtime = setup(params, "train_harmonizers")
-    key = fingerprint(params.dlr.model_dump(), params.harmonizer.rank, params.seed, params.dtype, MODEL, CORPUS, PRIOR)
+    form = params.harmonizer
+    settings = params.dlr.model_dump(exclude={"after_src"})
+    key = fingerprint(settings, form.model_dump(), params.seed, params.dtype, MODEL, CORPUS, PRIOR)
     checkpoint = Checkpoint(scratch(f"train_harmonizers-{key}"), params.checkpoint_seconds)
     with cost(Path("costs/train_harmonizers.json"), runtime):
         model = load_model(MODEL, device=runtime.device, dtype=runtime.dtype)
-        harmonizers = importance.new_harmonizers(model, params.harmonizer.rank, params.seed)
+        harmonizers = importance.new_harmonizers(model, form, params.seed)
         prior = torch.zeros(len(harmonizers))
         if params.dlr.init == "prior":
             prior = torch.tensor(importance.read_scores(PRIOR / "scores.json", len(harmonizers)), dtype=torch.float64)

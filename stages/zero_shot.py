@@ -1,20 +1,19 @@
 """Stage zero_shot, one per task: the real model on the evaluation questions, untuned. α and β don't touch it."""
 
-import sys
 from pathlib import Path
 
 from scaleot_core.evaluation import evaluate
 from scaleot_core.files import read_jsonl, write_json
 from scaleot_core.models import load_model, load_tokenizer
 from scaleot_core.params import load_params
-from scaleot_core.runtime import cost, run_stage, setup
+from scaleot_core.runtime import cost, named_task, run_stage, setup
 
 MODEL = Path("artifacts/model")
 
 
 def main() -> None:
-    task = sys.argv[1]
     params = load_params()
+    task = named_task(params)
     runtime = setup(params, f"zero_shot@{task}")
     with cost(Path(f"costs/zero_shot-{task}.json"), runtime):
         questions = {task: read_jsonl(Path("artifacts/tasks") / task / "eval.jsonl")}

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from scaleot_core.params import Params, load_params
+from scaleot_core.params import HarmonizerForm, Params, load_params
 
 ROOT = Path(__file__).parent.parent
 LAB = ROOT.parent / "shared" / "data"
@@ -83,6 +83,11 @@ def blocks() -> torch.Tensor:
 @pytest.fixture
 def params() -> Params:
     return load_params(ROOT / "params.yaml")
+
+
+def form(rank: int, *, residual: bool = True, norm: bool = False) -> HarmonizerForm:
+    """The form of harmonizers in tests."""
+    return HarmonizerForm(rank=rank, residual=residual, norm=norm)
 
 
 def piqa_rows(count: int) -> list[dict[str, object]]:

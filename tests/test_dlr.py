@@ -5,13 +5,14 @@ import math
 
 import pytest
 import torch
+from conftest import form
 from test_importance import silence
 
-from scaleot_core.dlr import distinct_candidates, sample_kept, train, updated_scores
+from scaleot_core.dlr import distinct_candidates, make_up, network_loss, sample_kept, train, updated_scores
 from scaleot_core.errors import UserError
 from scaleot_core.families import family
 from scaleot_core.importance import new_harmonizers
-from scaleot_core.models import block_loss
+from scaleot_core.models import block_loss, replaced
 from scaleot_core.runtime import generator
 
 
@@ -71,7 +72,7 @@ def test_score_update_equals_the_listing_and_credits_only_kept_layers():
 
 
 def test_training_moves_only_harmonizers_that_took_part(model, blocks, params):
-    harmonizers = new_harmonizers(model, 8, seed=0)
+    harmonizers = new_harmonizers(model, form(8), seed=0)
     before = {name: p.clone() for name, p in harmonizers.named_parameters()}
     whole = weights_hash(model)
     settings = params.dlr.model_copy(update={"steps": 1, "score_blocks": 2})
@@ -98,7 +99,7 @@ def learn(model, blocks, without: int) -> None:
 
 def test_an_identity_layer_ends_with_the_lowest_score(model, blocks, params):
     learn(model, blocks, without=2)
-    harmonizers = new_harmonizers(model, 8, seed=0)
+    harmonizers = new_harmonizers(model, form(8), seed=0)
     settings = params.dlr.model_copy(
         update={"steps": 100, "lr": 1e-4, "score_every": 1, "score_lr": 10.0, "score_blocks": 12, "batch_blocks": 12}
     )
@@ -110,10 +111,45 @@ def test_an_identity_layer_ends_with_the_lowest_score(model, blocks, params):
 def test_more_candidates_than_networks_are_refused(model, blocks, params):
     settings = params.dlr.model_copy(update={"candidates": 7})
     with pytest.raises(UserError, match=r"dlr\.candidates = 7.* 6 networks"):
-        train(model, new_harmonizers(model, 8, seed=0), torch.zeros(4), blocks, settings, seed=0)
+        train(model, new_harmonizers(model, form(8), seed=0), torch.zeros(4), blocks, settings, seed=0)
 
 
 def test_groups_larger_than_the_model_are_refused(model, blocks, params):
     settings = params.dlr.model_copy(update={"group_size": 5})
     with pytest.raises(UserError, match=r"dlr\.group_size = 5"):
-        train(model, new_harmonizers(model, 8, seed=0), torch.zeros(4), blocks, settings, seed=0)
+        train(model, new_harmonizers(model, form(8), seed=0), torch.zeros(4), blocks, settings, seed=0)
+
+
+def test_hidden_state_term_is_the_error_of_what_the_head_is_given(model, blocks):
+    harmonizers = new_harmonizers(model, form(8), seed=0)
+    whole = model.base_model(input_ids=blocks[:2].long()).last_hidden_state
+    with replaced(model, {1: harmonizers[1]}):
+        states = model.base_model(input_ids=blocks[:2].long()).last_hidden_state
+        plain = network_loss(model, blocks[:2], hidden_weight=0.0, whole=None)
+        loss = network_loss(model, blocks[:2], hidden_weight=30.0, whole=whole)
+    rms = whole.square().mean(-1, keepdim=True).sqrt()
+    torch.testing.assert_close(loss - plain, 30 * ((whole - states) / rms).square().mean(), rtol=1e-4, atol=1e-5)
+    assert loss > plain
+    intact = network_loss(model, blocks[:2], hidden_weight=30.0, whole=whole)
+    torch.testing.assert_close(intact, block_loss(model, blocks[:2]))  # the whole model has no error
+
+
+def test_hidden_state_term_trains_other_harmonizers(model, blocks, params):
+    ends = []
+    for weight in (0.0, 30.0):
+        harmonizers = new_harmonizers(model, form(8), seed=0)
+        settings = params.dlr.model_copy(update={"steps": 2, "score_blocks": 2, "hidden_weight": weight})
+        train(model, harmonizers, torch.zeros(4), blocks, settings, seed=0)
+        ends.append(torch.cat([p.flatten() for p in harmonizers.parameters()]))
+    assert not torch.equal(*ends)
+
+
+def test_making_up_lowers_the_loss_and_moves_nothing_but_harmonizers(model, blocks, params):
+    harmonizers = new_harmonizers(model, form(8), seed=0)
+    settings = params.dlr.model_copy(update={"after_src": 30, "lr": 1e-2, "batch_blocks": 12})
+    whole = weights_hash(model)
+    with replaced(model, {1: harmonizers[1]}):
+        before = block_loss(model, blocks).item()
+        make_up(model, dict(harmonizers[1].named_parameters()), blocks, settings, seed=0)
+        assert block_loss(model, blocks).item() < before - 0.01
+    assert weights_hash(model) == whole and not any(p.requires_grad for p in harmonizers[1].parameters())

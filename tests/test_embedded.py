@@ -245,7 +245,7 @@ GOOD = row("q", ["one", "two"], 0)
 )
 def test_bad_row_is_named(tmp_path: Path, bad: object) -> None:
     wheel = wheel_of(tmp_path, embedded.PIQA, GOOD, bad)
-    assert f"{embedded.PIQA}, row 2:" in one_user_error(lambda: embedded.questions(wheel, "piqa"))
+    assert f"{embedded.PIQA}, line 2:" in one_user_error(lambda: embedded.questions(wheel, "piqa"))
 
 
 def test_row_that_is_no_json_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from conftest import form
 
 from scaleot_core.families import decoder_layers
 from scaleot_core.harmonizer import Harmonizer
@@ -8,19 +9,24 @@ from scaleot_core.models import block_loss, hidden_states, replaced
 
 
 def naive(h: Harmonizer, x: torch.Tensor) -> torch.Tensor:
-    """h(x) = x + W_up · ReLU(W_down · x + b_down) + b_up, written as the equation."""
-    hidden = torch.clamp(x @ h.down.weight.T + h.down.bias, min=0)
-    return x + hidden @ h.up.weight.T + h.up.bias
+    """h(x) = x + W_up · ReLU(W_down · n(x) + b_down) + b_up, written as the equation."""
+    normed = x / (x.square().mean(-1, keepdim=True)).sqrt() if h.form.norm else x
+    hidden = torch.clamp(normed @ h.down.weight.T + h.down.bias, min=0)
+    return (x if h.form.residual else 0) + hidden @ h.up.weight.T + h.up.bias
 
 
-def test_equals_the_equation():
-    h = Harmonizer(32, 8)
-    x = torch.randn(2, 5, 32)
+forms = pytest.mark.parametrize("h_form", [form(8), form(8, norm=True), form(8, residual=False)], ids=str)
+
+
+@forms
+def test_equals_the_equation(h_form):
+    h = Harmonizer(32, h_form)
+    x = torch.randn(2, 5, 32) * 3
     torch.testing.assert_close(h(x), naive(h, x))
 
 
 def test_untrained_is_the_identity_and_every_matrix_gets_a_gradient_in_two_steps(model, blocks):
-    harmonizers = new_harmonizers(model, 8, seed=0)
+    harmonizers = new_harmonizers(model, form(8), seed=0)
     before = {name: p.clone() for name, p in harmonizers[1].named_parameters()}
     x = torch.randn(1, 3, 32)
     assert torch.equal(harmonizers[1](x), x)
@@ -35,7 +41,7 @@ def test_untrained_is_the_identity_and_every_matrix_gets_a_gradient_in_two_steps
 
 def test_takes_and_returns_what_a_decoder_layer_does(model, blocks):
     """The model's own forward runs with every layer replaced, with a mask and while generating with a cache."""
-    harmonizers = new_harmonizers(model, 8, seed=0)
+    harmonizers = new_harmonizers(model, form(8), seed=0)
     stand_ins = dict(enumerate(harmonizers))
     stand_ins.pop(0)
     with replaced(model, stand_ins):
@@ -55,18 +61,20 @@ def test_hidden_states_are_what_the_model_computes(model, blocks):
         torch.testing.assert_close(mine, theirs.flatten(0, 1))
 
 
-def test_local_fit_approaches_the_layer(model, blocks):
-    harmonizers = new_harmonizers(model, 8, seed=0)
+@forms
+def test_local_fit_approaches_the_layer(model, blocks, h_form):
+    harmonizers = new_harmonizers(model, h_form, seed=0)
     history = fit_locally(model, harmonizers, blocks, steps=150, batch_tokens=96, lr=3e-3, seed=0)
     assert history[-1]["loss"] < 0.9 * history[0]["loss"]
     states = hidden_states(model, blocks)
     for i, h in enumerate(harmonizers):
         target = states[i + 1]
-        assert (h(states[i]) - target).square().mean() < (states[i] - target).square().mean()
+        untrained = states[i] if h_form.residual else torch.zeros_like(target)
+        assert (h(states[i]) - target).square().mean() < (untrained - target).square().mean()
 
 
 def test_sensitivity_is_the_loss_of_replacing_one_layer(model, blocks):
-    harmonizers = new_harmonizers(model, 8, seed=0)
+    harmonizers = new_harmonizers(model, form(8), seed=0)
     costs = sensitivity(model, harmonizers, blocks)
     layers = decoder_layers(model)
     original = layers[2]

@@ -1,11 +1,19 @@
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import form, tiny_model
 
 from scaleot_core.errors import UserError
 from scaleot_core.families import decoder_layers
 from scaleot_core.files import write_tensors
-from scaleot_core.importance import block_influence, estimate, new_harmonizers, prior_scores, restore, taylor
+from scaleot_core.importance import (
+    block_influence,
+    estimate,
+    new_harmonizers,
+    prior_scores,
+    read_scores,
+    restore,
+    taylor,
+)
 
 
 def silence(model, index: int) -> None:
@@ -17,7 +25,7 @@ def silence(model, index: int) -> None:
 
 def test_every_estimator_ranks_an_identity_layer_lowest(model, blocks):
     silence(model, 2)
-    harmonizers = new_harmonizers(model, 8, seed=0)
+    harmonizers = new_harmonizers(model, form(8), seed=0)
     assert block_influence(model, blocks)[2] == pytest.approx(0, abs=1e-6)
     assert taylor(model, blocks)[2] == pytest.approx(0, abs=1e-6)
     assert estimate("sensitivity", model, harmonizers, blocks)[2] == pytest.approx(0, abs=1e-6)
@@ -31,8 +39,15 @@ def test_prior_scores_keep_the_order_and_are_finite():
     assert prior_scores([0.0] * 5) == [0.0] * 5
 
 
+@pytest.mark.parametrize("bad", ["NaN", "Infinity", "null", '"1"', "true"])
+def test_score_that_is_no_number_is_named(tmp_path, bad):
+    (tmp_path / "scores.json").write_text(f'{{"scores": [1, 2.5, {bad}, 3]}}')
+    with pytest.raises(UserError, match=r"scores\.json: layer 2 has score"):
+        read_scores(tmp_path / "scores.json", 4)
+
+
 def test_harmonizers_of_another_model_are_refused_by_name(tmp_path):
     model = tiny_model("llama")
-    write_tensors(tmp_path / "h.safetensors", new_harmonizers(model, 4, seed=0).state_dict())
+    write_tensors(tmp_path / "h.safetensors", new_harmonizers(model, form(4), seed=0).state_dict())
     with pytest.raises(UserError, match=r"0\.down\.bias.*\(4,\).*\(8,\)"):
-        restore(new_harmonizers(model, 8, seed=0), tmp_path / "h.safetensors")
+        restore(new_harmonizers(model, form(8), seed=0), tmp_path / "h.safetensors")

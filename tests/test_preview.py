@@ -111,9 +111,10 @@ def test_local_model_is_checked_with_the_sources(fitting):
 
 # --- what a run costs ------------------------------------------------------------------------------------
 
-FITS, DLR, ZERO, FULL, TUNE, EVALUATE = (
+FITS, DLR, SRC, ZERO, FULL, TUNE, EVALUATE = (
     "layer_importance",
     "train_harmonizers",
+    "compress",
     "zero_shot",
     "full_finetune",
     "offsite_tune",
@@ -124,14 +125,14 @@ FITS, DLR, ZERO, FULL, TUNE, EVALUATE = (
 def test_every_forward_pass_is_a_stage_of_the_pipeline_and_costs_something(params):
     tokens = forward_tokens(params)
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    assert {FITS, DLR, ZERO, FULL, TUNE, EVALUATE} <= tokens.keys() <= stages.keys()
+    assert tokens.keys() == stages.keys() - {"prepare_data"}
     assert min(tokens.values()) > 0
 
 
 @pytest.mark.parametrize(
     ("key", "factor", "stages"),
     [
-        ("data.block_size", 2, {FITS, DLR}),
+        ("data.block_size", 2, {FITS, DLR, SRC}),
         ("layer_importance.calibration_blocks", 2, {FITS}),
         ("layer_importance.sensitivity_blocks", 2, {FITS}),
         ("layer_importance.steps", 2, {FITS}),
@@ -140,6 +141,7 @@ def test_every_forward_pass_is_a_stage_of_the_pipeline_and_costs_something(param
         ("dlr.batch_blocks", 2, {DLR}),
         ("dlr.candidates", 2, {DLR}),
         ("dlr.score_every", 0.5, {DLR}),
+        ("src.calibration_blocks", 2, {SRC}),
         ("data.train_questions", 2, {FULL, TUNE}),
         ("data.eval_questions", 2, {ZERO, FULL, EVALUATE}),
         ("tuning.epochs", 2, {TUNE}),
@@ -170,6 +172,7 @@ def test_preview_has_a_line_a_stage_with_minutes_and_their_sum(fitting, folder, 
     printed = io.StringIO()
     monkeypatch.setattr(preview, "console", Console(file=printed, width=200))
     monkeypatch.setattr(preview, "_rate", lambda runtime: 1e6)
+    monkeypatch.setattr(preview, "_decomposition_seconds", lambda config: 600)
     preview.show(fitting, folder, Runtime(torch.device("cpu"), torch.float32))
     minutes = {}
     for row in printed.getvalue().splitlines():
@@ -181,7 +184,16 @@ def test_preview_has_a_line_a_stage_with_minutes_and_their_sum(fitting, folder, 
     parameters = tiny_model("llama").num_parameters()
     spent = forward_tokens(fitting)[DLR] * 2 * parameters / (1e6 * preview.EFFICIENCY) + preview.OVERHEAD_SECONDS
     assert minutes[DLR] == pytest.approx(spent / 60, abs=0.06)
+    covariances = forward_tokens(fitting)[SRC] * 2 * parameters / (1e6 * preview.EFFICIENCY)
+    assert minutes[SRC] == pytest.approx((covariances + preview.OVERHEAD_SECONDS + 600) / 60, abs=0.06)
     assert f"{parameters / 1e6:.0f} M parameters on cpu" in printed.getvalue()
+
+
+def test_decompositions_are_foreseen_from_a_small_one(monkeypatch):
+    clock = iter([0.0, 0.5])
+    monkeypatch.setattr(preview.time, "perf_counter", lambda: next(clock))
+    config = CONFIGS["gpt2"]  # 4 layers; q, k and v fused, and the output's: 4 matrices of 32
+    assert preview._decomposition_seconds(config) == pytest.approx(0.5 * (32 / preview.SMALL) ** 3 * 4 * 4)
 
 
 def test_rate_is_measured_in_operations_a_second(monkeypatch):

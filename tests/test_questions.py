@@ -106,6 +106,15 @@ def test_folder_that_lacks_a_part(tmp_path: Path, splits: dict[str, list[Row]], 
         questions.load(str(folder), "piqa", wheel=None, train=20, evaluate=5, seed=0)
 
 
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_row_of_a_folder_that_lacks_a_field_is_named(tmp_path: Path, split: str) -> None:
+    splits = {"train": rows(30), "validation": rows(10, start=30)}
+    del splits[split][6]["goal"]
+    folder = write_folder(tmp_path, "piqa", **splits)
+    with pytest.raises(UserError, match=rf"^task piqa: .*{split}\.jsonl, row 7: the field `goal` is missing"):
+        questions.load(str(folder), "piqa", wheel=None, train=20, evaluate=5, seed=0)
+
+
 def test_embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "questions", lambda wheel, task: rows(30))
     train, evaluation = questions.load("embedded", "piqa", wheel=tmp_path, train=10, evaluate=10, seed=0)

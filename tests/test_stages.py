@@ -6,6 +6,7 @@ import resource
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -58,11 +59,11 @@ def command(stage: str) -> list[str]:
     return [f"stages/{stage}.py", *(["piqa"] if stage in PER_TASK else [])]
 
 
-def run(folder: Path, stage: str) -> Ended:
+def run(folder: Path, stage: str, arguments: list[str] | None = None) -> Ended:
     """Run a stage in this process. Only SystemExit is caught: anything else would have been a traceback."""
     said, argv, code = StringIO(), sys.argv, 0
     try:
-        sys.argv = command(stage)
+        sys.argv = command(stage) if arguments is None else [f"stages/{stage}.py", *arguments]
         with chdir(folder), redirect_stderr(said):
             runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
@@ -133,9 +134,15 @@ def owners(made: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_data_owner_needs_no_model(made: Path, owners: Path) -> None:
+def test_the_data_owner_needs_no_model_and_no_network(
+    made: Path, owners: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = []
+    monkeypatch.setattr(socket.socket, "connect", lambda self, address: called.append(address))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: called.append(args))
     succeed(owners, "offsite_tune")
     assert files(owners / OUTPUTS["offsite_tune"]) == files(made / OUTPUTS["offsite_tune"])
+    assert not called
 
 
 def test_same_params_give_the_same_bytes(made: Path, fresh: Path) -> None:
@@ -201,10 +208,10 @@ def test_stopped_stage_goes_on_to_the_same_bytes(
     assert not [left.name for left in (folder / ".scaleot" / "scratch").iterdir() if stage in left.name]
 
 
-def refused(folder: Path, stage: str, *parts: str) -> None:
+def refused(folder: Path, stage: str, *parts: str, arguments: list[str] | None = None) -> None:
     """A stage ends with code 1 and one line that has all `parts`, before a step of training, and writes no output."""
     before = files(folder)
-    ended = run(folder, stage)
+    ended = run(folder, stage, arguments)
     assert ended.code == 1, ended.said
     assert [line for line in ended.said if line.startswith("error: ")] == ended.said[-1:], ended.said
     assert all(part in ended.said[-1] for part in parts), ended.said[-1]
@@ -273,13 +280,35 @@ def test_empty_corpus(fresh: Path, text: str) -> None:
 @pytest.mark.parametrize("part", ["train", "validation"])
 def test_question_without_its_answer_is_told_at_once(fresh: Path, part: str) -> None:
     rewrite(fresh / "tiny-data" / "piqa" / f"{part}.jsonl", lambda rows: rows[3].pop("label"))
-    refused(fresh, "prepare_data", "task piqa", "row", "answer")
+    refused(fresh, "prepare_data", f"{part}.jsonl, row 4", "label")
     assert not (fresh / "artifacts" / "tasks").exists()
 
 
 def test_private_question_without_its_answer(owners: Path) -> None:
     rewrite(owners / "artifacts/tasks/piqa/train.jsonl", lambda rows: rows[3].pop("label"))
     refused(owners, "offsite_tune", "task piqa, training row 4", "answer")
+
+
+def test_alpha_that_leaves_no_layer_to_compress_is_told(project: Path) -> None:
+    change(project, alpha=1.0)
+    assert "alpha = 1.0 leaves no layer to compress, so beta = 0.8 does nothing" in succeed(project, "compress")
+    assert not (project / "artifacts/emulator/compressed.safetensors").exists()
+
+
+def test_harmonizers_trained_after_the_truncation_are_others(made: Path, project: Path) -> None:
+    change(project, dlr={"after_src": 5}, alpha=0.5)
+    before = files(project / "artifacts/harmonizers")
+    succeed(project, "compress")
+    first, second = (read_tensors(folder / "artifacts/emulator/harmonizer.safetensors") for folder in (made, project))
+    assert first.keys() < second.keys() and all((first[name] != second[name]).any() for name in first)
+    assert files(project / "artifacts/harmonizers") == before
+    assert not [left.name for left in (project / ".scaleot/scratch").iterdir() if left.name.startswith("compress")]
+
+
+@pytest.mark.parametrize("arguments", [[], ["other"], ["piqa", "piqa"]], ids=["none", "unknown", "two"])
+@pytest.mark.parametrize("stage", PER_TASK)
+def test_stage_of_a_task_needs_one_of_params(project: Path, stage: str, arguments: list[str]) -> None:
+    refused(project, stage, "name one of the tasks", "piqa", arguments=arguments)
 
 
 DAMAGED = {

@@ -20,8 +20,9 @@ CLOZE = [
 ]
 
 
-def pairs(task, rows):
-    return answer_pairs(load_task(task, rows))
+@pytest.fixture
+def pairs(tokenizer):
+    return lambda task, rows: answer_pairs(load_task(task, rows), tokenizer, context_length=64)
 
 
 def test_rows_are_those_of_their_split():
@@ -33,16 +34,17 @@ def test_rows_are_those_of_their_split():
 
 
 @pytest.mark.parametrize(("task", "rows"), [("piqa", piqa_rows(7)), ("commonsense_qa_cloze", CLOZE)])
-def test_answer_pairs_are_what_lm_eval_requests_for_the_right_answers(task, rows):
+def test_answer_pairs_are_what_lm_eval_requests_for_the_right_answers(task, rows, tokenizer):
     loaded = load_task(task, rows, rows)
     loaded.build_all_requests()
     right = [row["label"] if task == "piqa" else "ABCDE".index(row["answerKey"]) for row in rows]
     requested = {(request.doc_id, request.idx): request.args for request in loaded.instances}
-    assert answer_pairs(loaded) == [requested[i, answer] for i, answer in enumerate(right)]
-    assert all(continuation.startswith(" ") for _, continuation in answer_pairs(loaded))
+    found = answer_pairs(loaded, tokenizer, context_length=64)
+    assert found == [requested[i, answer] for i, answer in enumerate(right)]
+    assert all(continuation.startswith(" ") for _, continuation in found)
 
 
-def test_piqa_reads_as_published():
+def test_piqa_reads_as_published(pairs):
     assert pairs("piqa", piqa_rows(2)) == [
         ("Question: count to 0\nAnswer:", " say one to 0"),
         ("Question: count to 1\nAnswer:", " say 1 to one"),
@@ -99,23 +101,45 @@ def without(field):
         {**ROW, "sol1": ""},
         {**ROW, "sol1": None},
         without("sol1"),
+        {**ROW, "sol2": " "},
+        {**ROW, "sol2": None},
+        without("sol2"),
     ],
-    ids=["label beyond", "label below", "label null", "no label", "answer empty", "answer null", "no answer"],
+    ids=[
+        "beyond",
+        "below",
+        "null",
+        "no label",
+        "answer empty",
+        "answer null",
+        "no answer",
+        "choice empty",
+        "choice null",
+        "no choice",
+    ],
 )
-def test_row_without_its_answer_is_named(bad):
+def test_row_without_its_answer_or_a_choice_is_named(pairs, bad):
     assert "task piqa, training row 3" in refusal(pairs, "piqa", [*piqa_rows(2), bad, ROW])
 
 
 @pytest.mark.parametrize("key", ["F", "", "a"])
-def test_answer_that_is_none_of_the_choices_is_named(key):
+def test_answer_that_is_none_of_the_choices_is_named(pairs, key):
     said = refusal(pairs, "commonsense_qa_cloze", [*CLOZE[:2], {**CLOZE[2], "answerKey": key}])
     assert "task commonsense_qa_cloze, training row 3" in said
 
 
-def test_right_answer_that_is_null_among_the_choices_is_named():
+def test_right_answer_that_is_null_among_the_choices_is_named(pairs):
     choices = {"label": list("ABCDE"), "text": ["a", "b", None, "d", "e"]}
     said = refusal(pairs, "commonsense_qa_cloze", [*CLOZE[:2], {**CLOZE[2], "choices": choices}])
     assert "task commonsense_qa_cloze, training row 3" in said
+
+
+@pytest.mark.parametrize("choice", ["sol1", "sol2"])
+def test_choice_longer_than_the_context_is_named(pairs, choice):
+    fits, too_long = ({**ROW, choice: "x" * count} for count in (63, 64))  # a token each, and one for the space
+    assert len(pairs("piqa", [*piqa_rows(2), fits])) == 3
+    said = refusal(pairs, "piqa", [*piqa_rows(2), too_long])
+    assert said.startswith(f"task piqa, training row 3: choice {choice[-1]} has 65 tokens") and "64" in said
 
 
 def test_rows_of_another_task_are_refused():

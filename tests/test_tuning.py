@@ -10,7 +10,7 @@ from test_emulator import PLAN, emulator_of
 from test_files import refusal
 
 from scaleot_core import tuning
-from scaleot_core.emulator import adapter_parameters
+from scaleot_core.emulator import layer_parameters
 from scaleot_core.evaluation import lm
 from scaleot_core.runtime import generator
 from scaleot_core.tasks import answer_pairs, load_task
@@ -55,7 +55,7 @@ def test_loss_is_the_one_that_lm_eval_gives_the_right_answer(model, tokenizer):
     rows = [*ROWS, LONG]
     task = load_task("piqa", rows, rows)
     task.build_all_requests()
-    right = {pair: row for row, pair in enumerate(answer_pairs(task))}
+    right = {pair: row for row, pair in enumerate(answer_pairs(task, tokenizer, context_length=128))}
     requests = [request for request in task.instances if request.args in right]
     scored = lm(model, tokenizer, batch_size=4).loglikelihood(requests)
     made = examples(model, tokenizer, "piqa", rows)
@@ -138,7 +138,7 @@ def test_step_limit_stops_training(settings, data, limit, steps):
 @pytest.mark.parametrize("name", ["gpt2", "llama", "opt"])
 def test_only_the_given_parameters_change(name, settings, data):
     model = emulator_of(name)
-    adapter = adapter_parameters(model, PLAN)
+    adapter = layer_parameters(model, PLAN, "adapter")
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     tune(model, adapter, data, settings, seed=0, label="test")
     changed = {key for key, tensor in model.state_dict().items() if not torch.equal(before[key], tensor)}

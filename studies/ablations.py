@@ -1,0 +1,98 @@
+"""Ablations: the pipeline with one thing changed at a time, as DVC experiments.
+
+The first seed screens; an ablation that moves gap or recovery of a task by more than a standard error gets the other
+seeds. Experiments that are there already, of this commit, are not run again. `make ablations` runs it.
+"""
+
+import statistics
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import dvc.api
+import yaml
+from rich.table import Table
+
+from scaleot_core.params import load_params
+from scaleot_core.progress import console, say
+from scaleot_core.report import write_csv
+from scaleot_core.runtime import run_stage
+
+SEEDS = (0, 1, 2)
+OUT = Path("docs/studies/ablations.csv")
+FIGURES = {
+    "gap": "gap.acc",
+    "recovery": "recovery.acc",
+    "gap nll": "gap.answer_nll",
+    "recovery nll": "recovery.answer_nll",
+}
+
+Row = dict[str, Any]
+
+
+def experiments() -> dict[str, Row]:
+    """Experiments of this commit that have metrics, by name."""
+    shown = dvc.api.exp_show()
+    return {row["Experiment"]: row for row in shown if row["Experiment"] and row.get("corpus_perplexity.emulator")}
+
+
+def run(name: str, changes: dict[str, Any], seed: int) -> Row:
+    """One experiment's row, run now if it isn't there."""
+    experiment = f"{'-'.join(name.split())}-seed-{seed}"
+    found = experiments()
+    if experiment not in found:
+        say(f"ablation: {name}, seed {seed}", style="bold")
+        settings = [f"--set-param={key}={value}" for key, value in {**changes, "seed": seed}.items()]
+        subprocess.run(["dvc", "exp", "run", "--temp", "--force", f"--name={experiment}", *settings], check=True)
+        found = experiments()
+    return found[experiment]
+
+
+def moves(row: Row, default: Row, tasks: list[str]) -> bool:
+    """Whether gap or recovery of a task is more than a standard error away from the default run's."""
+    for task in tasks:
+        prefix = f"tasks.{task}"
+        plugged, tuned = (default[f"{prefix}.{name}.acc_stderr"] for name in ("plug_in", "emulator_finetune"))
+        gained = default[f"{prefix}.full_finetune.acc"] - default[f"{prefix}.zero_shot.acc"]
+        errors = {"gap": (plugged**2 + tuned**2) ** 0.5, "recovery": plugged / gained if gained > 0 else None}
+        for figure, error in errors.items():
+            here, there = row[f"{prefix}.{figure}.acc"], default[f"{prefix}.{figure}.acc"]
+            if error is not None and abs(here - there) > error:
+                return True
+    return False
+
+
+def summary(values: list[float | None]) -> tuple[str, str]:
+    """Mean and, of several, its standard error; nothing where one is undefined."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return "", ""
+    error = f"{statistics.stdev(known) / len(known) ** 0.5:.3f}" if len(known) > 1 else ""
+    return f"{statistics.fmean(known):.3f}", error
+
+
+def main() -> None:
+    tasks = load_params().tasks
+    ablations = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    rows: dict[str, list[Row]] = {name: [run(name, changes, SEEDS[0])] for name, changes in ablations.items()}
+    default = rows["default"][0]
+    confirmed = [name for name, (row,) in rows.items() if name == "default" or moves(row, default, tasks)]
+    for name in confirmed if len(confirmed) > 1 else ():
+        rows[name] += [run(name, ablations[name], seed) for seed in SEEDS[1:]]
+    table = []
+    for name, found in rows.items():
+        for task in tasks:
+            line: Row = {"ablation": name, "task": task, "seeds": len(found)}
+            for figure, key in FIGURES.items():
+                line[figure], line[f"{figure} ±"] = summary([row[f"tasks.{task}.{key}"] for row in found])
+            line["emulator perplexity"] = round(statistics.fmean(row["corpus_perplexity.emulator"] for row in found), 1)
+            table.append(line)
+    write_csv(OUT, list(table[0]), (list(line.values()) for line in table))
+    shown = Table(*table[0], title="one thing changed at a time")
+    for line in table:
+        shown.add_row(*(str(value) for value in line.values()))
+    console.print(shown)
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,159 @@
+"""Study harmonizers: ways to train them, and forms of them, by the perplexity of what they replace, at β = 0.
+
+The layers replaced are those that α = 0.25, 0.5 and 0.75 take by the prior, the same for every variant. Each variant
+and seed is kept when it is done, so that a stopped study goes on. `make studies` runs it.
+"""
+
+import math
+import statistics
+import time
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from scaleot_core import dlr, importance
+from scaleot_core.emulator import choose_layers
+from scaleot_core.files import fingerprint, once, read_tensors
+from scaleot_core.models import hidden_states, load_model, mean_loss, replaced
+from scaleot_core.params import Params, load_params
+from scaleot_core.progress import console
+from scaleot_core.report import write_csv
+from scaleot_core.runtime import run_stage, setup
+from scaleot_core.training import scratch
+
+MODEL, CORPUS, PRIOR = Path("artifacts/model"), Path("artifacts/corpus"), Path("artifacts/importance/scores.json")
+OUT = Path("docs/studies/harmonizers.csv")
+SEEDS = (0, 1, 2)
+ALPHAS = (0.25, 0.5, 0.75)
+HELDOUT_BLOCKS = 16
+SHORT = 200  # steps of the fits that compare forms
+FITS, PAPER = {"dlr.steps": 0}, {"dlr.settled": 1.0}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "layers dropped": {"layer_importance.steps": 0, **FITS},
+    "ridge, rank 64": {"ridge": True},
+    "local fits": FITS,
+    "local fits, seconds of fits and DLR": {"layer_importance.steps": 1000, **FITS},
+    "DLR from zero, paper's draw, same seconds": {"dlr.init": "zero", "dlr.steps": 220, **PAPER},
+    "fits, then DLR, paper's draw": PAPER,
+    "fits, then DLR, essential layers settled": {},
+    "fits, then DLR, settled, hidden-state term": {"dlr.hidden_weight": 30.0},
+    "short fits": {"layer_importance.steps": SHORT, **FITS},
+    "short fits, norm": {"layer_importance.steps": SHORT, "harmonizer.norm": True, **FITS},
+    "short fits, not residual": {"layer_importance.steps": SHORT, "harmonizer.residual": False, **FITS},
+    "short fits, rank 16": {"layer_importance.steps": SHORT, "harmonizer.rank": 16, **FITS},
+    "short fits, rank 256": {"layer_importance.steps": SHORT, "harmonizer.rank": 256, **FITS},
+}
+
+
+class LinearMap(nn.Module):
+    """x + right · left · x + bias, of the harmonizer's rank: what ridge regression gives in one closed form."""
+
+    def __init__(self, before: Tensor, after: Tensor, rank: int, ridge: float = 1e-4) -> None:
+        super().__init__()
+        x, y = before.float(), (after.float() - before.float())
+        weight = 1 / after.float().square().mean(1, keepdim=True)  # as the local fits weight tokens
+        x1 = torch.cat([x, torch.ones(len(x), 1)], 1)
+        gram = (x1.T @ (weight * x1)).double()
+        gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+        full = torch.linalg.solve(gram, (x1.T @ (weight * y)).double()).float()  # (D + 1, D)
+        fitted = x1 @ full * weight.sqrt()
+        basis = torch.linalg.eigh((fitted.T @ fitted).double()).eigenvectors[:, -rank:].float()  # (D, r)
+        self.left, self.right, self.bias = full[:-1] @ basis, basis.T, full[-1] @ basis @ basis.T
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        return x + (x.float() @ self.left @ self.right + self.bias).to(x.dtype)
+
+
+def changed(params: Params, values: dict[str, Any]) -> Params:
+    """Parameters with some changed, by keys such as `dlr.steps`."""
+    data = params.model_dump()
+    for key, value in values.items():
+        *blocks, name = key.split(".")
+        (data[blocks[0]] if blocks else data)[name] = value
+    return Params.model_validate(data)
+
+
+def train(model: PreTrainedModel, blocks: Tensor, params: Params, prior: list[float]) -> tuple[list[nn.Module], int]:
+    """Harmonizers trained as the parameters say, and the tokens that went through the model for it."""
+    fits, settings = params.layer_importance, params.dlr
+    harmonizers = importance.new_harmonizers(model, params.harmonizer, params.seed)
+    tokens = 0
+    if settings.init == "prior" and fits.steps:
+        local = blocks[: fits.calibration_blocks]
+        options = fits.model_dump(include={"steps", "batch_tokens", "lr"})
+        importance.fit_locally(model, harmonizers, local, **options, seed=params.seed)
+        tokens += local.numel()
+    if settings.steps:
+        start = torch.tensor(prior if settings.init == "prior" else [0.0] * len(prior), dtype=torch.float64)
+        dlr.train(model, harmonizers, start, blocks, settings, seed=params.seed)
+        networks = settings.steps + settings.steps // settings.score_every * settings.candidates
+        tokens += networks * settings.batch_blocks * blocks.shape[1]
+    return list(harmonizers), tokens
+
+
+def ridge(model: PreTrainedModel, blocks: Tensor, params: Params) -> tuple[list[nn.Module], int]:
+    """Linear maps of the harmonizers' rank, by ridge regression on the same hidden states."""
+    local = blocks[: params.layer_importance.calibration_blocks]
+    pairs = pairwise(hidden_states(model, local))
+    return [LinearMap(before, after, params.harmonizer.rank) for before, after in pairs], local.numel()
+
+
+def main() -> None:
+    given = load_params()
+    runtime = setup(given, "study harmonizers")
+    model = load_model(MODEL, device=runtime.device, dtype=runtime.dtype)
+    blocks = read_tensors(CORPUS / "train.safetensors")["blocks"]
+    heldout = read_tensors(CORPUS / "heldout.safetensors")["blocks"][:HELDOUT_BLOCKS]
+    prior = importance.read_scores(PRIOR, model.config.num_hidden_layers)
+    chosen = {}
+    for alpha in ALPHAS:
+        kinds = choose_layers(prior, adapter_layers=given.adapter_layers, alpha=alpha, placement="importance")
+        chosen[alpha] = [i for i, kind in enumerate(kinds) if kind == "harmonizer"]
+
+    def measure(changes: dict[str, Any], seed: int) -> dict[str, float]:
+        params = changed(given, {key: value for key, value in changes.items() if key != "ridge"} | {"seed": seed})
+        start = time.perf_counter()
+        trained, tokens = ridge(model, blocks, params) if "ridge" in changes else train(model, blocks, params, prior)
+        row = {"seconds": time.perf_counter() - start, "tokens": tokens}
+        for alpha, layers in chosen.items():
+            with replaced(model, {i: trained[i] for i in layers}):
+                row[f"alpha={alpha}"] = math.exp(mean_loss(model, heldout))
+        console.print(changes, row)
+        return row
+
+    key = fingerprint(given.model_dump(), HELDOUT_BLOCKS, MODEL, CORPUS, PRIOR)
+    done = scratch(f"study-harmonizers-{key}")
+    rows = []
+    for seed in SEEDS:
+        for name, changes in VARIANTS.items():
+            file = done / f"{fingerprint(changes, seed)}.json"
+            rows.append({"variant": name, "seed": seed, **once(file, partial(measure, changes, seed))})
+    write_csv(OUT, list(rows[0]), (list(row.values()) for row in rows))
+    show(rows, math.exp(mean_loss(model, heldout)))
+
+
+def show(rows: list[dict[str, Any]], whole: float) -> None:
+    """Print the mean and standard error over seeds of every variant."""
+    table = Table(title=f"perplexity of held-out text; the model has {whole:.1f}")
+    for column in list(rows[0])[:1] + list(rows[0])[2:]:
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    for name in VARIANTS:
+        cells = []
+        for column in list(rows[0])[2:]:
+            values = [row[column] for row in rows if row["variant"] == name]
+            error = statistics.stdev(values) / len(values) ** 0.5
+            digits = 1 if column.startswith("alpha") else 0
+            cells.append(f"{statistics.fmean(values):,.{digits}f}" + (f" ± {error:.1f}" if digits else ""))
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    run_stage(main)

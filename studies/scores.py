@@ -1,0 +1,111 @@
+"""Study scores: how well each estimator ranks layers, and sets of a quarter of them, by what replacing them costs.
+
+Ground truth is measured with the harmonizers of `train_harmonizers`, on held-out text that no estimator has seen. An
+estimator says of a set the sum over its layers: of scores, and, where it has costs in nats, of those. Each finished
+part is kept, so that a stopped study goes on. `make studies` runs it.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from scipy.stats import spearmanr
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from scaleot_core import dlr, importance
+from scaleot_core.files import fingerprint, once, read_json, read_tensors
+from scaleot_core.harmonizer import Harmonizers
+from scaleot_core.models import load_model, mean_loss, replaced
+from scaleot_core.params import load_params
+from scaleot_core.progress import console, progress
+from scaleot_core.report import write_csv
+from scaleot_core.runtime import generator, run_stage, setup
+from scaleot_core.training import scratch
+
+MODEL, CORPUS = Path("artifacts/model"), Path("artifacts/corpus")
+PRIOR, HARMONIZERS = Path("artifacts/importance"), Path("artifacts/harmonizers")
+OUT = Path("docs/studies/scores.csv")
+SETS, BLOCKS = 200, 4
+STEPS = 100  # of DLR from zero, with a score update at every one
+
+
+def true_costs(model: PreTrainedModel, harmonizers: Harmonizers, sets: list[list[int]], blocks: Tensor) -> list[float]:
+    """The loss (nats) that replacing each set of layers costs on the blocks."""
+    whole = mean_loss(model, blocks)
+    costs = []
+    with progress("true costs", len(sets)) as tick:
+        for layers in sets:
+            with replaced(model, {i: harmonizers[i] for i in layers}):
+                costs.append(mean_loss(model, blocks) - whole)
+            tick(tokens=blocks.numel(), loss=costs[-1])
+    return costs
+
+
+def main() -> None:
+    params = load_params()
+    runtime = setup(params, "study scores")
+    model = load_model(MODEL, device=runtime.device, dtype=runtime.dtype)
+    layers = model.config.num_hidden_layers
+    blocks = read_tensors(CORPUS / "train.safetensors")["blocks"]
+    heldout = read_tensors(CORPUS / "heldout.safetensors")["blocks"][:BLOCKS]
+    probe = blocks[-params.layer_importance.sensitivity_blocks :]
+    done = scratch(f"study-scores-{fingerprint(params.model_dump(), MODEL, CORPUS, HARMONIZERS)}")
+
+    def fitted(folder: Path) -> Harmonizers:
+        harmonizers = importance.new_harmonizers(model, params.harmonizer, params.seed)
+        importance.restore(harmonizers, folder / "harmonizers.safetensors")
+        return harmonizers
+
+    draw, size = generator(params.seed, "sets"), layers // 4
+    sets = [torch.randperm(layers, generator=draw)[:size].tolist() for _ in range(SETS)]
+    final = fitted(HARMONIZERS)
+    truth = once(done / "sets.json", partial(true_costs, model, final, sets, heldout))
+    alone = once(done / "alone.json", partial(true_costs, model, final, [[i] for i in range(layers)], heldout))
+
+    ways: dict[str, dict[str, Any]] = {
+        "DLR from zero": {"score_lr": 10.0},
+        "DLR from zero, η = 300": {"score_lr": 300.0},
+        "DLR from zero, η = 300, one group": {"score_lr": 300.0, "group_size": layers},
+    }
+
+    def learned(changes: dict[str, Any]) -> list[float]:
+        settings = params.dlr.model_copy(update={**changes, "steps": STEPS, "score_every": 1, "settled": 1.0})
+        start = torch.zeros(layers, dtype=torch.float64)
+        return dlr.train(model, fitted(PRIOR), start, blocks, settings, seed=params.seed)[0].tolist()
+
+    network, updates = params.dlr.batch_blocks * blocks.shape[1], params.dlr.steps // params.dlr.score_every
+    spent = {"sensitivity": probe.numel() * (layers + 1), "block_influence": probe.numel(), "taylor": 3 * probe.numel()}
+    rows = []
+
+    def row(name: str, scores: list[float], tokens: int, costs: list[float] | None = None) -> None:
+        def rank(values: list[float], truth: list[float], sets: list[list[int]]) -> float:
+            return float(spearmanr([sum(values[i] for i in layers) for layers in sets], truth).statistic)
+
+        single = rank(scores, alone, [[i] for i in range(layers)])
+        by_cost = "" if costs is None else rank(costs, truth, sets)
+        found = {"layers": single, "sets": rank(scores, truth, sets), "sets by cost": by_cost}
+        rows.append({"estimator": name, "tokens": tokens, **found})
+
+    for name in spent:
+        costs = once(done / f"{name}.json", partial(importance.estimate, name, model, fitted(PRIOR), probe))
+        row(name, importance.prior_scores(costs), spent[name], costs)
+    tokens = spent["sensitivity"] + network * (3 * params.dlr.steps + updates * params.dlr.candidates)
+    row("DLR from the prior", read_json(HARMONIZERS / "scores.json")["scores"], tokens)
+    for name, changes in ways.items():
+        scores = once(done / f"{fingerprint(changes)}.json", partial(learned, changes))
+        row(name, scores, network * STEPS * (3 + params.dlr.candidates))
+    row("true cost of each layer alone", importance.prior_scores(alone), heldout.numel() * layers, alone)
+    row("random", torch.rand(layers, generator=draw).tolist(), 0)
+
+    write_csv(OUT, list(rows[0]), (list(row.values()) for row in rows))
+    table = Table(*rows[0], title=f"Spearman with the true loss increase: {layers} layers alone, {SETS} sets of {size}")
+    for found in rows:
+        table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in found.values()))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    run_stage(main)

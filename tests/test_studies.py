@@ -1,0 +1,76 @@
+"""The studies run from end to end on a tiny model, and their tables say what they should."""
+
+import csv
+import math
+import runpy
+import shutil
+from contextlib import chdir
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, form, tiny_model, write_project
+from test_stages import settings, succeed
+from transformers import PreTrainedTokenizerFast
+
+from scaleot_core.importance import new_harmonizers
+
+__all__ = ["settings"]  # a fixture
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    folder = tmp_path_factory.mktemp("studies") / "project"
+    folder.mkdir()
+    write_project(folder, tokenizer)
+    shutil.copytree(ROOT / "studies", folder / "studies", ignore=shutil.ignore_patterns("__pycache__"))
+    succeed(folder, "prepare_data", "layer_importance", "train_harmonizers")
+    return folder
+
+
+def table(folder: Path, study: str) -> list[dict[str, str]]:
+    with chdir(folder):
+        runpy.run_path(f"studies/{study}.py", run_name="__main__")
+    with (folder / "docs" / "studies" / f"{study}.csv").open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_harmonizers(trained: Path) -> None:
+    rows = table(trained, "harmonizers")
+    study = runpy.run_path(str(trained / "studies/harmonizers.py"))
+    assert [(row["variant"], int(row["seed"])) for row in rows] == [
+        (name, seed) for seed in study["SEEDS"] for name in study["VARIANTS"]
+    ]
+    for row in rows:
+        assert all(float(row[f"alpha={alpha}"]) > 1 for alpha in study["ALPHAS"])
+    dropped = [row for row in rows if row["variant"] == "layers dropped"]
+    assert len({row["alpha=0.5"] for row in dropped}) == 1  # no seed in it, and no token
+    assert {row["tokens"] for row in dropped} == {"0"}
+
+
+def test_ridge_is_the_best_linear_map_of_its_rank(trained: Path) -> None:
+    linear_map = runpy.run_path(str(trained / "studies/harmonizers.py"))["LinearMap"]
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 12, generator=draw)
+    low = torch.randn(12, 3, generator=draw) @ torch.randn(3, 12, generator=draw)
+    exact = linear_map(x, x + x @ low + 2, 4, ridge=1e-9)  # rank 3, and a constant
+    torch.testing.assert_close(exact(x), x + x @ low + 2, rtol=1e-3, atol=1e-3)
+    errors = [(linear_map(x, x + x @ low + 2, rank)(x) - x - x @ low - 2).square().mean() for rank in (1, 2, 4)]
+    assert errors == sorted(errors, reverse=True) and errors[1] > 100 * errors[2]
+
+
+def test_scores(trained: Path) -> None:
+    rows = {row["estimator"]: row for row in table(trained, "scores")}
+    assert {"sensitivity", "block_influence", "taylor", "DLR from the prior", "DLR from zero", "random"} <= rows.keys()
+    for row in rows.values():
+        assert all(abs(float(row[name])) <= 1 or math.isnan(float(row[name])) for name in ("layers", "sets"))
+    truth = rows["true cost of each layer alone"]
+    assert float(truth["sets by cost"]) == pytest.approx(1)  # sets of one, of four layers
+
+
+def test_true_cost_is_the_loss_of_replacing_a_set(trained: Path) -> None:
+    model = tiny_model("llama")
+    study = runpy.run_path(str(trained / "studies/scores.py"))
+    blocks = torch.randint(1, 256, (4, 16), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    costs = study["true_costs"](model, new_harmonizers(model, form(8), seed=0), [[], [0], [0, 1, 2, 3]], blocks)
+    assert costs[0] == 0 and costs[1] != 0 and costs[2] != costs[1]
