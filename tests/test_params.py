@@ -217,3 +217,18 @@ def test_scientific_notation_is_a_number(tmp_path, written):
     assert isinstance(yaml.safe_load("1e-4"), str)
     lr = load(tmp_path, re.sub(r"^(  lr:) \S+", rf"\1 {written}", TEXT, flags=re.MULTILINE)).tuning.lr
     assert isinstance(lr, float) and lr == 1e-4
+
+
+# --- dvc.yaml --------------------------------------------------------------------------------------------
+
+
+def test_every_parameter_is_a_dependency_of_the_stages_that_read_it():
+    """A key that dvc.yaml forgets could change and nothing would run again."""
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    watched = {name for stage in stages.values() for name in stage["params"]}
+    assert watched <= fields().keys()
+    keys = {key for key in fields() if not any(other.startswith(f"{key}.") for other in fields())}
+    missed = {key for key in keys if key not in watched and key.partition(".")[0] not in watched}
+    assert missed == {"device", "threads", "checkpoint_seconds"}  # where and how a run happens
+    dlr = {key for key in keys if key.startswith("dlr.")}
+    assert dlr - {"dlr.after_src"} == dlr & set(stages["train_harmonizers"]["params"])

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT, form, tiny_model, write_project
 from test_stages import settings, succeed
 from transformers import PreTrainedTokenizerFast
 
 from scaleot_core.importance import new_harmonizers
+from scaleot_core.params import Params
 
 __all__ = ["settings"]  # a fixture
 
@@ -74,3 +76,48 @@ def test_true_cost_is_the_loss_of_replacing_a_set(trained: Path) -> None:
     blocks = torch.randint(1, 256, (4, 16), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
     costs = study["true_costs"](model, new_harmonizers(model, form(8), seed=0), [[], [0], [0, 1, 2, 3]], blocks)
     assert costs[0] == 0 and costs[1] != 0 and costs[2] != costs[1]
+
+
+def outcome(gap: float, recovery: float | None, *, gained: float = 0.2) -> dict[str, float | None]:
+    """One task's figures as DVC shows them, each accuracy with a standard error of 0.03."""
+    figures = {"gap.acc": gap, "recovery.acc": recovery, "zero_shot.acc": 0.3, "full_finetune.acc": 0.3 + gained}
+    errors = {"plug_in.acc_stderr": 0.03, "emulator_finetune.acc_stderr": 0.03}
+    return {f"tasks.piqa.{key}": value for key, value in {**figures, **errors}.items()}
+
+
+@pytest.mark.parametrize(
+    ("row", "moved"),
+    [
+        (outcome(0.05, 0.8), False),
+        (outcome(0.09, 0.8), False),  # 0.04 of 0.042
+        (outcome(0.10, 0.8), True),
+        (outcome(0.00, 0.8), True),
+        (outcome(0.05, 0.66), False),  # 0.14 of 0.15
+        (outcome(0.05, 0.60), True),
+    ],
+)
+def test_an_ablation_that_moves_by_more_than_a_standard_error_is_confirmed(
+    row: dict[str, float | None], moved: bool
+) -> None:
+    study = runpy.run_path(str(ROOT / "studies/ablations.py"))
+    assert study["moves"](row, outcome(0.05, 0.8), ["piqa"]) is moved
+
+
+def test_recovery_counts_only_where_there_is_something_to_recover() -> None:
+    study = runpy.run_path(str(ROOT / "studies/ablations.py"))
+    assert not study["moves"](outcome(0.05, None, gained=0), outcome(0.05, None, gained=0), ["piqa"])
+
+
+def test_summary_has_an_error_only_of_several() -> None:
+    summary = runpy.run_path(str(ROOT / "studies/ablations.py"))["summary"]
+    assert summary([0.25]) == ("0.250", "")
+    assert summary([0.1, 0.3]) == ("0.200", "0.100")
+    assert summary([0.1, None]) == ("", "")
+
+
+def test_every_ablation_changes_a_parameter_to_an_allowed_value(params: Params) -> None:
+    changed = runpy.run_path(str(ROOT / "studies/harmonizers.py"))["changed"]
+    ablations = yaml.safe_load((ROOT / "studies/ablations.yaml").read_text())
+    assert ablations.pop("default") == {}
+    for changes in ablations.values():
+        assert changed(params, changes) != params
