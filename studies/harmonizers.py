@@ -4,6 +4,7 @@ The layers replaced are those that α = 0.25, 0.5 and 0.75 take by the prior, th
 and seed is kept when it is done, so that a stopped study goes on. `make studies` runs it.
 """
 
+import copy
 import math
 import statistics
 import time
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from scaleot_core import dlr, importance
 from scaleot_core.emulator import choose_layers
 from scaleot_core.files import fingerprint, once, read_tensors
+from scaleot_core.harmonizer import Harmonizers
 from scaleot_core.models import hidden_states, load_model, mean_loss, replaced
 from scaleot_core.params import Params, load_params
 from scaleot_core.progress import console
@@ -32,23 +34,32 @@ OUT = Path("docs/studies/harmonizers.csv")
 SEEDS = (0, 1, 2)
 ALPHAS = (0.25, 0.5, 0.75)
 HELDOUT_BLOCKS = 16
-SHORT = 200  # steps of the fits that compare forms
+SHORT = 100  # steps of the fits that compare forms
 FITS, PAPER = {"dlr.steps": 0}, {"dlr.settled": 1.0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "layers dropped": {"layer_importance.steps": 0, **FITS},
     "ridge, rank 64": {"ridge": True},
     "local fits": FITS,
-    "local fits, seconds of fits and DLR": {"layer_importance.steps": 1000, **FITS},
-    "DLR from zero, paper's draw, same seconds": {"dlr.init": "zero", "dlr.steps": 220, **PAPER},
+    "local fits, seconds of fits and DLR": {"layer_importance.steps": 800, **FITS},
+    "DLR from zero, paper's draw, seconds of fits and DLR": {
+        "dlr.init": "zero",
+        "dlr.steps": 170,
+        "dlr.lr": 1e-3,
+        **PAPER,
+    },
     "fits, then DLR, paper's draw": PAPER,
     "fits, then DLR, essential layers settled": {},
     "fits, then DLR, settled, hidden-state term": {"dlr.hidden_weight": 30.0},
+    "fits, then DLR, settled, 240 steps at 3e-4": {"dlr.steps": 240, "dlr.lr": 3e-4},
     "short fits": {"layer_importance.steps": SHORT, **FITS},
     "short fits, norm": {"layer_importance.steps": SHORT, "harmonizer.norm": True, **FITS},
     "short fits, not residual": {"layer_importance.steps": SHORT, "harmonizer.residual": False, **FITS},
     "short fits, rank 16": {"layer_importance.steps": SHORT, "harmonizer.rank": 16, **FITS},
     "short fits, rank 256": {"layer_importance.steps": SHORT, "harmonizer.rank": 256, **FITS},
 }
+Trained = tuple[list[nn.Module], float, int]
+"""Stand-ins for all layers, seconds to make them, and tokens that went through the model for it."""
+FITTED: dict[str, tuple[dict[str, Tensor], float]] = {}
 
 
 class LinearMap(nn.Module):
@@ -80,29 +91,47 @@ def changed(params: Params, values: dict[str, Any]) -> Params:
     return Params.model_validate(data)
 
 
-def train(model: PreTrainedModel, blocks: Tensor, params: Params, prior: list[float]) -> tuple[list[nn.Module], int]:
-    """Harmonizers trained as the parameters say, and the tokens that went through the model for it."""
-    fits, settings = params.layer_importance, params.dlr
+def fitted(model: PreTrainedModel, blocks: Tensor, params: Params) -> tuple[Harmonizers, float]:
+    """Locally fitted harmonizers and the seconds that they took; made once for all variants that start from them."""
+    fits = params.layer_importance
+    key = fingerprint(params.harmonizer.model_dump(), fits.model_dump(), params.seed)
     harmonizers = importance.new_harmonizers(model, params.harmonizer, params.seed)
-    tokens = 0
-    if settings.init == "prior" and fits.steps:
-        local = blocks[: fits.calibration_blocks]
+    if key not in FITTED:
+        start = time.perf_counter()
         options = fits.model_dump(include={"steps", "batch_tokens", "lr"})
-        importance.fit_locally(model, harmonizers, local, **options, seed=params.seed)
+        importance.fit_locally(model, harmonizers, blocks, **options, seed=params.seed)
+        FITTED[key] = (copy.deepcopy(harmonizers.state_dict()), time.perf_counter() - start)
+    state, seconds = FITTED[key]
+    harmonizers.load_state_dict(state)
+    return harmonizers, seconds
+
+
+def train(model: PreTrainedModel, blocks: Tensor, params: Params, prior: list[float]) -> Trained:
+    """Harmonizers trained as the parameters say."""
+    settings, seconds, tokens = params.dlr, 0.0, 0
+    harmonizers = importance.new_harmonizers(model, params.harmonizer, params.seed)
+    if settings.init == "prior" and params.layer_importance.steps:
+        local = blocks[: params.layer_importance.calibration_blocks]
+        harmonizers, seconds = fitted(model, local, params)
         tokens += local.numel()
     if settings.steps:
-        start = torch.tensor(prior if settings.init == "prior" else [0.0] * len(prior), dtype=torch.float64)
+        start, begun = torch.zeros(len(prior), dtype=torch.float64), time.perf_counter()
+        if settings.init == "prior":
+            start += torch.tensor(prior)
         dlr.train(model, harmonizers, start, blocks, settings, seed=params.seed)
+        seconds += time.perf_counter() - begun
         networks = settings.steps + settings.steps // settings.score_every * settings.candidates
         tokens += networks * settings.batch_blocks * blocks.shape[1]
-    return list(harmonizers), tokens
+    return list(harmonizers), seconds, tokens
 
 
-def ridge(model: PreTrainedModel, blocks: Tensor, params: Params) -> tuple[list[nn.Module], int]:
+def ridge(model: PreTrainedModel, blocks: Tensor, params: Params) -> Trained:
     """Linear maps of the harmonizers' rank, by ridge regression on the same hidden states."""
     local = blocks[: params.layer_importance.calibration_blocks]
+    start = time.perf_counter()
     pairs = pairwise(hidden_states(model, local))
-    return [LinearMap(before, after, params.harmonizer.rank) for before, after in pairs], local.numel()
+    maps: list[nn.Module] = [LinearMap(before, after, params.harmonizer.rank) for before, after in pairs]
+    return maps, time.perf_counter() - start, local.numel()
 
 
 def main() -> None:
@@ -119,9 +148,9 @@ def main() -> None:
 
     def measure(changes: dict[str, Any], seed: int) -> dict[str, float]:
         params = changed(given, {key: value for key, value in changes.items() if key != "ridge"} | {"seed": seed})
-        start = time.perf_counter()
-        trained, tokens = ridge(model, blocks, params) if "ridge" in changes else train(model, blocks, params, prior)
-        row = {"seconds": time.perf_counter() - start, "tokens": tokens}
+        found = ridge(model, blocks, params) if "ridge" in changes else train(model, blocks, params, prior)
+        trained, seconds, tokens = found
+        row = {"seconds": seconds, "tokens": tokens}
         for alpha, layers in chosen.items():
             with replaced(model, {i: trained[i] for i in layers}):
                 row[f"alpha={alpha}"] = math.exp(mean_loss(model, heldout))
