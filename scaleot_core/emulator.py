@@ -233,18 +233,18 @@ def layer_parameters(model: PreTrainedModel, plan: Plan, kind: Kind) -> dict[str
     return {name: p for name, p in model.named_parameters() if _part(name, path, plan) == kind}
 
 
-def plug_in(model: PreTrainedModel, plan: Plan, adapters: dict[str, Tensor]) -> None:
-    """Put tuned adapter tensors into the emulator or the real model, in place.
+def plug_in(model: PreTrainedModel, plan: Plan, tensors: dict[str, Tensor], kind: Kind = "adapter") -> None:
+    """Put tuned tensors into the layers of one kind: adapters into the emulator or the real model, in place.
 
-    They must be those of the plan's adapter layers, all of them and nothing else; UserError names one that isn't.
+    They must be all that the plan's layers of that kind have and nothing else; UserError names one that isn't.
     """
-    parameters = layer_parameters(model, plan, "adapter")
-    for name in sorted(parameters.keys() | adapters.keys()):
-        here, given = parameters.get(name), adapters.get(name)
+    parameters = layer_parameters(model, plan, kind)
+    for name in sorted(parameters.keys() | tensors.keys()):
+        here, given = parameters.get(name), tensors.get(name)
         if here is None or given is None or here.shape != given.shape:
             raise UserError(
-                f"adapter tensor {name!r} is missing, foreign or of another shape; tune the adapter on this package"
+                f"{kind} tensor {name!r} is missing, foreign or of another shape; tune the adapter on this package"
             )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(adapters[name])
+            parameter.copy_(tensors[name])

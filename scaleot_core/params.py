@@ -132,6 +132,13 @@ class Tuning(_Block):
     """Largest norm of the gradient."""
 
 
+class OffsiteTuning(Tuning):
+    """How the data owner tunes."""
+
+    harmonizers: Literal["frozen", "tuned"]
+    """Whether the harmonizers stay as they came, or are tuned along; they don't go back either way."""
+
+
 class Evaluate(_Block):
     """Evaluation by lm-eval."""
 
@@ -171,7 +178,7 @@ class Params(_Block):
     layer_importance: LayerImportance
     dlr: Dlr
     src: Src
-    tuning: Tuning
+    tuning: OffsiteTuning
     full_finetune: Tuning
     evaluate: Evaluate
 

@@ -55,6 +55,9 @@ def main() -> None:
         tuned[name] = {}
         for task in params.tasks:
             emulator.plug_in(model, plan, adapters[task])
+            tuned_along = ARTIFACTS / "adapters" / task / "harmonizers.safetensors"
+            if name == "emulator_finetune" and tuned_along.exists():
+                emulator.plug_in(model, plan, read_tensors(tuned_along), "harmonizer")
             only, label = {task: questions[task]}, f"{name}@{task}"
             measure = partial(evaluate, model, tokenizer, only, batch_size=size, label=label)
             tuned[name][task] = once(done / f"{label}.json", measure)[task]

@@ -27,11 +27,20 @@ def main() -> None:
         model, plan = emulator.load(EMULATOR, device=runtime.device)
         data = tuning.examples(model, load_tokenizer(EMULATOR), task, read_jsonl(private))
         adapter = emulator.layer_parameters(model, plan, "adapter")
+        beside = emulator.layer_parameters(model, plan, "harmonizer") if params.tuning.harmonizers == "tuned" else {}
         history = tuning.tune(
-            model, adapter, data, params.tuning, seed=params.seed, label=f"offsite_tune@{task}", checkpoint=checkpoint
+            model,
+            adapter | beside,
+            data,
+            params.tuning,
+            seed=params.seed,
+            label=f"offsite_tune@{task}",
+            checkpoint=checkpoint,
         )
         with whole_folder(Path("artifacts/adapters") / task) as out:
             write_tensors(out / "adapter.safetensors", adapter)
+            if beside:  # stays with the data owner; only the measurement of the tuned emulator reads it
+                write_tensors(out / "harmonizers.safetensors", beside)
             write_json(out / "history.json", history)
     checkpoint.remove()
 

@@ -1,8 +1,9 @@
 """Study scores: how well each estimator ranks layers, and sets of a quarter of them, by what replacing them costs.
 
 Ground truth is measured with the harmonizers of `train_harmonizers`, on held-out text that no estimator has seen. An
-estimator says of a set the sum over its layers: of scores, and, where it has costs in nats, of those. Each finished
-part is kept, so that a stopped study goes on. `make studies` runs it.
+estimator says of a set the sum over its layers: of scores, and, where it has costs in nats, of those; scores that began
+at the prior are turned back into costs as the prior was made of them. Each finished part is kept, so that a stopped
+study goes on. `make studies` runs it.
 """
 
 from functools import partial
@@ -93,7 +94,9 @@ def main() -> None:
         costs = once(done / f"{name}.json", partial(importance.estimate, name, model, fitted(PRIOR), probe))
         row(name, importance.prior_scores(costs), spent[name], costs)
     tokens = spent["sensitivity"] + network * (3 * params.dlr.steps + updates * params.dlr.candidates)
-    row("DLR from the prior", read_json(HARMONIZERS / "scores.json")["scores"], tokens)
+    scores = torch.tensor(read_json(HARMONIZERS / "scores.json")["scores"], dtype=torch.float64)
+    logs = torch.tensor(read_json(PRIOR / "scores.json")["costs"], dtype=torch.float64).clamp(min=1e-6).log()
+    row("DLR from the prior", scores.tolist(), tokens, (scores / 2 * logs.std() + logs.mean()).exp().tolist())
     for name, changes in ways.items():
         scores = once(done / f"{fingerprint(changes)}.json", partial(learned, changes))
         row(name, scores, network * STEPS * (3 + params.dlr.candidates))

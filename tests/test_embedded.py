@@ -250,7 +250,7 @@ def test_bad_row_is_named(tmp_path: Path, bad: object) -> None:
 
 def test_row_that_is_no_json_is_named(tmp_path: Path) -> None:
     make_wheel(tmp_path / NAME, {embedded.PIQA: jsonl(GOOD) + "\n{half\n"})
-    assert "row 3" in one_user_error(lambda: embedded.questions(tmp_path / NAME, "piqa"))
+    assert "line 3" in one_user_error(lambda: embedded.questions(tmp_path / NAME, "piqa"))
 
 
 def test_rows_known_to_be_damaged_are_left_out_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,4 +283,4 @@ def test_passages_come_once_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", [{"question": "q"}, {"passage": 3}, {"passage": " "}])
 def test_row_without_a_passage_is_named(tmp_path: Path, bad: dict[str, object]) -> None:
     wheel = wheel_of(tmp_path, embedded.PASSAGES, {"passage": "fine"}, bad)
-    assert "row 2" in one_user_error(lambda: embedded.passages(wheel))
+    assert "line 2" in one_user_error(lambda: embedded.passages(wheel))

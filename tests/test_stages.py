@@ -305,6 +305,17 @@ def test_harmonizers_trained_after_the_truncation_are_others(made: Path, project
     assert not [left.name for left in (project / ".scaleot/scratch").iterdir() if left.name.startswith("compress")]
 
 
+def test_harmonizers_tuned_along_stay_beside_the_adapter(made: Path, owners: Path) -> None:
+    change(owners, tuning={"harmonizers": "tuned", "epochs": 1})
+    succeed(owners, "offsite_tune")
+    adapter, along = (
+        read_tensors(owners / OUTPUTS["offsite_tune"] / f"{n}.safetensors") for n in ("adapter", "harmonizers")
+    )
+    assert adapter.keys() == read_tensors(made / OUTPUTS["offsite_tune"] / "adapter.safetensors").keys()
+    shipped = read_tensors(owners / "artifacts/emulator/harmonizer.safetensors")
+    assert along.keys() == shipped.keys() and any((along[name] != shipped[name]).any() for name in along)
+
+
 @pytest.mark.parametrize("arguments", [[], ["other"], ["piqa", "piqa"]], ids=["none", "unknown", "two"])
 @pytest.mark.parametrize("stage", PER_TASK)
 def test_stage_of_a_task_needs_one_of_params(project: Path, stage: str, arguments: list[str]) -> None:
