@@ -3,7 +3,7 @@ PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help repro test lint check-default studies ablations
+.PHONY: help repro test lint check-default studies ablations sweep
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -29,8 +29,11 @@ lint: .venv/ready  ## format check, linter and type checker
 studies: repro  ## what the defaults were chosen by: about an hour and a half on 2 cores, beside the default run
 	dvc repro studies/dvc.yaml
 
-ablations: repro  ## the open questions of the method, one run each: hours; needs a commit of the default run
+ablations: repro  ## the open questions of the method, one run each; hours
 	python studies/ablations.py
+
+sweep: repro  ## the dial: alpha by beta, a table and a picture; an hour and a half on 2 cores
+	python studies/sweep.py
 
 check-default: repro  ## the full default run, and whether its measurements come out in the right order
 	python -m pytest tests/check_default.py

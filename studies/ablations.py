@@ -5,16 +5,15 @@ seeds. Experiments that are there already, of this commit, are not run again. `m
 """
 
 import statistics
-import subprocess
 from pathlib import Path
 from typing import Any
 
-import dvc.api
 import yaml
 from rich.table import Table
 
+from scaleot_core.experiments import Row, experiment_name, run
 from scaleot_core.params import load_params
-from scaleot_core.progress import console, say
+from scaleot_core.progress import console
 from scaleot_core.report import write_csv
 from scaleot_core.runtime import run_stage
 
@@ -27,25 +26,10 @@ FIGURES = {
     "recovery nll": "recovery.answer_nll",
 }
 
-Row = dict[str, Any]
 
-
-def experiments() -> dict[str, Row]:
-    """Experiments of this commit that have metrics, by name."""
-    shown = dvc.api.exp_show()
-    return {row["Experiment"]: row for row in shown if row["Experiment"] and row.get("corpus_perplexity.emulator")}
-
-
-def run(name: str, changes: dict[str, Any], seed: int) -> Row:
-    """One experiment's row, run now if it isn't there."""
-    experiment = f"{'-'.join(name.split())}-seed-{seed}"
-    found = experiments()
-    if experiment not in found:
-        say(f"ablation: {name}, seed {seed}", style="bold")
-        settings = [f"--set-param={key}={value}" for key, value in {**changes, "seed": seed}.items()]
-        subprocess.run(["dvc", "exp", "run", "--temp", "--force", f"--name={experiment}", *settings], check=True)
-        found = experiments()
-    return found[experiment]
+def trial(name: str, changes: dict[str, Any], seed: int) -> Row:
+    """One ablation with one seed."""
+    return run(experiment_name("ablation", name, "seed", seed), {**changes, "seed": seed})
 
 
 def moves(row: Row, default: Row, tasks: list[str]) -> bool:
@@ -74,11 +58,11 @@ def summary(values: list[float | None]) -> tuple[str, str]:
 def main() -> None:
     tasks = load_params().tasks
     ablations = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-    rows: dict[str, list[Row]] = {name: [run(name, changes, SEEDS[0])] for name, changes in ablations.items()}
+    rows: dict[str, list[Row]] = {name: [trial(name, changes, SEEDS[0])] for name, changes in ablations.items()}
     default = rows["default"][0]
     confirmed = [name for name, (row,) in rows.items() if name == "default" or moves(row, default, tasks)]
     for name in confirmed if len(confirmed) > 1 else ():
-        rows[name] += [run(name, ablations[name], seed) for seed in SEEDS[1:]]
+        rows[name] += [trial(name, ablations[name], seed) for seed in SEEDS[1:]]
     table = []
     for name, found in rows.items():
         for task in tasks:

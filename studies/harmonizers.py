@@ -50,7 +50,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fits, then DLR, paper's draw": PAPER,
     "fits, then DLR, essential layers settled": {},
     "fits, then DLR, settled, hidden-state term": {"dlr.hidden_weight": 30.0},
-    "fits, then DLR, settled, 240 steps at 3e-4": {"dlr.steps": 240, "dlr.lr": 3e-4},
     "short fits": {"layer_importance.steps": SHORT, **FITS},
     "short fits, norm": {"layer_importance.steps": SHORT, "harmonizer.norm": True, **FITS},
     "short fits, not residual": {"layer_importance.steps": SHORT, "harmonizer.residual": False, **FITS},

@@ -18,7 +18,8 @@ from conftest import write_project
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from scaleot_core import emulator
+from scaleot_core import emulator, experiments
+from scaleot_core.errors import UserError
 from scaleot_core.evaluation import evaluate
 from scaleot_core.files import read_jsonl
 from scaleot_core.models import load_model, load_tokenizer
@@ -44,6 +45,8 @@ class Sweep(NamedTuple):
     at_first: Path
     at_changed: Path
     at_back: Path
+    folder: Path
+    environment: dict[str, str]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +91,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
     diff = json.loads(call("dvc", "metrics", "diff", "--json", plain=True))
     shown = json.loads(call("dvc", "exp", "show", "--json", plain=True))
     back = call("dvc", "exp", "run", "--set-param", "alpha=0.25")
-    return Sweep(first, again, changed, diff, shown, back, at_first, at_changed, keep("back"))
+    return Sweep(first, again, changed, diff, shown, back, at_first, at_changed, keep("back"), folder, environment)
 
 
 @pytest.fixture(scope="module")
@@ -274,3 +277,28 @@ def test_evaluated_models_are_the_tuned_ones(sweep: Sweep, metrics: dict[str, An
     piqa = metrics["tasks"]["piqa"]
     for untuned, tuned in (("emulator_zero_shot", "emulator_finetune"), ("zero_shot", "plug_in")):
         assert piqa[untuned]["answer_nll"] != pytest.approx(piqa[tuned]["answer_nll"], rel=1e-5)
+
+
+def test_experiments_are_made_once_and_leave_the_project_as_it_is(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last test here: it adds an experiment to the repository."""
+    for name, value in sweep.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(sweep.folder)
+    before = {name: (sweep.folder / name).read_bytes() for name in ("params.yaml", "dvc.lock", "metrics.json")}
+    row = experiments.run("half-of-beta", {"beta": 0.4})
+    assert before == {name: (sweep.folder / name).read_bytes() for name in before}
+    assert (row["alpha"], row["beta"]) == (0.25, 0.4)
+    assert row["emulator.bytes"] > read_metrics(sweep.at_first)["emulator"]["bytes"]
+    monkeypatch.setattr("subprocess.run", lambda *args, **options: pytest.fail("it ran again"))
+    assert experiments.run("half-of-beta", {"beta": 0.4}) == row
+
+
+def test_experiment_that_fails_is_told_and_is_not_there(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in sweep.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(sweep.folder)
+    with pytest.raises(UserError, match="experiment too-much: it failed"):
+        experiments.run("too-much", {"adapter_layers": 99})
+    assert "too-much" not in experiments.finished()

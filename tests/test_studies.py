@@ -121,3 +121,36 @@ def test_every_ablation_changes_a_parameter_to_an_allowed_value(params: Params) 
     assert ablations.pop("default") == {}
     for changes in ablations.values():
         assert changed(params, changes) != params
+
+
+def setting(alpha: float, beta: float, nll: float) -> dict[str, float]:
+    return {"alpha": alpha, "beta": beta, "emulator_finetune answer_nll": nll, "gap answer_nll ±": 0.1}
+
+
+def test_dial_that_turns_back_is_told() -> None:
+    turns = runpy.run_path(str(ROOT / "studies/sweep.py"))["turns"]
+    grid = [setting(0.0, 0.0, 5.0), setting(0.5, 0.0, 6.0), setting(1.0, 0.0, 5.9), setting(0.5, 0.8, 4.0)]
+    assert turns(grid, "alpha", "beta") == []  # 0.1 nats is within the error
+    (told,) = turns(grid, "beta", "alpha")
+    assert told.startswith("beta 0.0 to 0.8 at alpha = 0.5") and "2.00 nats" in told
+
+
+def test_sweep_is_drawn_and_no_setting_runs_twice(tmp_path: Path) -> None:
+    made: list[str] = []
+    study = runpy.run_path(str(ROOT / "studies/sweep.py"))
+
+    def run(name: str, changes: dict[str, float]) -> dict[str, float]:
+        made.append(name)
+        figures = {f"{n}.{m}": 0.5 - 0.1 * changes["alpha"] for n in ("gap", "recovery") for m in ("acc", "answer_nll")}
+        for name in ("plug_in", "emulator_finetune"):
+            figures |= {f"{name}.{m}{e}": 0.1 for m in ("acc", "answer_nll") for e in ("", "_stderr")}
+        row = {f"tasks.{task}.{key}": value for task in ("a", "b") for key, value in figures.items()}
+        return row | {"emulator.share_of_model": 0.7, "corpus_perplexity.emulator": 50.0}
+
+    study["point"].__globals__["run"] = run
+    grid = [(alpha, beta) for alpha in study["ALPHAS"] for beta in study["BETAS"]]
+    rows = [{"alpha": a, "beta": b, **study["figures"](study["point"](a, b), ["a", "b"])} for a, b in grid]
+    assert len(set(made)) == len(grid) - len(study["BETAS"]) + 1
+    assert rows[0]["gap acc"] == pytest.approx(0.5) and rows[0]["gap acc ±"] == pytest.approx((4 * 0.01) ** 0.5 / 2)
+    study["draw"](tmp_path / "dial.png", rows)
+    assert (tmp_path / "dial.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,105 @@
+"""Sweep: the dial, α × β, as DVC experiments: what utility and privacy each setting gives, as a table and a picture.
+
+Experiments that are there already, of this commit, are not run again, so that a stopped sweep goes on. `make sweep`
+runs it; what isn't swept is as params.yaml has it.
+"""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from scaleot_core.experiments import Row, experiment_name, run
+from scaleot_core.files import whole_file
+from scaleot_core.params import load_params
+from scaleot_core.progress import console
+from scaleot_core.report import write_csv
+from scaleot_core.runtime import run_stage
+
+ALPHAS, BETAS = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.5, 0.8, 0.95)
+OUT = Path("docs/studies")
+METRICS = {"acc": 1, "answer_nll": -1}  # and whether more is better
+
+
+def point(alpha: float, beta: float) -> Row:
+    """One setting's experiment. With α = 1 no layer is left for β, so that one run serves all."""
+    beta = BETAS[0] if alpha == 1 else beta
+    return run(experiment_name("sweep alpha", alpha, "beta", beta), {"alpha": alpha, "beta": beta})
+
+
+def figures(row: Row, tasks: list[str]) -> dict[str, float]:
+    """Utility and privacy of one run, each the mean over tasks: plug-in, tuned emulator, gap, and recovery."""
+    found: dict[str, float] = {}
+    for metric in METRICS:
+        for name in ("plug_in", "emulator_finetune"):
+            found[f"{name} {metric}"] = statistics.fmean(row[f"tasks.{task}.{name}.{metric}"] for task in tasks)
+        for name in ("gap", "recovery"):
+            found[f"{name} {metric}"] = statistics.fmean(row[f"tasks.{task}.{name}.{metric}"] for task in tasks)
+        errors = [
+            sum(row[f"tasks.{task}.{name}.{metric}_stderr"] ** 2 for name in ("plug_in", "emulator_finetune"))
+            for task in tasks
+        ]
+        found[f"gap {metric} ±"] = sum(errors) ** 0.5 / len(tasks)
+    return found | {"bytes": row["emulator.share_of_model"], "perplexity": row["corpus_perplexity.emulator"]}
+
+
+def turns(rows: list[dict[str, float]], dial: str, other: str) -> list[str]:
+    """Where turning one dial up makes the tuned emulator better, in answer nll, by more than two standard errors."""
+    found = []
+    for before in rows:
+        for after in rows:
+            if after[other] == before[other] and after[dial] > before[dial]:
+                gained = before["emulator_finetune answer_nll"] - after["emulator_finetune answer_nll"]
+                if gained > 2 * after["gap answer_nll ±"]:
+                    where = f"{dial} {before[dial]} to {after[dial]} at {other} = {after[other]}"
+                    found.append(f"{where}: the tuned emulator gains {gained:.2f} nats")
+    return found
+
+
+def draw(path: Path, rows: list[dict[str, float]]) -> None:
+    """The picture: gap against recovery, in accuracy and in answer nll, one line a β along α."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 120})
+    colours = plt.get_cmap("viridis")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4))
+    for axis, (metric, title) in zip(axes, {"acc": "accuracy", "answer_nll": "answer nll (nats)"}.items(), strict=True):
+        for k, beta in enumerate(BETAS):
+            line = [row for row in rows if row["beta"] == beta]
+            x, y = ([row[f"{name} {metric}"] for row in line] for name in ("recovery", "gap"))
+            colour = colours(k / len(BETAS))
+            axis.errorbar(x, y, [row[f"gap {metric} ±"] for row in line], color=colour, marker="o", label=f"β = {beta}")
+            for row, at, height in zip(line, x, y, strict=True):
+                axis.annotate(f"{row['alpha']:g}", (at, height), (3, 4), textcoords="offset points", fontsize=7)
+        axis.axhline(0, color="black", linewidth=0.6)
+        axis.set_xlabel("recovery: how much of full fine-tuning's gain the plug-in has")
+        axis.set_ylabel("gap: plug-in minus tuned emulator")
+        axis.set_title(f"{title}; the number beside a point is α", fontsize=9)
+        axis.legend(fontsize=8, frameon=False)
+    figure.tight_layout()
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    tasks = load_params().tasks
+    rows: list[dict[str, Any]] = [
+        {"alpha": alpha, "beta": beta, **figures(point(alpha, beta), tasks)} for alpha in ALPHAS for beta in BETAS
+    ]
+    write_csv(OUT / "sweep.csv", list(rows[0]), (list(row.values()) for row in rows))
+    draw(OUT / "sweep.png", rows)
+    table = Table(*rows[0], title=f"the dial: means over {', '.join(tasks)}")
+    for row in rows:
+        table.add_row(*(f"{value:.3g}" for value in row.values()))
+    console.print(table)
+    for line in turns(rows, "alpha", "beta") + turns(rows, "beta", "alpha"):
+        console.print(f"not monotone: {line}", style="yellow")
+
+
+if __name__ == "__main__":
+    run_stage(main)
