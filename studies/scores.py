@@ -6,6 +6,7 @@ at the prior are turned back into costs as the prior was made of them. Each fini
 study goes on. `make studies` runs it.
 """
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,8 @@ def main() -> None:
 
     def row(name: str, scores: list[float], tokens: int, costs: list[float] | None = None) -> None:
         def rank(values: list[float], truth: list[float], sets: list[list[int]]) -> float:
-            return float(spearmanr([sum(values[i] for i in layers) for layers in sets], truth).statistic)
+            said = [sum(values[i] for i in layers) for layers in sets]
+            return float(spearmanr(said, truth).statistic) if len(set(said)) > 1 else math.nan  # it tells none apart
 
         single = rank(scores, alone, [[i] for i in range(layers)])
         by_cost = "" if costs is None else rank(costs, truth, sets)
