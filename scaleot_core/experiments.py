@@ -33,9 +33,11 @@ def finished() -> dict[str, Row]:
 
 def run(name: str, changes: Mapping[str, Any]) -> Row:
     """The row of experiment `name`, run now with these parameters if it isn't there; UserError where a run fails."""
-    if name not in finished():
+    found = finished()
+    if name not in found:
         say(f"experiment {name}", style="bold")
         settings = [f"--set-param={key}={value}" for key, value in changes.items()]
         if subprocess.run(["dvc", "exp", "run", "--temp", f"--name={name}", *settings]).returncode:
             raise UserError(f"experiment {name}: it failed; see above, mend it, then run again: what is done is kept")
-    return finished()[name]
+        found = finished()
+    return found[name]

@@ -183,6 +183,15 @@ class Params(_Block):
     evaluate: Evaluate
 
 
+def changed(params: Params, values: dict[str, Any]) -> Params:
+    """Parameters with some changed, by keys such as `dlr.steps`."""
+    data = params.model_dump()
+    for key, value in values.items():
+        *blocks, name = key.split(".")
+        (data[blocks[0]] if blocks else data)[name] = value
+    return Params.model_validate(data)
+
+
 def _field(location: tuple[int | str, ...]) -> FieldInfo | None:
     """The declaration behind an error's location, or None where no field has that name."""
     block: Any = Params

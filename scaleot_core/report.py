@@ -98,22 +98,29 @@ def write_layers(path: Path, prior: Sequence[float], scores: Sequence[float], ki
     write_csv(path, ["layer", "prior", "score", "kind"], rows)
 
 
-def draw(folder: Path, metrics: Mapping[str, Any], histories: Mapping[str, Any], layers: Mapping[str, Any]) -> None:
-    """Draw measurements.png, layers.png and curves.png into a folder."""
+def pyplot() -> Any:
+    """matplotlib's pyplot, drawing to files and in our style."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 120})
+    return plt
+
+
+def draw(folder: Path, metrics: Mapping[str, Any], histories: Mapping[str, Any], layers: Mapping[str, Any]) -> None:
+    """Draw measurements.png, layers.png and curves.png into a folder."""
+    plt = pyplot()
     _draw_measurements(plt, folder / "measurements.png", metrics["tasks"])
     _draw_layers(plt, folder / "layers.png", layers)
     _draw_curves(plt, folder / "curves.png", histories)
 
 
-def _save(plt: Any, figure: Any, path: Path) -> None:
+def save_figure(plt: Any, figure: Any, path: Path) -> None:
+    """Write a figure as PNG, whatever the file's name, and close it."""
     figure.tight_layout()
-    figure.savefig(path, metadata={"Software": None})
+    figure.savefig(path, format="png", metadata={"Software": None})
     plt.close(figure)
 
 
@@ -130,7 +137,7 @@ def _draw_measurements(plt: Any, path: Path, tasks: Mapping[str, Measured]) -> N
             axis.set_ylim(max(0, low - 0.3 * (high - low)), high)
             axis.set_xticks(range(5), [name.replace("_", "\n") for name in MEASUREMENTS], fontsize=7)
             axis.set_title(f"{task}\n{title}", fontsize=9)
-    _save(plt, figure, path)
+    save_figure(plt, figure, path)
 
 
 def _draw_layers(plt: Any, path: Path, layers: Mapping[str, Any]) -> None:
@@ -143,7 +150,7 @@ def _draw_layers(plt: Any, path: Path, layers: Mapping[str, Any]) -> None:
     axis.set_xlabel("decoder layer")
     axis.set_ylabel("score")
     axis.legend(fontsize=8, ncols=4, frameon=False)
-    _save(plt, figure, path)
+    save_figure(plt, figure, path)
 
 
 def _draw_curves(plt: Any, path: Path, histories: Mapping[str, Any]) -> None:
@@ -157,4 +164,4 @@ def _draw_curves(plt: Any, path: Path, histories: Mapping[str, Any]) -> None:
         axis.set_title(stage, fontsize=9)
         axis.set_xlabel("step", fontsize=8)
         axis.set_ylabel("loss", fontsize=8)
-    _save(plt, figure, path)
+    save_figure(plt, figure, path)

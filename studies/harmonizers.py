@@ -23,7 +23,7 @@ from scaleot_core.emulator import choose_layers
 from scaleot_core.files import fingerprint, once, read_tensors
 from scaleot_core.harmonizer import Harmonizers
 from scaleot_core.models import hidden_states, load_model, mean_loss, replaced
-from scaleot_core.params import Params, load_params
+from scaleot_core.params import Params, changed, load_params
 from scaleot_core.progress import console
 from scaleot_core.report import write_csv
 from scaleot_core.runtime import run_stage, setup
@@ -58,7 +58,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 Trained = tuple[list[nn.Module], float, int]
 """Stand-ins for all layers, seconds to make them, and tokens that went through the model for it."""
-FITTED: dict[str, tuple[dict[str, Tensor], float]] = {}
+FITTED: dict[str, tuple[Harmonizers, float]] = {}
 
 
 class LinearMap(nn.Module):
@@ -81,28 +81,18 @@ class LinearMap(nn.Module):
         return x + (x.float() @ self.left @ self.right + self.bias).to(x.dtype)
 
 
-def changed(params: Params, values: dict[str, Any]) -> Params:
-    """Parameters with some changed, by keys such as `dlr.steps`."""
-    data = params.model_dump()
-    for key, value in values.items():
-        *blocks, name = key.split(".")
-        (data[blocks[0]] if blocks else data)[name] = value
-    return Params.model_validate(data)
-
-
 def fitted(model: PreTrainedModel, blocks: Tensor, params: Params) -> tuple[Harmonizers, float]:
     """Locally fitted harmonizers and the seconds that they took; made once for all variants that start from them."""
     fits = params.layer_importance
     key = fingerprint(params.harmonizer.model_dump(), fits.model_dump(), params.seed)
-    harmonizers = importance.new_harmonizers(model, params.harmonizer, params.seed)
     if key not in FITTED:
+        harmonizers = importance.new_harmonizers(model, params.harmonizer, params.seed)
         start = time.perf_counter()
         options = fits.model_dump(include={"steps", "batch_tokens", "lr"})
         importance.fit_locally(model, harmonizers, blocks, **options, seed=params.seed)
-        FITTED[key] = (copy.deepcopy(harmonizers.state_dict()), time.perf_counter() - start)
-    state, seconds = FITTED[key]
-    harmonizers.load_state_dict(state)
-    return harmonizers, seconds
+        FITTED[key] = (harmonizers, time.perf_counter() - start)
+    harmonizers, seconds = FITTED[key]
+    return copy.deepcopy(harmonizers), seconds
 
 
 def train(model: PreTrainedModel, blocks: Tensor, params: Params, prior: list[float]) -> Trained:

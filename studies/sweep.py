@@ -14,12 +14,12 @@ from scaleot_core.experiments import Row, experiment_name, run
 from scaleot_core.files import whole_file
 from scaleot_core.params import load_params
 from scaleot_core.progress import console
-from scaleot_core.report import write_csv
+from scaleot_core.report import pyplot, save_figure, write_csv
 from scaleot_core.runtime import run_stage
 
 ALPHAS, BETAS = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.5, 0.8, 0.95)
 OUT = Path("docs/studies")
-METRICS = {"acc": 1, "answer_nll": -1}  # and whether more is better
+METRICS = {"acc": "accuracy", "answer_nll": "answer nll (nats)"}
 
 
 def point(alpha: float, beta: float) -> Row:
@@ -32,9 +32,7 @@ def figures(row: Row, tasks: list[str]) -> dict[str, float]:
     """Utility and privacy of one run, each the mean over tasks: plug-in, tuned emulator, gap, and recovery."""
     found: dict[str, float] = {}
     for metric in METRICS:
-        for name in ("plug_in", "emulator_finetune"):
-            found[f"{name} {metric}"] = statistics.fmean(row[f"tasks.{task}.{name}.{metric}"] for task in tasks)
-        for name in ("gap", "recovery"):
+        for name in ("plug_in", "emulator_finetune", "gap", "recovery"):
             found[f"{name} {metric}"] = statistics.fmean(row[f"tasks.{task}.{name}.{metric}"] for task in tasks)
         errors = [
             sum(row[f"tasks.{task}.{name}.{metric}_stderr"] ** 2 for name in ("plug_in", "emulator_finetune"))
@@ -59,15 +57,10 @@ def turns(rows: list[dict[str, float]], dial: str, other: str) -> list[str]:
 
 def draw(path: Path, rows: list[dict[str, float]]) -> None:
     """The picture: gap against recovery, in accuracy and in answer nll, one line a β along α."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 120})
+    plt = pyplot()
     colours = plt.get_cmap("viridis")
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.4))
-    for axis, (metric, title) in zip(axes, {"acc": "accuracy", "answer_nll": "answer nll (nats)"}.items(), strict=True):
+    for axis, (metric, title) in zip(axes, METRICS.items(), strict=True):
         for k, beta in enumerate(BETAS):
             line = [row for row in rows if row["beta"] == beta]
             x, y = ([row[f"{name} {metric}"] for row in line] for name in ("recovery", "gap"))
@@ -80,10 +73,8 @@ def draw(path: Path, rows: list[dict[str, float]]) -> None:
         axis.set_ylabel("gap: plug-in minus tuned emulator")
         axis.set_title(f"{title}; the number beside a point is α", fontsize=9)
         axis.legend(fontsize=8, frameon=False)
-    figure.tight_layout()
     with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})
-    plt.close(figure)
+        save_figure(plt, figure, temporary)
 
 
 def main() -> None:

@@ -13,18 +13,9 @@ from test_files import refusal
 
 from scaleot_core import preview
 from scaleot_core.families import FAMILIES
-from scaleot_core.params import Params
+from scaleot_core.params import changed
 from scaleot_core.preview import check_model, check_sources, forward_tokens
 from scaleot_core.runtime import Runtime
-
-
-def changed(params, values):
-    """Checked parameters with some of them changed, by keys such as `dlr.steps`."""
-    new = params.model_dump()
-    for key, value in values.items():
-        *blocks, last = key.split(".")
-        (new[blocks[0]] if blocks else new)[last] = value
-    return Params.model_validate(new)
 
 
 @pytest.fixture
