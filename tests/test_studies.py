@@ -123,7 +123,8 @@ def test_every_ablation_changes_a_parameter_to_an_allowed_value(params: Params) 
 
 
 def setting(alpha: float, beta: float, nll: float) -> dict[str, float]:
-    return {"alpha": alpha, "beta": beta, "emulator_finetune answer_nll": nll, "gap answer_nll ±": 0.1}
+    figures = {"emulator_finetune answer_nll": nll, "plug_in answer_nll": alpha, "gap answer_nll ±": 0.1}
+    return {"alpha": alpha, "beta": beta, **figures}
 
 
 def test_dial_that_turns_back_is_told() -> None:
@@ -131,7 +132,9 @@ def test_dial_that_turns_back_is_told() -> None:
     grid = [setting(0.0, 0.0, 5.0), setting(0.5, 0.0, 6.0), setting(1.0, 0.0, 5.9), setting(0.5, 0.8, 4.0)]
     assert turns(grid, "alpha", "beta") == []  # 0.1 nats is within the error
     (told,) = turns(grid, "beta", "alpha")
-    assert told.startswith("beta 0.0 to 0.8 at alpha = 0.5") and "2.00 nats" in told
+    assert told == "beta 0.0 to 0.8 at alpha = 0.5: emulator_finetune gains 2.00 nats"
+    grid[1]["plug_in answer_nll"] = 3.0
+    assert "alpha 0.5 to 1.0 at beta = 0.0: plug_in gains 2.00 nats" in turns(grid, "alpha", "beta")
 
 
 def test_sweep_is_drawn_and_no_setting_runs_twice(tmp_path: Path) -> None:
@@ -151,5 +154,9 @@ def test_sweep_is_drawn_and_no_setting_runs_twice(tmp_path: Path) -> None:
     rows = [{"alpha": a, "beta": b, **study["figures"](study["point"](a, b), ["a", "b"])} for a, b in grid]
     assert len(set(made)) == len(grid) - len(study["BETAS"]) + 1
     assert rows[0]["gap acc"] == pytest.approx(0.5) and rows[0]["gap acc ±"] == pytest.approx((4 * 0.01) ** 0.5 / 2)
-    study["draw"](tmp_path / "dial.png", rows)
+    unfit = {"tasks.a.recovery.acc": None}  # full fine-tuning gained nothing
+    study["point"].__globals__["run"] = lambda name, changes: run(name, changes) | unfit
+    none = study["figures"](study["point"](0.0, 0.0), ["a", "b"])
+    assert math.isnan(none["recovery acc"]) and none["gap acc"] == 0.5
+    study["draw"](tmp_path / "dial.png", [*rows[1:], {**rows[0], **none}])
     assert (tmp_path / "dial.png").read_bytes().startswith(b"\x89PNG")
