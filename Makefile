@@ -1,9 +1,10 @@
 # `make help` lists what there is.
 PYTHON ?= python3
+PRESET ?= nine-tasks
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help repro test lint check-default studies ablations sweep
+.PHONY: help repro test lint check-default studies ablations sweep table
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -34,6 +35,9 @@ ablations: repro  ## the open questions of the method, one run each; hours
 
 sweep: repro  ## the dial: alpha by beta, a table and a picture; an hour and a half on 2 cores
 	python studies/sweep.py
+
+table: .venv/ready  ## one row of the paper's table: PRESET=opt-1.3b SET="alpha=0.5" (presets.yaml)
+	python studies/table.py $(PRESET) $(SET)
 
 check-default: repro  ## the full default run, and whether its measurements come out in the right order
 	python -m pytest tests/check_default.py

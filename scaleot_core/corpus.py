@@ -1,5 +1,6 @@
 """Public text packed into blocks of tokens, some of them held out for perplexity."""
 
+import io
 import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -10,30 +11,55 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from scaleot_core.errors import UserError, one_line
-from scaleot_core.files import read_jsonl
+from scaleot_core.files import parse_jsonl
 from scaleot_core.runtime import generator
 
+SUFFIXES = (".jsonl", ".jsonl.zst", ".txt")
 SHUFFLED = 10_000  # passages that are held to draw the next one from: a stream is never read whole
 
 
 def read_text(source: str) -> Iterator[str]:
-    """Passages of a .jsonl file (field `text`), a .txt file (parted by blank lines) or a hub data set, streamed.
+    """Passages of a file, of all such files in a folder, or of a hub data set, streamed.
 
+    Files are .jsonl or .jsonl.zst (field `text`), as the Pile's shards are, and .txt (parted by blank lines).
     UserError for a file or data set that can't be read, and for a row without text.
     """
     path = Path(source)
-    if path.suffix == ".jsonl":
-        rows: Iterable[object] = read_jsonl(path)
-    elif path.suffix == ".txt":
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES))
+        if not files:
+            raise UserError(f"params.yaml: data.corpus = {source!r}: no {', '.join(SUFFIXES)} file is in that folder")
+        for file in files:
+            yield from read_text(str(file))
+    elif source.endswith(".txt"):
         yield from _read_txt(path)
-        return
+    elif source.endswith(SUFFIXES):
+        yield from _texts(source, (row for _, row in parse_jsonl(source, _lines(path))))
     else:
-        rows = _stream(source)
+        yield from _texts(source, _stream(source))
+
+
+def _texts(source: str, rows: Iterable[object]) -> Iterator[str]:
     for number, row in enumerate(rows, start=1):
         text = row.get("text") if isinstance(row, dict) else None
         if not isinstance(text, str):
             raise UserError(f"{source}, row {number}: the field `text` is missing or no text; data.corpus needs it")
         yield text
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a file that may be compressed, as they are read."""
+    import pyarrow
+
+    try:
+        with pyarrow.input_stream(str(path), compression="detect") as stream:
+            yield from io.TextIOWrapper(stream, encoding="utf-8", newline="\n")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; correct data.corpus in params.yaml") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({one_line(error)})") from None
+    except OSError as error:  # a damaged archive
+        raise UserError(f"{path}: it can't be read to its end ({one_line(error)}); fetch it again") from error
 
 
 def _read_txt(path: Path) -> list[str]:

@@ -4,6 +4,7 @@ Each runs in a folder of its own (`dvc exp run --temp`), so that the project sta
 all that the change doesn't touch. One that was stopped is run again; one that is there isn't.
 """
 
+import json
 import re
 import subprocess
 from collections.abc import Mapping
@@ -36,8 +37,15 @@ def run(name: str, changes: Mapping[str, Any]) -> Row:
     found = finished()
     if name not in found:
         say(f"experiment {name}", style="bold")
-        settings = [f"--set-param={key}={value}" for key, value in changes.items()]
+        settings = [f"--set-param={key}={json.dumps(value)}" for key, value in changes.items()]
         if subprocess.run(["dvc", "exp", "run", "--temp", f"--name={name}", *settings]).returncode:
             raise UserError(f"experiment {name}: it failed; see above, mend it, then run again: what is done is kept")
         found = finished()
     return found[name]
+
+
+def read_metrics(row: Row) -> Any:
+    """All of an experiment's metrics.json: a row has its numbers alone."""
+    import dvc.api
+
+    return json.loads(dvc.api.read("metrics.json", rev=row["rev"]))

@@ -22,14 +22,20 @@ class Family:
     """From a decoder layer to its attention."""
     projections: Mapping[str, int]
     """From the attention to each projection, and how many matrices are fused in it along its outputs."""
+    by_head: bool = False
+    """Whether the outputs of fused matrices alternate from head to head, or each matrix's lie together."""
 
 
 _LLAMA = Family("model.layers", "self_attn", {"q_proj": 1, "k_proj": 1, "v_proj": 1, "o_proj": 1})
 
 FAMILIES: dict[str, Family] = {
-    "llama": _LLAMA,
-    "opt": Family("model.decoder.layers", "self_attn", {"q_proj": 1, "k_proj": 1, "v_proj": 1, "out_proj": 1}),
     "gpt2": Family("transformer.h", "attn", {"c_attn": 3, "c_proj": 1}),
+    "gpt_neox": Family("gpt_neox.layers", "attention", {"query_key_value": 3, "dense": 1}, by_head=True),  # Pythia
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "opt": Family("model.decoder.layers", "self_attn", {"q_proj": 1, "k_proj": 1, "v_proj": 1, "out_proj": 1}),
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
 }
 
 
@@ -64,3 +70,8 @@ def projections(model: PreTrainedModel) -> dict[str, nn.Module]:
 def attention(config: PretrainedConfig, layer: nn.Module) -> nn.Module:
     """The attention of one decoder layer."""
     return layer.get_submodule(family(config).attention)
+
+
+def fused_runs(config: PretrainedConfig) -> int:
+    """In how many runs the outputs of each matrix in a fused projection come: one, or one a head."""
+    return int(config.num_attention_heads) if family(config).by_head else 1

@@ -68,12 +68,17 @@ def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Pre
 def save_model(source: str, folder: Path, dtype: torch.dtype) -> None:
     """Copy a model and its tokenizer, from the hub or a local folder, into `folder` as safetensors of one dtype.
 
-    UserError for a model that can't be fetched or read, or is of an unsupported architecture.
+    UserError for a model that can't be fetched or read, is of an unsupported architecture, or has another's tokenizer.
     """
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         family(config)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        if len(tokenizer) > config.vocab_size:
+            raise UserError(
+                f"params.yaml: model = {source!r}: its tokenizer has {len(tokenizer)} tokens and the model's embedding "
+                f"{config.vocab_size}, so it belongs to another model; put the right one there"
+            )
         model = _pretrained(source, config=config, dtype=dtype)
     except UserError:
         raise

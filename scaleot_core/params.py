@@ -1,10 +1,12 @@
 """params.yaml as checked values. Every key there is a field here, with its type, range and meaning."""
 
+import operator
+from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from scaleot_core.errors import UserError, one_line
@@ -122,8 +124,14 @@ class Tuning(_Block):
     """Stop after so many steps; 0 for no limit."""
     batch_size: Positive
     """Questions in a step."""
-    lr: Rate
-    """AdamW's peak learning rate."""
+    lr: Annotated[
+        list[Rate],
+        BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
+        Field(min_length=1),
+    ]
+    """AdamW's peak learning rate. Of several the one that is best on a part of the training questions is taken."""
+    validation: Share
+    """Share of the training questions that several learning rates are compared on."""
     warmup: Share
     """Share of the steps in which the rate rises to its peak; then it falls linearly to zero."""
     weight_decay: Annotated[float, Field(ge=0)]
@@ -184,12 +192,19 @@ class Params(_Block):
 
 
 def changed(params: Params, values: dict[str, Any]) -> Params:
-    """Parameters with some changed, by keys such as `dlr.steps`."""
+    """Parameters with some changed, by keys such as `dlr.steps`; UserError names the first that is wrong."""
     data = params.model_dump()
     for key, value in values.items():
         *blocks, name = key.split(".")
+        if blocks and blocks[0] not in data:
+            raise UserError(f"{key} is no parameter; correct its name or delete it")
         (data[blocks[0]] if blocks else data)[name] = value
-    return Params.model_validate(data)
+    return _checked(data)
+
+
+def _at(data: Any, location: tuple[int | str, ...]) -> Any:
+    """The value at an error's location."""
+    return reduce(operator.getitem, location, data)
 
 
 def _field(location: tuple[int | str, ...]) -> FieldInfo | None:
@@ -197,6 +212,9 @@ def _field(location: tuple[int | str, ...]) -> FieldInfo | None:
     block: Any = Params
     found = None
     for part in location:
+        if isinstance(part, int) and get_origin(block) is list:
+            found = FieldInfo.from_annotation(get_args(block)[0])
+            continue
         fields = getattr(block, "model_fields", {})
         if part not in fields:
             return found
@@ -225,6 +243,14 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     try:
+        return _checked(data)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _checked(data: Any) -> Params:
+    """Values as parameters; UserError names the first key that is wrong, its value and its range."""
+    try:
         params = Params.model_validate(data)
     except ValidationError as error:
         errors = error.errors(include_url=False)
@@ -232,13 +258,15 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
             errors, key=lambda found: found["type"] != "extra_forbidden"
         )  # a mistyped key explains a missing one
         location = first["loc"]
+        if location[-1:] == (0,) and not isinstance(_at(data, location[:-1]), list):
+            location = location[:-1]  # a single value may stand for a list of one
         key = ".".join(str(part) for part in location) or "the file"
         if first["type"] == "extra_forbidden":
-            raise UserError(f"{path}: {key} is no parameter; correct its name or delete it") from None
+            raise UserError(f"{key} is no parameter; correct its name or delete it") from None
         if first["type"] == "missing":
-            raise UserError(f"{path}: {key} is missing; add it (params.yaml in the repository shows how)") from None
+            raise UserError(f"{key} is missing; add it (params.yaml in the repository shows how)") from None
         message = one_line(ValueError(first["msg"]))
-        raise UserError(f"{path}: {key} = {first['input']!r}: {message}{_range(_field(location))}") from None
+        raise UserError(f"{key} = {first['input']!r}: {message}{_range(_field(first['loc']))}") from None
     if len(set(params.tasks)) < len(params.tasks):
-        raise UserError(f"{path}: tasks = {params.tasks!r}: a task is named twice; name each once")
+        raise UserError(f"tasks = {params.tasks!r}: a task is named twice; name each once")
     return params

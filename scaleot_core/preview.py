@@ -1,5 +1,6 @@
 """What a run will do and cost, checked and said before the first heavy stage."""
 
+import os
 import time
 from pathlib import Path
 
@@ -8,11 +9,12 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from scaleot_core import dlr
+from scaleot_core.corpus import SUFFIXES
 from scaleot_core.decomposition import decompose
 from scaleot_core.errors import UserError
 from scaleot_core.families import family
 from scaleot_core.models import check_layers, read_config
-from scaleot_core.params import Params, Tuning
+from scaleot_core.params import Params, Tuning, changed
 from scaleot_core.progress import console
 from scaleot_core.runtime import Runtime
 
@@ -23,6 +25,13 @@ SMALL = 256  # rows and columns of the matrix that a decomposition is timed on
 EFFICIENCY = 0.4  # of a large matrix product's rate that a small model reaches
 
 
+def located(params: Params) -> Params:
+    """Parameters whose local files are found in the project's folder, also from the folder of an experiment."""
+    root = Path(os.environ.get("DVC_ROOT", "."))
+    given = {"model": params.model, "data.source": params.data.source, "data.corpus": params.data.corpus}
+    return changed(params, {key: str(root / path) for key, path in given.items() if (root / path).exists()})
+
+
 def check_sources(params: Params) -> None:
     """UserError where a local folder or file that params.yaml names isn't there or can't be used."""
     for key, value in (
@@ -30,7 +39,7 @@ def check_sources(params: Params) -> None:
         ("data.source", params.data.source),
         ("data.corpus", params.data.corpus),
     ):
-        is_path = value.startswith((".", "/", "~")) or value.endswith((".jsonl", ".txt"))
+        is_path = value.startswith((".", "/", "~")) or value.endswith(SUFFIXES)
         is_path = is_path or (key == "data.source" and value not in ("embedded", "hub"))
         if is_path and not Path(value).exists():
             raise UserError(f"params.yaml: {key} = {value!r}: no such file or folder; correct the path")
@@ -56,7 +65,8 @@ def check_model(params: Params, folder: Path) -> None:
 
 def _tuning_tokens(tuning: Tuning, questions: int) -> int:
     seen = questions * tuning.epochs
-    return QUESTION_TOKENS * (min(seen, tuning.max_steps * tuning.batch_size) if tuning.max_steps else seen)
+    runs = 1 + len(tuning.lr) if len(tuning.lr) > 1 else 1
+    return runs * QUESTION_TOKENS * (min(seen, tuning.max_steps * tuning.batch_size) if tuning.max_steps else seen)
 
 
 def forward_tokens(params: Params) -> dict[str, float]:

@@ -10,6 +10,7 @@ from scaleot_core import embedded
 from scaleot_core.errors import UserError, one_line
 from scaleot_core.files import read_jsonl
 from scaleot_core.runtime import generator
+from scaleot_core.tasks import evaluated_split, task_config
 
 Row = dict[str, Any]
 # What doesn't tell two questions apart: their numbers, and the answers, which might be given two ways.
@@ -75,6 +76,26 @@ def _rows(file: Path) -> list[Row]:
     return rows
 
 
+def _articles(rows: list[Row]) -> list[Row]:
+    """RACE's questions put together by article, as lm-eval's data set has them."""
+    articles: dict[str, list[Row]] = {}
+    for row in rows:
+        problem = {name: row[name] for name in ("question", "answer", "options")}
+        articles.setdefault(row["article"], []).append(problem)
+    return [{"article": article, "problems": repr(problems)} for article, problems in articles.items()]
+
+
+# Where the hub has training questions that lm-eval's own data set lacks, and how they become its rows.
+TRAINING = {"race": ("ehovy/race", "high", "train", _articles)}
+
+
+def check(source: str, task: str) -> None:
+    """UserError where a task is unknown, can't be tuned and scored, or has no questions to tune on at that source."""
+    config = task_config(task)
+    if source == "hub" and config["training_split"] is None and task not in TRAINING:
+        raise UserError(f"params.yaml: tasks: {task!r} has no training split, so nothing can be tuned on it")
+
+
 def hub(task: str) -> tuple[list[Row], list[Row]]:
     """The training split and the evaluated one that lm-eval's definition of the task names, from the hub.
 
@@ -82,20 +103,16 @@ def hub(task: str) -> tuple[list[Row], list[Row]]:
     """
     from datasets import load_dataset
 
-    from scaleot_core.tasks import task_config
-
     config = task_config(task)
-    path, evaluated = config["dataset_path"], config.get("test_split") or config.get("validation_split")
-    if not evaluated:
-        raise UserError(f"params.yaml: tasks: {task!r} has neither a test nor a validation split to evaluate on")
+    path, name, options = config["dataset_path"], config.get("dataset_name"), config.get("dataset_kwargs") or {}
     try:
-        training, evaluation = (
-            load_dataset(path, config.get("dataset_name"), split=name, **(config.get("dataset_kwargs") or {})).to_list()
-            for name in (config["training_split"], evaluated)
-        )
+        evaluation = load_dataset(path, name, split=evaluated_split(config), **options).to_list()
+        if task in TRAINING:
+            path, name, split, regroup = TRAINING[task]
+            return regroup(load_dataset(path, name, split=split).to_list()), evaluation
+        return load_dataset(path, name, split=config["training_split"], **options).to_list(), evaluation
     except Exception as error:  # the network, the hub and each file format have their own types
         raise UserError(f"params.yaml: data.source = 'hub': {path} can't be loaded ({one_line(error)})") from error
-    return training, evaluation
 
 
 def load(

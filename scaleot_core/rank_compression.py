@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from scaleot_core.decomposition import Decompose, Factors
-from scaleot_core.families import attention, decoder_layers, family, projection_name
+from scaleot_core.families import attention, decoder_layers, family, fused_runs, projection_name
 
 
 class LowRankLinear(nn.Module):
@@ -28,14 +28,18 @@ class LowRankLinear(nn.Module):
 
 
 class FusedProjection(nn.Module):
-    """Projections of one input side by side, as GPT-2's c_attn gives q, k and v: (..., in) to (..., sum of outs)."""
+    """Projections of one input side by side, as GPT-2's c_attn gives q, k and v: (..., in) to (..., sum of outs).
 
-    def __init__(self, parts: list[nn.Module]) -> None:
+    With `runs` above one their outputs alternate: the first run of each, then the second of each, as in GPT-NeoX.
+    """
+
+    def __init__(self, parts: list[nn.Module], runs: int) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
+        self.runs = runs
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([part(x) for part in self.parts], dim=-1)
+        return torch.stack([part(x).unflatten(-1, (self.runs, -1)) for part in self.parts], dim=-2).flatten(-3)
 
 
 def kept_rank(full: int, beta: float, semantics: str) -> int:
@@ -47,11 +51,15 @@ def kept_rank(full: int, beta: float, semantics: str) -> int:
     return max(1, math.floor(round(share * full, 9) + 0.5))
 
 
-def _matrices(module: nn.Linear | Conv1D, fused: int) -> list[tuple[Tensor, Tensor | None]]:
+def _matrices(module: nn.Linear | Conv1D, fused: int, runs: int) -> list[tuple[Tensor, Tensor | None]]:
     """A projection's matrices (out, in) and biases, cut apart where several are fused."""
+
+    def cut(tensor: Tensor) -> list[Tensor]:
+        return [part.flatten(0, 1) for part in tensor.unflatten(0, (runs, fused, -1)).unbind(1)]
+
     weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-    biases = module.bias.chunk(fused) if module.bias is not None else (None,) * fused
-    return list(zip(weight.chunk(fused), biases, strict=True))
+    biases = cut(module.bias) if module.bias is not None else [None] * fused
+    return list(zip(cut(weight), biases, strict=True))
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -85,15 +93,15 @@ def compress_layer(
     so that β = 0 is the model itself.
     """
     ranks = {}
-    block = attention(model.config, decoder_layers(model)[index])
+    block, runs = attention(model.config, decoder_layers(model)[index]), fused_runs(model.config)
     for name, fused in family(model.config).projections.items():
         module = block.get_submodule(name)
         assert isinstance(module, nn.Linear | Conv1D)
-        matrices = _matrices(module, fused)
+        matrices = _matrices(module, fused, runs)
         ranks[name] = [kept_rank(min(weight.shape), beta, semantics) for weight, _ in matrices]
         if all(rank >= min(weight.shape) for rank, (weight, _) in zip(ranks[name], matrices, strict=True)):
             continue
         factors = partial(decompose, projection_name(model.config, index, name))
         parts = [_compressed(w, b, rank, factors) for rank, (w, b) in zip(ranks[name], matrices, strict=True)]
-        setattr(block, name, parts[0] if fused == 1 else FusedProjection(parts))
+        setattr(block, name, parts[0] if fused == 1 else FusedProjection(parts, runs))
     return ranks

@@ -13,31 +13,41 @@ from scaleot_core.progress import console
 
 MEASUREMENTS = ("zero_shot", "full_finetune", "emulator_zero_shot", "emulator_finetune", "plug_in")
 KIND_COLOURS = {"adapter": "#d1495b", "compressed": "#00798c", "harmonizer": "#edae49"}
-Measured = Mapping[str, Mapping[str, Any]]
+Measured = Mapping[str, Any]
+"""Of one task the five measurements, each with its figures, and what they are: `metrics` and `less_is_better`."""
+
+
+def _values(measured: Measured, metric: str) -> dict[str, float]:
+    """The five measurements in one metric, with the sign turned where less is better, as in a perplexity."""
+    sign = -1 if metric in measured["less_is_better"] else 1
+    return {name: sign * measured[name][metric] for name in MEASUREMENTS}
 
 
 def utility(measured: Measured) -> dict[str, dict[str, float | None]]:
-    """Gap and recovery of one task (method, "The two parties"), in accuracy and in answer log-likelihood.
+    """Gap and recovery of one task (method, "The two parties"), in each of its `metrics`.
 
     Gap = plug_in − emulator_finetune; recovery = (plug_in − zero_shot) / (full_finetune − zero_shot), None where full
-    fine-tuning gained nothing. A negative log-likelihood counts with its sign turned, so more is better everywhere.
+    fine-tuning gained nothing. More is better in both, whatever the metric.
     """
     found: dict[str, dict[str, float | None]] = {"gap": {}, "recovery": {}}
-    for metric, sign in (("acc", 1), ("acc_norm", 1), ("answer_nll", -1)):
-        if metric not in measured["zero_shot"]:
-            continue
-        value = {name: sign * measured[name][metric] for name in MEASUREMENTS}
+    for metric in measured["metrics"]:
+        value = _values(measured, metric)
         ceiling = value["full_finetune"] - value["zero_shot"]
         found["gap"][metric] = value["plug_in"] - value["emulator_finetune"]
         found["recovery"][metric] = (value["plug_in"] - value["zero_shot"]) / ceiling if ceiling > 0 else None
     return found
 
 
+def _shown(measured: Measured) -> list[str]:
+    """The metrics that a task is judged by: its first, and the last, which is the least noisy."""
+    return list(dict.fromkeys([measured["metrics"][0], measured["metrics"][-1]]))
+
+
 def misordered(measured: Measured) -> list[str]:
-    """What is not as the method promises, in accuracy or answer log-likelihood; an empty list is the promise kept."""
+    """What is not as the method promises, in the metrics that count; an empty list is the promise kept."""
     wrong = []
-    for metric, sign in (("acc", 1), ("answer_nll", -1)):
-        value = {name: sign * measured[name][metric] for name in MEASUREMENTS}
+    for metric in _shown(measured):
+        value = _values(measured, metric)
         for lower in ("zero_shot", "emulator_finetune"):
             if value["plug_in"] <= value[lower]:
                 wrong.append(f"plug_in is not better than {lower} in {metric}")
@@ -48,8 +58,9 @@ def measurement_table(tasks: Mapping[str, Measured]) -> Table:
     """The five measurements of every task, each with its standard error."""
     table = Table(title="The five measurements (our own splits, not the official ones)")
     table.add_column("")
-    for name in ("acc", "acc_norm", "answer nll"):
-        table.add_column(name, justify="right")
+    metrics = list(dict.fromkeys(metric for measured in tasks.values() for metric in measured["metrics"]))
+    for metric in metrics:
+        table.add_column(metric, justify="right")
 
     def cell(figures: Mapping[str, Any], metric: str) -> str:
         return f"{figures[metric]:.3f} ± {figures[metric + '_stderr']:.3f}" if metric in figures else "–"
@@ -58,7 +69,7 @@ def measurement_table(tasks: Mapping[str, Measured]) -> Table:
         table.add_section()
         table.add_row(task, style="bold")
         for name in MEASUREMENTS:
-            table.add_row(f"  {name}", *(cell(measured[name], m) for m in ("acc", "acc_norm", "answer_nll")))
+            table.add_row(f"  {name}", *(cell(measured[name], metric) for metric in metrics))
     return table
 
 
@@ -66,9 +77,10 @@ def show(metrics: Mapping[str, Any]) -> None:
     """Print the measurements and what they come to."""
     console.print(measurement_table(metrics["tasks"]))
     for task, measured in metrics["tasks"].items():
-        gap, recovery = measured["gap"]["acc"], measured["recovery"]["acc"]
+        metric = measured["metrics"][0]
+        gap, recovery = measured["gap"][metric], measured["recovery"][metric]
         share = "undefined (full fine-tuning gained nothing)" if recovery is None else f"{recovery:.2f}"
-        console.print(f"{task}: gap {100 * gap:+.1f} points, recovery {share}")
+        console.print(f"{task}: gap {gap:+.3f} in {metric}, recovery {share}")
         for line in misordered(measured):
             console.print(f"  note: {line}", style="yellow")
     emulator, perplexity = metrics["emulator"], metrics["corpus_perplexity"]
@@ -126,17 +138,19 @@ def save_figure(plt: Any, figure: Any, path: Path) -> None:
 
 def _draw_measurements(plt: Any, path: Path, tasks: Mapping[str, Measured]) -> None:
     colours = ["#9aa5b1", "#3e4c59", "#edae49", "#e07b39", "#d1495b"]
-    titles = {"acc": "accuracy (more is better)", "answer_nll": "answer nll, nats (less is better)"}
     figure, rows = plt.subplots(2, len(tasks), figsize=(4.2 * len(tasks), 6.4), squeeze=False)
     for column, (task, measured) in enumerate(tasks.items()):
-        for axis, (metric, title) in zip(rows[:, column], titles.items(), strict=True):
+        for axis in rows[len(_shown(measured)) :, column]:
+            axis.axis("off")
+        for axis, metric in zip(rows[:, column], _shown(measured), strict=False):
             values = [measured[name][metric] for name in MEASUREMENTS]
             errors = [measured[name][f"{metric}_stderr"] for name in MEASUREMENTS]
             axis.bar(range(5), values, yerr=errors, color=colours, capsize=3)
             low, high = min(values) - 2 * max(errors), max(values) + 2 * max(errors)
             axis.set_ylim(max(0, low - 0.3 * (high - low)), high)
             axis.set_xticks(range(5), [name.replace("_", "\n") for name in MEASUREMENTS], fontsize=7)
-            axis.set_title(f"{task}\n{title}", fontsize=9)
+            better = "less" if metric in measured["less_is_better"] else "more"
+            axis.set_title(f"{task}\n{metric} ({better} is better)", fontsize=9)
     save_figure(plt, figure, path)
 
 

@@ -24,6 +24,10 @@ from scaleot_core.files import read_json, read_tensors, whole_folder, write_json
 from scaleot_core.progress import progress, say
 
 
+class Diverged(UserError):
+    """A loss that is not finite."""
+
+
 class State(Protocol):
     """What a loop trains: it can be written to a checkpoint and read back."""
 
@@ -95,7 +99,7 @@ def warmup_then_linear(step: int, steps: int, warmup: float) -> float:
 
 @dataclass
 class Checkpoint:
-    """Where and how often a loop saves itself; with `seconds` at 0, after every step."""
+    """Where and how often a loop saves itself; with `seconds` at 0, after every step. `folder` is the loop's own."""
 
     folder: Path
     seconds: float
@@ -103,7 +107,7 @@ class Checkpoint:
 
     def resume(self, state: State) -> int:
         """Load the last checkpoint into `state` and `history`; return the number of finished steps, 0 without one."""
-        saves = sorted(self.folder.glob("[0-9]*"))
+        saves = sorted(self.folder.glob("steps/[0-9]*"))
         if not saves:
             return 0
         try:
@@ -117,13 +121,17 @@ class Checkpoint:
 
     def save(self, state: State, step: int) -> None:
         """Write the checkpoint of `step` finished steps, whole or not at all; only then drop what was there before."""
-        new = self.folder / f"{step:09d}"
+        new = self.folder / "steps" / f"{step:09d}"
         with whole_folder(new) as folder:
             write_tensors(folder / "state.safetensors", state.tensors())
             write_json(folder / "progress.json", {"step": step, "history": self.history})
-        for old in self.folder.iterdir():
+        for old in new.parent.iterdir():
             if old != new:
                 shutil.rmtree(old, ignore_errors=True)
+
+    def within(self, name: str) -> "Checkpoint":
+        """A checkpoint for a smaller loop that is part of the same work, removed with this one."""
+        return Checkpoint(self.folder / name, self.seconds)
 
     def remove(self) -> None:
         """Forget the checkpoint, once the stage's outputs stand."""
@@ -159,7 +167,7 @@ def run_steps(
 ) -> list[dict[str, float]]:
     """Call `step(i)` for i = 0 .. steps − 1 from the last checkpoint on; return one row of figures a step.
 
-    A step returns figures, among them `loss` and optionally `tokens`. Raises UserError when the loss is not finite,
+    A step returns figures, among them `loss` and optionally `tokens`. Raises Diverged when the loss is not finite,
     and KeyboardInterrupt, after saving, when interrupted.
     """
     checkpoint = checkpoint or Checkpoint(Path(os.devnull), math.inf)
@@ -169,7 +177,7 @@ def run_steps(
         for i in range(first, steps):
             figures: dict[str, Any] = dict(step(i))
             if not math.isfinite(figures["loss"]):
-                raise UserError(
+                raise Diverged(
                     f"{label}: the loss is {figures['loss']} at step {i}; "
                     "lower the stage's learning rate or use dtype float32"
                 )

@@ -25,6 +25,8 @@ from scaleot_core.files import (
 from scaleot_core.models import load_model, load_tokenizer, mean_loss
 from scaleot_core.params import load_params
 from scaleot_core.runtime import Meter, run_stage, setup
+from scaleot_core.tasks import load_task
+from scaleot_core.tasks import metrics as metrics_of
 from scaleot_core.training import scratch
 
 ARTIFACTS, COSTS = Path("artifacts"), Path("costs")
@@ -64,13 +66,19 @@ def main() -> None:
 
     tasks = {}
     for task in params.tasks:
-        measured = {
+        measured: dict[str, Any] = {
             "zero_shot": read_json(ARTIFACTS / "baselines" / f"zero_shot-{task}.json"),
             "full_finetune": read_json(ARTIFACTS / "baselines" / f"full_finetune-{task}" / "results.json"),
             "emulator_zero_shot": shipped[task],
             **{name: results[task] for name, results in tuned.items()},
         }
-        tasks[task] = measured | report.utility(measured)
+        better = metrics_of(load_task(task, questions[task]))
+        measured |= {"metrics": list(better), "less_is_better": [metric for metric, more in better.items() if not more]}
+        rates = {
+            "offsite_tune": read_json(ARTIFACTS / "adapters" / task / "learning_rate.json")["lr"],
+            "full_finetune": read_json(ARTIFACTS / "baselines" / f"full_finetune-{task}" / "learning_rate.json")["lr"],
+        }
+        tasks[task] = measured | report.utility(measured) | {"lr": rates}
     model_bytes, emulator_bytes = (folder_bytes(ARTIFACTS / name, ".safetensors") for name in ("model", "emulator"))
     model_loss = read_json(ARTIFACTS / "importance" / "scores.json")["model_heldout_loss"]
     metrics = {

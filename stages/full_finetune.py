@@ -1,6 +1,7 @@
 """Stage full_finetune, one per task: all weights of the real model tuned, the ceiling. α and β don't touch it."""
 
 from pathlib import Path
+from typing import Any
 
 from scaleot_core import tuning
 from scaleot_core.evaluation import evaluate
@@ -18,25 +19,24 @@ def main() -> None:
     task = named_task(params)
     folder = Path("artifacts/tasks") / task
     runtime = setup(params, f"full_finetune@{task}")
-    key = fingerprint(params.full_finetune.model_dump(), params.seed, params.dtype, MODEL, folder)
+    key = fingerprint(
+        params.full_finetune.model_dump(), params.data.block_size, params.seed, params.dtype, MODEL, folder
+    )
     checkpoint = Checkpoint(scratch(f"full_finetune-{task}-{key}"), params.checkpoint_seconds)
     with cost(Path(f"costs/full_finetune-{task}.json"), runtime):
         model, tokenizer = load_model(MODEL, device=runtime.device, dtype=runtime.dtype), load_tokenizer(MODEL)
-        data = tuning.examples(model, tokenizer, task, read_jsonl(folder / "train.jsonl"))
-        history = tuning.tune(
-            model,
-            dict(model.named_parameters()),
-            data,
-            params.full_finetune,
-            seed=params.seed,
-            label=f"full_finetune@{task}",
-            checkpoint=checkpoint,
-        )
+        size, rows = params.data.block_size, read_jsonl(folder / "train.jsonl")
+        data = tuning.examples(model, tokenizer, task, rows, block_size=size)
+        weights = dict(model.named_parameters())
+        how: dict[str, Any] = {"seed": params.seed, "label": f"full_finetune@{task}", "checkpoint": checkpoint}
+        rate = tuning.choose_rate(model, weights, data, params.full_finetune, **how)
+        history = tuning.tune(model, weights, data, params.full_finetune, lr=rate["lr"], **how)
         questions = {task: read_jsonl(folder / "eval.jsonl")}
-        size = params.evaluate.batch_size
-        results = evaluate(model, tokenizer, questions, batch_size=size, label="full_finetune")
+        batch = params.evaluate.batch_size
+        results = evaluate(model, tokenizer, questions, batch_size=batch, label="full_finetune")
         with whole_folder(Path(f"artifacts/baselines/full_finetune-{task}")) as out:
             write_json(out / "results.json", results[task])
+            write_json(out / "learning_rate.json", rate)
             write_json(out / "history.json", history)
     checkpoint.remove()
 

@@ -5,6 +5,7 @@ adapter layers, which is all that goes back. `python stages/offsite_tune.py TASK
 """
 
 from pathlib import Path
+from typing import Any
 
 from scaleot_core import emulator, tuning
 from scaleot_core.files import fingerprint, read_jsonl, whole_folder, write_json, write_tensors
@@ -21,26 +22,22 @@ def main() -> None:
     task = named_task(params)
     private = Path("artifacts/tasks") / task / "train.jsonl"
     runtime = setup(params, f"offsite_tune@{task}")
-    key = fingerprint(params.tuning.model_dump(), params.seed, params.dtype, EMULATOR, private)
+    key = fingerprint(params.tuning.model_dump(), params.data.block_size, params.seed, params.dtype, EMULATOR, private)
     checkpoint = Checkpoint(scratch(f"offsite_tune-{task}-{key}"), params.checkpoint_seconds)
     with cost(Path(f"costs/offsite_tune-{task}.json"), runtime):
         model, plan = emulator.load(EMULATOR, device=runtime.device)
-        data = tuning.examples(model, load_tokenizer(EMULATOR), task, read_jsonl(private))
+        size, rows = params.data.block_size, read_jsonl(private)
+        data = tuning.examples(model, load_tokenizer(EMULATOR), task, rows, block_size=size)
         adapter = emulator.layer_parameters(model, plan, "adapter")
         beside = emulator.layer_parameters(model, plan, "harmonizer") if params.tuning.harmonizers == "tuned" else {}
-        history = tuning.tune(
-            model,
-            adapter | beside,
-            data,
-            params.tuning,
-            seed=params.seed,
-            label=f"offsite_tune@{task}",
-            checkpoint=checkpoint,
-        )
+        how: dict[str, Any] = {"seed": params.seed, "label": f"offsite_tune@{task}", "checkpoint": checkpoint}
+        rate = tuning.choose_rate(model, adapter | beside, data, params.tuning, **how)
+        history = tuning.tune(model, adapter | beside, data, params.tuning, lr=rate["lr"], **how)
         with whole_folder(Path("artifacts/adapters") / task) as out:
             write_tensors(out / "adapter.safetensors", adapter)
             if beside:  # stays with the data owner; only the measurement of the tuned emulator reads it
                 write_tensors(out / "harmonizers.safetensors", beside)
+            write_json(out / "learning_rate.json", rate)
             write_json(out / "history.json", history)
     checkpoint.remove()
 

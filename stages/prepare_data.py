@@ -12,18 +12,18 @@ from scaleot_core.files import whole_folder, write_jsonl, write_tensors
 from scaleot_core.models import load_tokenizer, read_config, save_model
 from scaleot_core.params import load_params
 from scaleot_core.runtime import cost, run_stage, setup
-from scaleot_core.tasks import answer_pairs, load_task, task_config
+from scaleot_core.tasks import check_rows
 
 ARTIFACTS = Path("artifacts")
 DOWNLOADS = Path(os.environ.get("DVC_ROOT", ".")) / ".scaleot" / "downloads"
 
 
 def main() -> None:
-    params = load_params()
+    params = preview.located(load_params())
     runtime = setup(params, "prepare_data")
     with cost(Path("costs/prepare_data.json"), runtime):
         for task in params.tasks:
-            task_config(task)
+            questions.check(params.data.source, task)
         preview.check_sources(params)
         wheels = {}
         if "embedded" in (params.model, params.data.source, params.data.corpus):
@@ -48,8 +48,7 @@ def main() -> None:
                     seed=params.seed,
                 )
                 for part, rows in (("training", train), ("evaluation", evaluation)):
-                    loaded = load_task(task, rows)
-                    answer_pairs(loaded, tokenizer, context_length=context, part=part)  # found now, not after hours
+                    check_rows(task, rows, tokenizer, context_length=context, part=part)  # now, not after hours
                 write_jsonl(out / task / "train.jsonl", train)
                 write_jsonl(out / task / "eval.jsonl", evaluation)
         source = params.data.corpus

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,11 +10,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
     OPTConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
 )
 
 from scaleot_core.params import HarmonizerForm, Params, load_params
@@ -23,28 +28,26 @@ LAB = ROOT.parent / "shared" / "data"
 VOCABULARY = 300
 TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    **TOKENS,
+}
+
+# Every family, and what one of them does in two ways: OPT-350m has its norms behind, and narrower embeddings.
 CONFIGS: dict[str, PretrainedConfig] = {
-    "llama": LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        **TOKENS,
-    ),
-    "opt": OPTConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        word_embed_proj_dim=32,
-        ffn_dim=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        **TOKENS,
-    ),
+    "gpt_neox": GPTNeoXConfig(**COMMON),
+    "llama": LlamaConfig(num_key_value_heads=2, **COMMON),
+    "mistral": MistralConfig(num_key_value_heads=2, head_dim=8, sliding_window=16, **COMMON),
+    "qwen2": Qwen2Config(num_key_value_heads=2, **COMMON),
+    "qwen3": Qwen3Config(num_key_value_heads=2, head_dim=16, **COMMON),
+    "opt": OPTConfig(word_embed_proj_dim=32, ffn_dim=64, **COMMON),
+    "opt-350m": OPTConfig(word_embed_proj_dim=16, ffn_dim=64, do_layer_norm_before=False, **COMMON),
     "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=4, n_head=4, n_positions=128, **TOKENS),
 }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -127,7 +128,41 @@ def test_reads_txt_parted_by_blank_lines(tmp_path: Path) -> None:
     assert list(corpus.read_text(str(tmp_path / "a.txt"))) == ["one\nstill one", "two", "three"]
 
 
-@pytest.mark.parametrize("name", ["none.jsonl", "none.txt"])
+def compressed(text: str) -> bytes:
+    return pyarrow.compress(text.encode(), codec="zstd", asbytes=True)
+
+
+def test_reads_compressed_shards_in_order(tmp_path: Path) -> None:
+    """The Pile's shards may hold several frames one after another."""
+    shards = [[json.dumps({"text": f"{shard} {i}", "meta": {}}) + "\n" for i in range(50)] for shard in range(2)]
+    for shard, rows in enumerate(shards):
+        frames = compressed("".join(rows[:20])) + compressed("".join(rows[20:]))
+        (tmp_path / f"0{shard}.jsonl.zst").write_bytes(frames)
+    (tmp_path / "README.md").write_text("no text of the corpus")
+    assert list(corpus.read_text(str(tmp_path))) == [f"{shard} {i}" for shard in range(2) for i in range(50)]
+
+
+def test_shard_is_not_read_to_its_end_before_it_is_needed(tmp_path: Path) -> None:
+    sound = compressed("".join(json.dumps({"text": f"{i} {i**9}"}) + "\n" for i in range(200_000)))
+    (tmp_path / "a.jsonl.zst").write_bytes(sound[: len(sound) // 2])
+    stream = corpus.read_text(str(tmp_path / "a.jsonl.zst"))
+    assert next(stream) == "0 0"
+    with pytest.raises(UserError, match=r"a\.jsonl\.zst"):
+        list(stream)
+
+
+def test_damaged_shard(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.zst").write_bytes(b"nothing of the kind")
+    with pytest.raises(UserError, match=r"a\.jsonl\.zst: it can't be read"):
+        list(corpus.read_text(str(tmp_path / "a.jsonl.zst")))
+
+
+def test_folder_without_text(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no \.jsonl, \.jsonl\.zst, \.txt file"):
+        list(corpus.read_text(str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "none.jsonl.zst", "none.txt"])
 def test_missing_file(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="no such file"):
         list(corpus.read_text(str(tmp_path / name)))

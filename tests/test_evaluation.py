@@ -5,11 +5,13 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import ROOT, tiny_model
 from test_files import refusal
-from test_tasks import CLOZE
+from test_tasks import CLOZE, GSM8K, WEBQS
 
 from scaleot_core.evaluation import evaluate
+from scaleot_core.params import load_params
+from scaleot_core.tuning import examples, tune
 
 # answers of many lengths, so that accuracy is not the same with and without dividing by them
 PIQA = [
@@ -81,3 +83,72 @@ def test_likelihood_that_is_no_number_is_refused(tokenizer):
     model.model.norm.weight.fill_(math.nan)
     said = refusal(lambda: evaluate(model, tokenizer, {"piqa": PIQA[:2]}, batch_size=2, label="test"))
     assert "task piqa" in said and "not finite" in said
+
+
+# --- other kinds of tasks --------------------------------------------------------------------------------
+
+
+def test_answers_of_which_several_are_right(tokenizer):
+    figures = evaluate(tiny_model("llama"), tokenizer, {"webqs": WEBQS}, batch_size=3, label="test")["webqs"]
+    nll = [
+        min(
+            -log_likelihood(tokenizer, f"Question: {row['question']}\nAnswer:", f" {answer}")
+            for answer in row["answers"][:2]
+        )
+        for row in WEBQS  # the third answer begins as the second
+    ]
+    assert figures["answer_nll"] == pytest.approx(fmean(nll), rel=1e-5)
+    assert figures["exact_match"] == 0 and figures["questions"] == len(WEBQS)
+
+
+def long_model():
+    """A tiny model with room for what lm-eval generates: up to 256 tokens."""
+    return tiny_model("llama", max_position_embeddings=512)
+
+
+def test_generated_answers_are_matched_by_every_filter_and_their_likelihood_is_taken(tokenizer):
+    figures = evaluate(long_model(), tokenizer, {"gsm8k": GSM8K}, batch_size=2, label="test")["gsm8k"]
+    assert {name for name in figures if name.startswith("exact_match")} == {
+        f"exact_match_{by}{end}" for by in ("strict-match", "flexible-extract") for end in ("", "_stderr")
+    }
+    nll = [-log_likelihood(tokenizer, f"Question: {r['question']}\nAnswer:", f" {r['answer']}") for r in GSM8K]
+    assert figures["answer_nll"] == pytest.approx(fmean(nll), rel=1e-5)
+    assert figures["questions"] == len(GSM8K)
+
+
+def test_model_that_learnt_the_answers_by_heart_matches_them(tokenizer):
+    model = long_model()
+    data = examples(model, tokenizer, "gsm8k", GSM8K, block_size=16)
+    settings = load_params(ROOT / "params.yaml").tuning.model_copy(update={"epochs": 300, "warmup": 0.0})
+    tune(model, dict(model.named_parameters()), data, settings, lr=1e-2, seed=0, label="test")
+    figures = evaluate(model, tokenizer, {"gsm8k": GSM8K}, batch_size=2, label="test")["gsm8k"]
+    assert figures["exact_match_strict-match"] == 1 and figures["answer_nll"] < 0.5
+
+
+PAGES = [{"page": f"page {i} says\n " + " ".join(str(k * i % 89) for k in range(30 + 25 * i))} for i in range(6)]
+
+
+def test_perplexities_of_texts_are_what_the_equations_give(tokenizer):
+    figures = evaluate(tiny_model("llama"), tokenizer, {"wikitext": PAGES}, batch_size=3, label="test")["wikitext"]
+    model, nll, tokens, words = tiny_model("llama"), [], [], []
+    for row in PAGES:
+        ids = tokenizer(row["page"].replace("\n ", "\n"))["input_ids"]  # as lm-eval takes such a page apart
+        total, before = 0.0, [tokenizer.eos_token_id]
+        for start in range(0, len(ids), 128):  # windows of the context's length, each after the token before it
+            window = [*before, *ids[start : start + 128]]
+            if len(window) < 129 and start:  # the last one is filled up from the left
+                window = ids[-129:]
+            fresh = min(128, len(ids) - start)
+            logp = model(torch.tensor([window[:-1]])).logits[0].log_softmax(-1)
+            total -= sum(logp[t - 1, window[t]].item() for t in range(len(window) - fresh, len(window)))
+            before = ids[start + 127 : start + 128]
+        nll.append(total)
+        tokens.append(len(ids))
+        words.append(len(row["page"].split()))
+    assert max(tokens) > 128
+    assert figures["token_perplexity"] == pytest.approx(math.exp(sum(nll) / sum(tokens)), rel=1e-4)
+    assert figures["word_perplexity"] == pytest.approx(math.exp(sum(nll) / sum(words)), rel=1e-3)
+    spread = stdev([a - sum(nll) / sum(tokens) * b for a, b in zip(nll, tokens, strict=True)])
+    error = figures["token_perplexity"] * spread / math.sqrt(6) / fmean(tokens)
+    assert figures["token_perplexity_stderr"] == pytest.approx(error, rel=1e-3)
+    assert figures["bits_per_byte_stderr"] > 0 and figures["questions"] == 6

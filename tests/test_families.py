@@ -1,20 +1,34 @@
 """Every family: its layers are the model's own, and no matrix of its attention is left out."""
 
+import math
+
 import pytest
 import torch
-from conftest import CONFIGS, tiny_model
+import yaml
+from conftest import CONFIGS, ROOT, tiny_model
 from torch import nn
-from transformers import BertConfig
+from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig, OPTConfig
 from transformers.pytorch_utils import Conv1D
 
+from scaleot_core.decomposition import shapes
+from scaleot_core.emulator import Plan, build, choose_layers, layer_parameters
 from scaleot_core.errors import UserError
 from scaleot_core.families import FAMILIES, attention, decoder_layers, family, projections
+from scaleot_core.importance import new_harmonizers
+from scaleot_core.params import changed
 
 SQUARE = (32, 32)
+GROUPED = {"q_proj": [SQUARE], "k_proj": [(16, 32)], "v_proj": [(16, 32)], "o_proj": [SQUARE]}
+EQUAL = {"q_proj": [SQUARE], "k_proj": [SQUARE], "v_proj": [SQUARE], "out_proj": [SQUARE]}
 SHAPES = {  # of every attention matrix (out, in), fused ones apart
-    "llama": {"q_proj": [SQUARE], "k_proj": [(16, 32)], "v_proj": [(16, 32)], "o_proj": [SQUARE]},
-    "opt": {"q_proj": [SQUARE], "k_proj": [SQUARE], "v_proj": [SQUARE], "out_proj": [SQUARE]},
     "gpt2": {"c_attn": [SQUARE] * 3, "c_proj": [SQUARE]},
+    "gpt_neox": {"query_key_value": [SQUARE] * 3, "dense": [SQUARE]},
+    "llama": GROUPED,
+    "mistral": GROUPED,
+    "opt": EQUAL,
+    "opt-350m": EQUAL,
+    "qwen2": GROUPED,
+    "qwen3": {"q_proj": [(64, 32)], "k_proj": [(32, 32)], "v_proj": [(32, 32)], "o_proj": [(32, 64)]},
 }
 
 
@@ -26,7 +40,8 @@ class Zero(nn.Module):
 
 
 def test_every_family_is_tested():
-    assert FAMILIES.keys() == CONFIGS.keys() == SHAPES.keys()
+    assert FAMILIES.keys() == {config.model_type for config in CONFIGS.values()}
+    assert CONFIGS.keys() == SHAPES.keys()
 
 
 def test_assigning_to_an_entry_replaces_the_layer_in_the_models_forward(model, blocks):
@@ -45,7 +60,7 @@ def test_assigning_to_an_entry_replaces_the_layer_in_the_models_forward(model, b
     assert torch.equal(logits, logits[:1, :1].expand_as(logits))
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+@pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_projections_are_all_matrices_of_the_attention_with_their_fused_counts(name):
     model = tiny_model(name)
     for layer in decoder_layers(model):
@@ -53,7 +68,9 @@ def test_projections_are_all_matrices_of_the_attention_with_their_fused_counts(n
         for projection, module in attention(model.config, layer).named_modules():
             if isinstance(module, nn.Linear | Conv1D):
                 weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-                found[projection] = [tuple(part.shape) for part in weight.chunk(FAMILIES[name].projections[projection])]
+                found[projection] = [
+                    tuple(part.shape) for part in weight.chunk(family(model.config).projections[projection])
+                ]
         assert found == SHAPES[name]
 
 
@@ -65,6 +82,62 @@ def test_projections_are_listed_by_their_names_in_the_model(model):
     assert {id(m) for b in blocks for m in b.modules() if isinstance(m, nn.Linear | Conv1D)} == set(
         map(id, listed.values())
     )
+
+
+# The paper's models as their authors published them: what isn't said is the configuration class's own default.
+PAPER = {
+    "gpt2-xl": (GPT2Config(n_embd=1600, n_layer=48, n_head=25), 48, 1_557_611_200),
+    "opt-1.3b": (
+        OPTConfig(
+            hidden_size=2048,
+            word_embed_proj_dim=2048,
+            ffn_dim=8192,
+            num_hidden_layers=24,
+            num_attention_heads=32,
+        ),
+        24,
+        1_315_758_080,
+    ),
+    "opt-6.7b": (
+        OPTConfig(
+            hidden_size=4096,
+            word_embed_proj_dim=4096,
+            ffn_dim=16384,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+        ),
+        32,
+        6_658_473_984,
+    ),
+    "llama-7b": (LlamaConfig(), 32, 6_738_415_616),
+}
+
+
+@pytest.mark.parametrize("name", sorted(PAPER))
+def test_papers_model_has_its_layers_and_an_emulator_of_the_size_that_alpha_and_beta_say(name, params):
+    config, count, parameters = PAPER[name]
+    row = changed(
+        params, {key: value for key, value in yaml.safe_load((ROOT / "presets.yaml").read_text())[name].items()}
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        assert model.num_parameters() == parameters and len(decoder_layers(model)) == count
+        scores = [float(i) for i in range(count)]
+        kinds = choose_layers(scores, adapter_layers=row.adapter_layers, alpha=0.25, placement="importance")
+        plan = Plan(kinds, 0.8, "removed", row.harmonizer)
+        layer, size = decoder_layers(model)[0].parameters(), config.hidden_size
+        whole = sum(p.numel() for p in layer)
+        build(model, new_harmonizers(model, row.harmonizer, seed=0), plan, shapes)
+    adapters = sum(p.numel() for p in layer_parameters(model, plan, "adapter").values())
+    assert adapters == 4 * whole and 0.07 < adapters / parameters < 0.16  # about a tenth, more of a shorter stack
+    harmonizers, compressed = (len(plan.layers(kind)) for kind in ("harmonizer", "compressed"))
+    assert harmonizers == math.floor(0.25 * (count - 4) + 0.5)
+    rank = row.harmonizer.rank
+    stand_in = 2 * size * rank + rank + size
+    kept = max(1, math.floor(0.2 * size + 0.5))
+    cut = 4 * (size * size - 2 * size * kept)  # of four square matrices, as two factors each
+    expected = parameters - harmonizers * (whole - stand_in) - compressed * cut
+    assert sum(p.numel() for p in model.parameters()) == expected
 
 
 def test_unsupported_architecture_names_the_supported_ones():

@@ -95,6 +95,43 @@ def test_copy_is_in_the_dtype_asked_for(tmp_path, folder, tokenizer):
     assert load_tokenizer(tmp_path / "copy").get_vocab() == tokenizer.get_vocab()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", ["shards", "bin"])
+def test_every_form_of_the_hub_gives_the_same_copy(tmp_path, tokenizer, form, dtype):
+    model = tiny_model("llama").to(dtype)
+    tokenizer.save_pretrained(tmp_path / "m")
+    if form == "shards":
+        model.save_pretrained(tmp_path / "m", max_shard_size="20KB")
+        assert (tmp_path / "m" / "model.safetensors.index.json").exists()
+    else:
+        model.config.save_pretrained(tmp_path / "m")
+        torch.save(model.state_dict(), tmp_path / "m" / "pytorch_model.bin")
+    save_model(str(tmp_path / "m"), tmp_path / "copy", torch.float32)
+    copy = load(tmp_path / "copy").state_dict()
+    assert all(torch.equal(tensor.float(), copy[name]) for name, tensor in model.state_dict().items())
+
+
+class Payload:
+    """What a pickled checkpoint might do."""
+
+    def __reduce__(self):
+        return (pytest.fail, ("code of the checkpoint ran",))
+
+
+def test_bin_checkpoint_with_code_is_refused(tmp_path, tokenizer):
+    tiny_model("llama").config.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    torch.save({"model.norm.weight": Payload()}, tmp_path / "m" / "pytorch_model.bin")
+    assert "it can't be loaded" in refusal(save_model, str(tmp_path / "m"), tmp_path / "copy", torch.float32)
+
+
+def test_tokenizer_of_another_model_is_refused(tmp_path, tokenizer):
+    tiny_model("llama", vocab_size=len(tokenizer) - 1).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    said = refusal(save_model, str(tmp_path / "m"), tmp_path / "copy", torch.float32)
+    assert f"its tokenizer has {len(tokenizer)} tokens and the model's embedding {len(tokenizer) - 1}" in said
+
+
 def test_folder_without_tokenizer(tmp_path, folder):
     assert str(tmp_path / "none") in refusal(load_tokenizer, tmp_path / "none")
     tiny_model("llama").save_pretrained(tmp_path / "bare")

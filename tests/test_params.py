@@ -62,7 +62,10 @@ def refused(folder, text) -> str:
 
 
 def test_repositorys_file_gives_its_values(params):
-    assert params.model_dump() == yaml.safe_load(TEXT)
+    values = yaml.safe_load(TEXT)
+    for block in ("tuning", "full_finetune"):
+        values[block]["lr"] = [values[block]["lr"]]  # one stands for a list of one
+    assert params.model_dump() == values
 
 
 def test_every_key_of_the_file_has_a_field_and_every_field_its_meaning():
@@ -113,6 +116,9 @@ OUT_OF_RANGE: list[tuple[str, Any, str]] = [
     ("beta", float("nan"), "the range is 0 to 1"),
     ("full_finetune.warmup", 1.01, "the range is 0 to 1"),
     ("dlr.lr", 0, "the range is 0 to 1"),
+    ("tuning.lr", 2.0, "the range is 0 to 1"),
+    ("tuning.lr", [], "at least 1 item"),
+    ("full_finetune.validation", 1.1, "the range is 0 to 1"),
     ("adapter_layers", 0, "the least is 1"),
     ("seed", -1, "the least is 0"),
     ("data.block_size", 7, "the least is 8"),
@@ -202,6 +208,11 @@ def test_text_that_yaml_cannot_take_is_one_line(tmp_path, text):
     assert refused(tmp_path, text)
 
 
+def test_learning_rate_of_a_list_is_named(tmp_path):
+    said = refused(tmp_path, with_value("tuning.lr", [1e-4, 3.0]))
+    assert said.startswith("tuning.lr.1 = 3.0: ") and "the range is 0 to 1" in said
+
+
 @pytest.mark.parametrize("text", ["", "# nothing\n", "- alpha\n", "alpha\n"], ids=repr)
 def test_file_without_keys_is_refused(tmp_path, text):
     assert refused(tmp_path, text).startswith("the file = ")
@@ -216,7 +227,7 @@ def test_scientific_notation_is_a_number(tmp_path, written):
     """PyYAML reads `1e-4` as text."""
     assert isinstance(yaml.safe_load("1e-4"), str)
     lr = load(tmp_path, re.sub(r"^(  lr:) \S+", rf"\1 {written}", TEXT, flags=re.MULTILINE)).tuning.lr
-    assert isinstance(lr, float) and lr == 1e-4
+    assert lr == [1e-4] and isinstance(lr[0], float)
 
 
 # --- dvc.yaml --------------------------------------------------------------------------------------------

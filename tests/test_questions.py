@@ -10,6 +10,7 @@ import pytest
 
 from scaleot_core import embedded, questions
 from scaleot_core.errors import UserError
+from scaleot_core.tasks import load_task
 
 LAB = Path(__file__).parent.parent.parent / "shared" / "data"
 Row = dict[str, Any]
@@ -132,7 +133,7 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch, config: Row, splits: dict[str, lis
         return SimpleNamespace(to_list=lambda: splits[split])
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    monkeypatch.setattr("scaleot_core.tasks.task_config", lambda task: config)
+    monkeypatch.setattr("scaleot_core.questions.task_config", lambda task: config)
     return calls
 
 
@@ -148,7 +149,7 @@ def test_hub_reads_the_splits_that_lm_eval_scores(
     calls = fake_hub(monkeypatch, config, splits)
     train, evaluation = questions.load("hub", "piqa", wheel=None, train=10, evaluate=10, seed=0)
     assert len(train) == 10 and goals(evaluation) == goals(splits[evaluated])
-    assert calls == [("some/set", "main", split, {"revision": "x"}) for split in ("train", evaluated)]
+    assert calls == [("some/set", "main", split, {"revision": "x"}) for split in (evaluated, "train")]
 
 
 def test_hub_out_of_reach_is_an_error_and_nothing_else_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,15 +159,45 @@ def test_hub_out_of_reach_is_an_error_and_nothing_else_is_tried(monkeypatch: pyt
         questions.load("hub", "piqa", wheel=None, train=10, evaluate=10, seed=0)
 
 
-def test_hub_task_with_nothing_to_evaluate_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_hub(monkeypatch, {**CONFIG, "validation_split": None}, {})
-    with pytest.raises(UserError, match="neither a test nor a validation split"):
-        questions.load("hub", "piqa", wheel=None, train=10, evaluate=10, seed=0)
+def test_race_is_trained_on_articles_that_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [
+        {
+            "article": f"a{i // 3}",
+            "question": f"q{i}",
+            "answer": "ABCD"[i % 4],
+            "options": ["w", "x", "y", "z"],
+            "id": i,
+        }
+        for i in range(9)
+    ]
+    whole = [{"article": "b", "problems": "[{'question': 'q', 'answer': 'A', 'options': ['w', 'x', 'y', 'z']}]"}] * 2
+    calls: list[tuple[Any, ...]] = []
+
+    def load_dataset(path: str, name: str, *, split: str) -> SimpleNamespace:
+        calls.append((path, name, split))
+        return SimpleNamespace(to_list=lambda: asked if split == "train" else whole)
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    train, evaluation = questions.hub("race")
+    assert calls == [("EleutherAI/race", "high", "test"), ("ehovy/race", "high", "train")]
+    assert evaluation == whole and [row["article"] for row in train] == ["a0", "a1", "a2"]
+    task = load_task("race", train)
+    assert [task.doc_to_target(row) for row in train] == [2, 1, 0]  # of an article's last question
+    assert "q3" in task.doc_to_text(train[1]) and "q5" in task.doc_to_text(train[1])
+
+
+def test_task_without_a_training_split_is_refused_only_where_the_hub_would_have_to_give_it() -> None:
+    questions.check("here", "truthfulqa_mc1")
+    questions.check("hub", "race")
+    with pytest.raises(UserError, match="'truthfulqa_mc1' has no training split"):
+        questions.check("hub", "truthfulqa_mc1")
 
 
 @pytest.mark.skipif(not (LAB / "piqa").is_dir(), reason="the lab data isn't here")
-@pytest.mark.parametrize("task", ["piqa", "openbookqa", "arc_easy", "webqs"])
+@pytest.mark.parametrize(
+    "task", ["piqa", "openbookqa", "arc_easy", "arc_challenge", "hellaswag", "sciq", "webqs", "race"]
+)
 def test_real_slices_have_no_question_in_both(task: str) -> None:
     train, evaluation = questions.load(str(LAB), task, wheel=None, train=10**6, evaluate=200, seed=0)
-    assert len(evaluation) == 200 and train
+    assert len(evaluation) == 200 and len(train) >= 500
     assert not set(map(questions._key, train)) & set(map(questions._key, evaluation))

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from conftest import CONFIGS, tiny_model
+from test_families import SHAPES
 
 from scaleot_core.decomposition import decompose
 from scaleot_core.families import attention, decoder_layers
@@ -24,25 +25,32 @@ def dense(module: torch.nn.Module, size: int) -> torch.Tensor:
     return (module(torch.eye(size)) - module(torch.zeros(1, size))).T.detach()
 
 
+def apart(family: str, projection: str, matrix: torch.Tensor) -> list[torch.Tensor]:
+    """A projection's matrices, of which some families fuse three in one: GPT-NeoX head by head."""
+    if projection == "query_key_value":
+        return [torch.cat([matrix[24 * head + 8 * i :][:8] for head in range(4)]) for i in range(3)]
+    return list(matrix.chunk(len(SHAPES[family][projection])))
+
+
 @pytest.mark.parametrize("family", sorted(CONFIGS))
 @pytest.mark.parametrize("beta", [0.3, 0.8])
 def test_every_projection_is_cut_and_its_error_is_the_tail(family, beta):
     model = tiny_model(family)
     block = attention(model.config, decoder_layers(model)[1])
-    names = {"llama": ["q_proj", "k_proj", "v_proj", "o_proj"], "opt": ["q_proj", "k_proj", "v_proj", "out_proj"]}
-    names = names.get(family, ["c_attn", "c_proj"])
-    before = {name: dense(getattr(block, name), 32) for name in names}
-    zero = {name: getattr(block, name)(torch.zeros(1, 32)) for name in names}
+    names = SHAPES[family]
+    widths = {name: shapes[0][1] for name, shapes in names.items()}
+    before = {name: dense(getattr(block, name), width) for name, width in widths.items()}
+    zero = {name: getattr(block, name)(torch.zeros(1, width)) for name, width in widths.items()}
     ranks = cut(model, 1, beta)
     assert set(ranks) == set(names)
-    for name in names:
-        fused = 3 if name == "c_attn" else 1
-        parts = zip(before[name].chunk(fused), dense(getattr(block, name), 32).chunk(fused), ranks[name], strict=True)
-        for old, new, rank in parts:
+    for name, width in widths.items():
+        after = dense(getattr(block, name), width)
+        parts = (apart(family, name, matrix) for matrix in (before[name], after))
+        for old, new, rank in zip(*parts, ranks[name], strict=True):
             assert rank == kept_rank(min(old.shape), beta, "removed")
             tail = torch.linalg.svdvals(old)[rank:].square().sum().sqrt()
             assert (old - new).norm() == pytest.approx(tail.item(), rel=1e-4)
-        torch.testing.assert_close(getattr(block, name)(torch.zeros(1, 32)), zero[name])  # the bias is kept
+        torch.testing.assert_close(getattr(block, name)(torch.zeros(1, width)), zero[name])  # the bias is kept
 
 
 def test_factors_where_smaller_and_dense_where_not():
@@ -51,9 +59,11 @@ def test_factors_where_smaller_and_dense_where_not():
     cut(high, 0, 0.1)
     assert isinstance(attention(low.config, decoder_layers(low)[0]).q_proj, LowRankLinear)
     assert isinstance(attention(high.config, decoder_layers(high)[0]).q_proj, torch.nn.Linear)
-    fused = tiny_model("gpt2")
-    cut(fused, 0, 0.8)
-    assert isinstance(attention(fused.config, decoder_layers(fused)[0]).c_attn, FusedProjection)
+    for family, projection in (("gpt2", "c_attn"), ("gpt_neox", "query_key_value")):
+        fused = tiny_model(family)
+        cut(fused, 0, 0.8)
+        block = attention(fused.config, decoder_layers(fused)[0])
+        assert isinstance(getattr(block, projection), FusedProjection)
 
 
 def test_beta_zero_touches_nothing():

@@ -19,7 +19,8 @@ LAYERS = {"prior": [0.5, -1.0, 0.25], "scores": [1.5, -2.0, 1.25], "kinds": ["ad
 def measured(acc, nll):
     """The five measurements, in the order of `report.MEASUREMENTS`."""
     rows = zip(report.MEASUREMENTS, acc, nll, strict=True)
-    return {n: {"acc": a, "acc_stderr": 0.01, "answer_nll": b, "answer_nll_stderr": 0.1} for n, a, b in rows}
+    five = {n: {"acc": a, "acc_stderr": 0.01, "answer_nll": b, "answer_nll_stderr": 0.1} for n, a, b in rows}
+    return five | {"metrics": ["acc", "answer_nll"], "less_is_better": ["answer_nll"]}
 
 
 # zero_shot, full_finetune, emulator_zero_shot, emulator_finetune, plug_in
@@ -45,10 +46,17 @@ def test_recovery_is_none_where_full_finetuning_gained_nothing(ceiling):
     assert found["gap"]["acc"] == pytest.approx(0.06)
 
 
-def test_acc_norm_counts_where_the_task_has_it():
-    with_norm = {name: {**figures, "acc_norm": figures["acc"] + 0.1} for name, figures in GOOD.items()}
-    assert report.utility(with_norm)["gap"]["acc_norm"] == pytest.approx(0.06)
-    assert "acc_norm" not in report.utility(GOOD)["gap"]
+def perplexity(values):
+    five = {n: {"perplexity": v, "perplexity_stderr": 0.5} for n, v in zip(report.MEASUREMENTS, values, strict=True)}
+    return five | {"metrics": ["perplexity"], "less_is_better": ["perplexity"]}
+
+
+def test_less_perplexity_is_better():
+    found = report.utility(perplexity([30.0, 20.0, 60.0, 40.0, 25.0]))
+    assert found == {"gap": {"perplexity": 15.0}, "recovery": {"perplexity": 0.5}}
+    assert report.misordered(perplexity([30.0, 20.0, 60.0, 40.0, 35.0])) == [
+        "plug_in is not better than zero_shot in perplexity"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -67,11 +75,12 @@ def test_broken_order_is_told(acc, nll, said):
 
 
 def test_table_has_every_figure_with_its_error():
-    table = report.measurement_table({"piqa": GOOD})
-    assert [str(cell).strip() for cell in table.columns[0].cells] == ["piqa", *report.MEASUREMENTS]
-    assert list(table.columns[1].cells)[-1] == "0.580 ± 0.010"
-    assert set(list(table.columns[2].cells)[1:]) == {"–"}  # no acc_norm
-    assert list(table.columns[3].cells)[-1] == "12.000 ± 0.100"
+    table = report.measurement_table({"piqa": GOOD, "text": perplexity([30.0, 20.0, 60.0, 40.0, 25.0])})
+    names = [str(cell).strip() for cell in table.columns[0].cells]
+    assert names == ["piqa", *report.MEASUREMENTS, "text", *report.MEASUREMENTS]
+    assert [column.header for column in table.columns] == ["", "acc", "answer_nll", "perplexity"]
+    assert [list(column.cells)[5] for column in table.columns[1:]] == ["0.580 ± 0.010", "12.000 ± 0.100", "–"]
+    assert [list(column.cells)[11] for column in table.columns[1:]] == ["–", "–", "25.000 ± 0.500"]
 
 
 def rows_of(path):
@@ -105,7 +114,9 @@ def share(path, colour) -> float:
 
 
 def test_pictures_show_what_was_measured(tmp_path):
-    report.draw(tmp_path, {"tasks": {"piqa": GOOD, "sciq": GOOD}}, HISTORIES, LAYERS)
+    report.draw(
+        tmp_path, {"tasks": {"piqa": GOOD, "text": perplexity([30.0, 20.0, 60.0, 40.0, 25.0])}}, HISTORIES, LAYERS
+    )
     assert {file.name for file in tmp_path.iterdir()} == {"measurements.png", "layers.png", "curves.png"}
     for file in tmp_path.iterdir():
         assert 0.3 < share(file, "white") < 0.99

@@ -1,6 +1,7 @@
 """Every stage by itself: what it reads, that its bytes repeat, that it survives a kill, what a mistake ends in."""
 
 import json
+import math
 import os
 import resource
 import runpy
@@ -19,8 +20,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
-from conftest import write_project
+from conftest import CONFIGS, tiny_model, write_project
 from safetensors.torch import save_file
+from test_evaluation import PAGES
+from test_tasks import GSM8K
 from transformers import PreTrainedTokenizerFast
 
 from scaleot_core.files import read_tensors
@@ -384,3 +387,40 @@ def test_full_disk_leaves_no_part_of_an_output(project: Path, stage: str) -> Non
     assert "File too large" in ended.said[-1] and "free space" in ended.said[-1]
     assert files(project) == before
     assert not list(output.parent.glob(f"*{output.name}*"))
+
+
+# --- every model and every kind of task ------------------------------------------------------------------
+
+PIPELINE = ("prepare_data", "layer_importance", "train_harmonizers", "compress", *PER_TASK, "evaluate")
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS.keys() - {"llama"}))
+def test_every_family_goes_through_the_whole_pipeline(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, family: str
+) -> None:
+    write_project(tmp_path, tokenizer, family)
+    succeed(tmp_path, *PIPELINE)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["emulator"]["harmonizer_layers"] == 1 and metrics["emulator"]["share_of_model"] < 1
+    assert math.isfinite(metrics["tasks"]["piqa"]["gap"]["answer_nll"])
+
+
+def test_other_kinds_of_tasks_go_through_the_whole_pipeline(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A task that generates and one that scores texts, each with learning rates to choose from."""
+    write_project(tmp_path, tokenizer, "llama", tasks=["gsm8k", "wikitext"], **{"tuning.lr": [1e-3, 1e-5]})
+    tiny_model("llama", max_position_embeddings=512).save_pretrained(tmp_path / "tiny-model")
+    for task, rows in (("gsm8k", GSM8K), ("wikitext", PAGES)):
+        (tmp_path / "tiny-data" / task).mkdir()
+        for part, chosen in (("train", rows[:3]), ("validation", rows[3:])):
+            (tmp_path / "tiny-data" / task / f"{part}.jsonl").write_text("\n".join(map(json.dumps, chosen)))
+    for stage in PIPELINE:
+        for arguments in [["gsm8k"], ["wikitext"]] if stage in PER_TASK else [[]]:
+            ended = run(tmp_path, stage, arguments)
+            assert ended.code == 0, ended.said
+    tasks = json.loads((tmp_path / "metrics.json").read_text())["tasks"]
+    assert tasks["wikitext"]["metrics"][0] == "word_perplexity" and tasks["gsm8k"]["metrics"][-1] == "answer_nll"
+    assert tasks["wikitext"]["gap"]["token_perplexity"] != 0 and tasks["gsm8k"]["gap"]["answer_nll"] != 0
+    for task in ("gsm8k", "wikitext"):
+        choice = json.loads((tmp_path / "artifacts" / "adapters" / task / "learning_rate.json").read_text())
+        assert tasks[task]["lr"] == {"offsite_tune": choice["lr"], "full_finetune": 5e-5}
+        assert choice["validation_loss"].keys() == {"0.001", "1e-05"}

@@ -6,6 +6,7 @@ import runpy
 import shutil
 from contextlib import chdir
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from conftest import ROOT, form, tiny_model, write_project
 from test_stages import settings, succeed
 from transformers import PreTrainedTokenizerFast
 
+from scaleot_core.errors import UserError
 from scaleot_core.importance import new_harmonizers
 from scaleot_core.params import Params, changed
+from scaleot_core.report import MEASUREMENTS, utility
 
 __all__ = ["settings"]  # a fixture
 
@@ -160,3 +163,76 @@ def test_sweep_is_drawn_and_no_setting_runs_twice(tmp_path: Path) -> None:
     assert math.isnan(none["recovery acc"]) and none["gap acc"] == 0.5
     study["draw"](tmp_path / "dial.png", [*rows[1:], {**rows[0], **none}])
     assert (tmp_path / "dial.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- presets and the table -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def table_study(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.chdir(ROOT)
+    return runpy.run_path("studies/table.py")
+
+
+def test_every_preset_changes_parameters_to_allowed_values(table_study: dict[str, Any], params: Params) -> None:
+    papers = ("gpt2-xl", "opt-1.3b", "opt-6.7b", "llama-7b")
+    for name in (*papers, "nine-tasks"):
+        row = changed(params, table_study["preset"](name, []))
+        assert len(row.tasks) == 9 and row.data.source == "hub"
+        if name in papers:
+            assert row.data.block_size == 512 and row.adapter_layers == 4 and len(row.tuning.lr) == 5
+            assert row.harmonizer.rank == (256 if name in ("opt-6.7b", "llama-7b") else 64)
+
+
+def test_setting_stands_above_the_preset(table_study: dict[str, Any]) -> None:
+    changes = table_study["preset"]("opt-1.3b", ["alpha=0.5", "tasks=[piqa]"])
+    assert changes["alpha"] == 0.5 and changes["tasks"] == ["piqa"] and changes["harmonizer.rank"] == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("opt-13b", [], "no preset is named 'opt-13b'; there are gpt2-xl, opt-1.3b"),
+        (".paper", [], "no preset is named"),
+        ("opt-1.3b", ["alpha"], "'alpha': a setting is KEY=VALUE"),
+        ("opt-1.3b", ["alpha=2"], "alpha = 2: .* the range is 0 to 1"),
+        ("opt-1.3b", ["dlr.alpha=2"], "dlr.alpha is no parameter"),
+        ("opt-1.3b", ["nothing.alpha=2"], "nothing.alpha is no parameter"),
+    ],
+)
+def test_mistake_in_a_preset_is_told_before_the_run(
+    table_study: dict[str, Any], name: str, settings: list[str], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        table_study["preset"](name, settings)
+
+
+def test_table_has_the_five_measurements_of_every_task(
+    table_study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = {"acc": 0.5, "acc_stderr": 0.01, "answer_nll": 3.0, "answer_nll_stderr": 0.1}
+    five = {name: figures for name in MEASUREMENTS}
+    told = {"metrics": ["acc", "answer_nll"], "less_is_better": ["answer_nll"], "lr": {}}
+    tasks = {task: five | told | utility(five | told) for task in ("piqa", "sciq")}
+    ran: list[tuple[str, dict[str, Any]]] = []
+    around = table_study["main"].__globals__
+    monkeypatch.setitem(around, "run", lambda name, changes: ran.append((name, changes)) or {"rev": "abc"})
+    kept = {"emulator": {"share_of_model": 0.7}, "corpus_perplexity": {"model": 20.0, "emulator": 90.0}}
+    monkeypatch.setitem(around, "read_metrics", lambda row: kept | {"tasks": tasks})
+    monkeypatch.setattr("sys.argv", ["table.py", "nine-tasks", "alpha=0.5"])
+    for name in ("presets.yaml", "params.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    table_study["main"]()
+    ((name, changes),) = ran
+    assert name == "table-nine-tasks-alpha-0.5" and changes["alpha"] == 0.5
+    with (tmp_path / "docs" / "studies" / f"{name}.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 2 * 5 * 2
+    assert rows[0] == {
+        "task": "piqa",
+        "measurement": "zero_shot",
+        "metric": "acc",
+        "value": "0.5",
+        "standard error": "0.01",
+    }

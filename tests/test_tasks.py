@@ -7,7 +7,7 @@ import pytest
 from conftest import piqa_rows
 from test_files import refusal
 
-from scaleot_core.tasks import answer_pairs, load_task, task_config
+from scaleot_core.tasks import answer_pairs, check_rows, load_task, metrics, right_choices, task_config, texts
 
 CLOZE = [
     {
@@ -73,15 +73,67 @@ def test_unknown_task_like_no_other(monkeypatch):
 @pytest.mark.parametrize(
     ("task", "said"),
     [
-        ("gsm8k", "'generate_until'; use a multiple_choice"),
-        ("wikitext", "'loglikelihood_rolling'; use a multiple_choice"),
-        ("truthfulqa_mc1", "no training split"),
-        ("webqs", "no accuracy"),
+        ("lambada_openai", "'loglikelihood'; use one of multiple_choice, generate_until, loglikelihood_rolling"),
+        ("aime", "scored on its training split"),
     ],
 )
 def test_task_that_cannot_be_tuned_and_scored_is_refused(task, said):
     message = refusal(task_config, task)
     assert f"tasks: {task!r}" in message and said in message
+
+
+# --- other kinds of tasks --------------------------------------------------------------------------------
+
+GSM8K = [{"question": f"{i} + 1?", "answer": f"it is {i + 1} #### {i + 1}"} for i in range(5)]
+WEBQS = [
+    {"url": "", "question": f"where is {i}?", "answers": [f"town {i}", f"city {i}", f"city {i} east"]} for i in range(5)
+]
+WINOGRANDE = [
+    {"sentence": f"{i} beats _ .", "option1": "one", "option2": "two", "answer": str(i % 2 + 1)} for i in range(4)
+]
+
+
+def test_generated_answer_is_what_the_definition_gives(pairs):
+    assert pairs("gsm8k", GSM8K)[2] == ("Question: 2 + 1?\nAnswer:", " it is 3 #### 3")
+    assert "training row 2: the answer is empty" in refusal(pairs, "gsm8k", [GSM8K[0], {**GSM8K[1], "answer": " "}])
+    assert "training row 2: the answer is empty" in refusal(pairs, "gsm8k", [GSM8K[0], {**GSM8K[1], "answer": None}])
+
+
+def test_context_too_short_to_generate_is_told(tokenizer):
+    check_rows("gsm8k", GSM8K, tokenizer, context_length=257, part="training")
+    said = refusal(lambda: check_rows("gsm8k", GSM8K, tokenizer, context_length=256, part="training"))
+    assert said.startswith("task gsm8k: it generates up to 256 tokens, and the model's context is 256")
+
+
+def test_first_of_several_right_answers_is_tuned_on(pairs):
+    assert pairs("webqs", WEBQS)[1] == ("Question: where is 1?\nAnswer:", " city 1")  # lm-eval sorts them
+    assert right_choices(load_task("webqs", WEBQS), {**WEBQS[1]}) == [0, 1]  # the third begins as the first
+    assert "training row 2" in refusal(pairs, "webqs", [WEBQS[0], {**WEBQS[1], "answers": []}])
+
+
+def test_choices_that_stand_in_the_context(pairs):
+    """WinoGrande scores one continuation after each choice."""
+    found = pairs("winogrande", WINOGRANDE)
+    assert found[:2] == [("0 beats one", " ."), ("1 beats two", " .")]
+
+
+def test_metrics_are_listed_with_what_is_better():
+    assert metrics(load_task("piqa", piqa_rows(2))) == {"acc": True, "acc_norm": True, "answer_nll": False}
+    assert metrics(load_task("webqs", WEBQS)) == {"exact_match": True, "answer_nll": False}
+    assert list(metrics(load_task("gsm8k", GSM8K))) == [
+        "exact_match_strict-match",
+        "exact_match_flexible-extract",
+        "answer_nll",
+    ]
+    text = {"word_perplexity": False, "byte_perplexity": False, "bits_per_byte": False, "token_perplexity": False}
+    assert metrics(load_task("wikitext", [{"page": "a"}])) == text
+
+
+def test_texts_are_what_the_definition_scores():
+    assert texts(load_task("wikitext", [{"page": "a @-@ b"}, {"page": "c"}])) == ["a-b", "c"]
+    assert "training row 2: its text is empty" in refusal(
+        lambda: texts(load_task("wikitext", [{"page": "a"}, {"page": " "}]))
+    )
 
 
 ROW = piqa_rows(1)[0]

@@ -254,7 +254,7 @@ def test_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pyt
 
 def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     Training().run(Checkpoint(tmp_path / "c", 0))
-    (state,) = (tmp_path / "c").glob("*/state.safetensors")
+    (state,) = (tmp_path / "c").glob("steps/*/state.safetensors")
     state.write_bytes(state.read_bytes()[:-1])
     assert str(state) in refusal(Training().run, Checkpoint(tmp_path / "c", 0))
 
