@@ -8,28 +8,39 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Final, Literal, get_args
 
 import torch
 from accelerate import init_empty_weights
+from pydantic import Field
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from scaleot_core import handover
 from scaleot_core.decomposition import Decompose, shapes
 from scaleot_core.errors import UserError, one_line
-from scaleot_core.families import attention, decoder_layers, family
-from scaleot_core.files import read_json, read_tensors, sha256, write_json, write_tensors
+from scaleot_core.families import FAMILIES, attention, decoder_layers, family
+from scaleot_core.files import write_tensors
+from scaleot_core.handover import MANIFEST, TOKENIZER_FILES, Shapes, read_expected_tensors
 from scaleot_core.harmonizer import Harmonizer, Harmonizers
 from scaleot_core.models import check_layers
-from scaleot_core.params import HarmonizerForm
+from scaleot_core.params import HarmonizerForm, Share
 from scaleot_core.rank_compression import compress_layer
 from scaleot_core.runtime import DTYPES
 
-FORMAT = "scaleot-emulator"
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
+FORMAT: Final = "scaleot-emulator"
+FORMAT_VERSION: Final = 2
+UNSTATED = "not stated: ask the model owner"
+LARGEST_BUFFERS = 2**24  # numbers: those that a model computes for itself, as rotary frequencies
 
 Kind = Literal["adapter", "harmonizer", "compressed"]
+FILES = (*(f"{part}.safetensors" for part in ("base", *get_args(Kind))), *TOKENIZER_FILES)
 
 
 @dataclass(frozen=True)
@@ -38,12 +49,31 @@ class Plan:
 
     kinds: tuple[Kind, ...]
     beta: float
-    rank_semantics: str
+    rank_semantics: Literal["removed", "kept"]
     harmonizer: HarmonizerForm
 
     def layers(self, kind: Kind) -> list[int]:
         """Indices of the layers of one kind, ascending."""
         return [i for i, k in enumerate(self.kinds) if k == kind]
+
+
+class PackageManifest(handover.Manifest):
+    """A package's manifest: what tuning needs to know, and no more."""
+
+    format: Literal["scaleot-emulator"] = FORMAT
+    format_version: Literal[2] = FORMAT_VERSION
+    licence: Annotated[str, Field(max_length=1000)]
+    """Under which the package is shipped."""
+    architecture: dict[str, Any]
+    """The model's configuration, as transformers has it."""
+    dtype: Literal["float32", "bfloat16", "float16"]
+    """Of every tensor."""
+    layers: Annotated[tuple[Kind, ...], Field(min_length=1, max_length=1024)]
+    """What became of each decoder layer."""
+    beta: Share
+    """β, which says with `rank_semantics` the ranks of the compressed layers."""
+    rank_semantics: Literal["removed", "kept"]
+    harmonizer: HarmonizerForm
 
 
 def choose_layers(scores: Sequence[float], *, adapter_layers: int, alpha: float, placement: str) -> tuple[Kind, ...]:
@@ -67,13 +97,12 @@ def choose_layers(scores: Sequence[float], *, adapter_layers: int, alpha: float,
     )
 
 
-def _stand_in(model: PreTrainedModel, plan: Plan, decompose: Decompose) -> dict[str, dict[str, list[int]]]:
-    """Give a model's layers the modules that the plan asks for, in place; return the ranks of the compressed ones.
+def _stand_in(model: PreTrainedModel, plan: Plan, decompose: Decompose) -> None:
+    """Give a model's layers the modules that the plan asks for, in place.
 
     Attention layers are numbered anew, since a key-value cache counts the layers that use it.
     """
     layers = decoder_layers(model)
-    ranks = {}
     size = model.config.hidden_size
     numbered = 0
     for i, kind in enumerate(plan.kinds):
@@ -84,20 +113,16 @@ def _stand_in(model: PreTrainedModel, plan: Plan, decompose: Decompose) -> dict[
         attention(model.config, layers[i]).layer_idx = numbered  # type: ignore[assignment]
         numbered += 1
         if kind == "compressed":
-            ranks[str(i)] = compress_layer(model, i, beta=plan.beta, semantics=plan.rank_semantics, decompose=decompose)
-    return ranks
+            compress_layer(model, i, beta=plan.beta, semantics=plan.rank_semantics, decompose=decompose)
 
 
-def build(
-    model: PreTrainedModel, harmonizers: Harmonizers, plan: Plan, decompose: Decompose
-) -> dict[str, dict[str, list[int]]]:
-    """Turn the model into the emulator, in place: [A, E*]. Returns the ranks of the compressed layers' projections."""
-    ranks = _stand_in(model, plan, decompose)
+def build(model: PreTrainedModel, harmonizers: Harmonizers, plan: Plan, decompose: Decompose) -> None:
+    """Turn the model into the emulator, in place: [A, E*]."""
+    _stand_in(model, plan, decompose)
     layers = decoder_layers(model)
     for i in plan.layers("harmonizer"):
         layers[i].load_state_dict(harmonizers[i].state_dict())
     model.requires_grad_(False)
-    return ranks
 
 
 def _untied(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -119,7 +144,7 @@ def _part(name: str, layers_path: str, plan: Plan) -> str:
 
 
 def save(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, ranks: dict[str, Any]
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, licence: str = UNSTATED
 ) -> None:
     """Write an emulator as a package into an existing, empty folder."""
     path = family(model.config).layers
@@ -129,102 +154,101 @@ def save(
     for part, tensors in parts.items():
         write_tensors(folder / f"{part}.safetensors", tensors)
     tokenizer.save_pretrained(folder)
-    config = model.config.to_dict()
-    config.pop("_name_or_path", None)
-    write_json(
-        folder / MANIFEST,
-        {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "model_config": config,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "layers": list(plan.kinds),
-            "beta": plan.beta,
-            "rank_semantics": plan.rank_semantics,
-            "harmonizer": plan.harmonizer.model_dump(),
-            "ranks": ranks,
-            "files": {
-                file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(folder.iterdir())
-            },
-        },
-    )
+    known = _settings(model.config.model_type)
+    manifest = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "licence": licence,
+        "architecture": {key: value for key, value in model.config.to_dict().items() if key in known},
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "layers": list(plan.kinds),
+        "beta": plan.beta,
+        "rank_semantics": plan.rank_semantics,
+        "harmonizer": plan.harmonizer.model_dump(),
+    }
+    handover.write(folder, manifest)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> PackageManifest:
     """The manifest of a package, after every file that it lists was found whole; UserError otherwise."""
-    manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(f"{folder}: not an emulator package ({MANIFEST} names another format)")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{folder}: package version {manifest.get('format_version')!r}; this reads {FORMAT_VERSION}")
-    files = manifest.get("files")
-    if not isinstance(files, dict):
-        raise UserError(f"{folder}/{MANIFEST}: `files` is missing")
-    for name, entry in files.items():
-        file = folder / name
-        if Path(name).name != name or file.is_symlink() or not file.is_file():
-            raise UserError(f"{folder}: {name!r} is not a file of the package; fetch it again")
-        if entry != {"bytes": file.stat().st_size, "sha256": sha256(file)}:
-            raise UserError(f"{file}: the content is not what the manifest says; fetch it again")
-    unlisted = {file.name for file in folder.iterdir()} - {*files, MANIFEST}
-    if unlisted:
-        raise UserError(f"{folder}: {min(unlisted)!r} is not among the files of the package; fetch it again")
-    return manifest
+    return handover.read(folder, PackageManifest, FILES)
 
 
-def plan_of(manifest: dict[str, Any]) -> Plan:
+def plan_of(manifest: PackageManifest) -> Plan:
     """The layer plan that a manifest states."""
-    return Plan(
-        kinds=tuple(manifest["layers"]),
-        beta=manifest["beta"],
-        rank_semantics=manifest["rank_semantics"],
-        harmonizer=HarmonizerForm.model_validate(manifest["harmonizer"]),
-    )
+    return Plan(manifest.layers, manifest.beta, manifest.rank_semantics, manifest.harmonizer)
+
+
+def _settings(model_type: str) -> set[str]:
+    """What a configuration of an architecture may say: what transformers' own class has, but where it came from."""
+    return set(AutoConfig.for_model(model_type).to_dict()) - {"_name_or_path"}
+
+
+def _config(manifest: PackageManifest) -> PretrainedConfig:
+    """The configuration that a manifest states: plain settings of a supported architecture and no others.
+
+    What would make transformers fetch or run something, such as `auto_map`, `attn_implementation` or
+    `quantization_config`, is none of them.
+    """
+    fields = dict(manifest.architecture)
+    name = fields.pop("model_type", None)
+    if name not in FAMILIES:
+        raise ValueError(f"architecture {name!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
+    foreign = sorted(fields.keys() - _settings(name))
+    if foreign:
+        raise ValueError(f"`{foreign[0]}` is no setting of {name}")
+    config = AutoConfig.for_model(name, **fields)
+    if config.num_hidden_layers != len(manifest.layers):
+        raise ValueError(f"`layers` has {len(manifest.layers)} kinds, the architecture {config.num_hidden_layers}")
+    return config
+
+
+def _empty(manifest: PackageManifest, *, buffers_too: bool) -> PreTrainedModel:
+    """The package's model without weights; buffers are computed, unless they too are to take no memory."""
+    with init_empty_weights(include_buffers=buffers_too):
+        model = AutoModelForCausalLM.from_config(_config(manifest), dtype=DTYPES[manifest.dtype])
+        _stand_in(model, plan_of(manifest), shapes)
+    return model
+
+
+def outline(folder: Path) -> tuple[PackageManifest, PreTrainedModel, dict[Path, Shapes]]:
+    """A package's manifest, its model without weights, and the tensors that each of its files must have.
+
+    UserError where the manifest describes no model. Of the files nothing but hashes was read.
+    """
+    manifest = read_manifest(folder)
+    plan = plan_of(manifest)
+    try:
+        model = _empty(manifest, buffers_too=True)
+        buffers = sum(buffer.numel() for buffer in model.buffers())
+        if buffers > LARGEST_BUFFERS:
+            raise ValueError(f"its buffers would have {buffers:,} numbers")
+    except Exception as error:  # whatever a manifest that makes no sense leads to
+        raise UserError(f"{folder}/{MANIFEST}: it describes no model ({one_line(error)}); fetch it again") from error
+    path, tied = family(model.config).layers, set(model.all_tied_weights_keys)
+    expected: dict[Path, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {
+        folder / name: {} for name in manifest.files if name.endswith(".safetensors")
+    }
+    for name, tensor in model.state_dict().items():
+        if name not in tied:
+            file = folder / f"{_part(name, path, plan)}.safetensors"
+            expected.setdefault(file, {})[name] = (tuple(tensor.shape), tensor.dtype)
+    return manifest, model, dict(expected)
 
 
 def load(folder: Path, *, device: torch.device) -> tuple[PreTrainedModel, Plan]:
     """Read a package as a model, frozen, and its plan.
 
     The model is built from the manifest's configuration with no weights, its layers are replaced as the plan says,
-    and every tensor must then be in the files, by name and shape, and nothing else.
+    and every tensor must then be in the files, by name, shape and dtype, and nothing else.
     """
-    manifest = read_manifest(folder)
-    try:
-        plan = plan_of(manifest)
-        fields = dict(manifest["model_config"])
-        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        family(config)
-        if len(plan.kinds) != config.num_hidden_layers or not set(plan.kinds) <= set(get_args(Kind)):
-            raise ValueError("`layers` doesn't name one known kind for each layer")
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[manifest["dtype"]])
-            _stand_in(model, plan, shapes)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a manifest that makes no sense leads to
-        raise UserError(f"{folder}/{MANIFEST}: it describes no model ({one_line(error)}); fetch it again") from error
-    tensors: dict[str, Tensor] = {}
-    for part in ("base", "adapter", "harmonizer", "compressed"):
-        if f"{part}.safetensors" in manifest["files"]:
-            tensors.update(read_tensors(folder / f"{part}.safetensors"))
-    expected, given = (
-        {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
-        for state in (model.state_dict(), tensors)
-    )
-    tied = set(model.all_tied_weights_keys)
-    wrong = {name for name in expected.keys() ^ given.keys() if name not in tied}
-    wrong |= {name for name in expected.keys() & given.keys() if expected[name] != given[name]}
-    if wrong:
-        raise UserError(
-            f"{folder}: tensor {min(wrong)!r} is missing, foreign or of the wrong shape or dtype; fetch it again"
-        )
-    try:
-        model.load_state_dict(tensors, strict=False, assign=True)
-    except RuntimeError as error:
-        raise UserError(f"{folder}: {one_line(error)}") from None
+    manifest, _, expected = outline(folder)
+    tensors = read_expected_tensors(expected)
+    model = _empty(manifest, buffers_too=False)
+    model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     model.to(device)  # type: ignore[arg-type]
-    return model.eval().requires_grad_(False), plan
+    return model.eval().requires_grad_(False), plan_of(manifest)
 
 
 def layer_parameters(model: PreTrainedModel, plan: Plan, kind: Kind) -> dict[str, nn.Parameter]:

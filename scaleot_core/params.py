@@ -131,7 +131,9 @@ class Tuning(_Block):
     ]
     """AdamW's peak learning rate. Of several the one that is best on a part of the training questions is taken."""
     validation: Share
-    """Share of the training questions that several learning rates are compared on."""
+    """Share of the training questions that is held out, to choose between rates and to know when to stop."""
+    patience: Annotated[int, Field(ge=0)]
+    """Stop after so many epochs without a lower held-out loss; 0 for no held-out part and all epochs."""
     warmup: Share
     """Share of the steps in which the rate rises to its peak; then it falls linearly to zero."""
     weight_decay: Annotated[float, Field(ge=0)]
@@ -143,6 +145,12 @@ class Tuning(_Block):
 class OffsiteTuning(Tuning):
     """How the data owner tunes."""
 
+    method: Literal["full", "lora"]
+    """What is tuned of the adapter layers: every weight, or PEFT's LoRA inside them."""
+    lora_rank: Positive
+    """Rank of LoRA's matrices."""
+    lora_alpha: Annotated[float, Field(gt=0)]
+    """LoRA's scale, over its rank."""
     harmonizers: Literal["frozen", "tuned"]
     """Whether the harmonizers stay as they came, or are tuned along; they don't go back either way."""
 

@@ -1,63 +1,25 @@
-"""Tuning on a task's questions: the adapter layers offsite, or every weight for full fine-tuning (method section 5)."""
+"""Tuning: the adapter layers offsite, or every weight for full fine-tuning (method section 5)."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from scaleot_core.errors import UserError
-from scaleot_core.evaluation import lm
-from scaleot_core.files import once
+from scaleot_core.examples import IGNORED, Example, collate
+from scaleot_core.files import once, read_tensors, write_tensors
 from scaleot_core.params import Tuning
 from scaleot_core.progress import say
 from scaleot_core.runtime import generator
-from scaleot_core.tasks import Rows, answer_pairs, load_task, texts
 from scaleot_core.training import Checkpoint, Diverged, Optimizer, run_steps, warmup_then_linear
 
-IGNORED = -100  # no loss at this target
 BUCKET = 16  # batches whose questions are sorted by length together, so that little is padded
-
-Example = tuple[list[int], list[int]]
-
-
-def examples(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, rows: Rows, *, block_size: int
-) -> list[Example]:
-    """Input tokens and targets of every question, split and cut exactly as lm-eval's scoring does it.
-
-    Targets are those of the right answer, `IGNORED` elsewhere; an answer that evaluation generates ends in the
-    end-of-text token, so that the model learns to stop. A question that is too long loses its beginning. Texts that are
-    scored as a whole come in blocks of `block_size` tokens, each of which is a target.
-    """
-    view, loaded = lm(model, tokenizer), load_task(task, rows)
-    ends = loaded.OUTPUT_TYPE != "multiple_choice"
-    if ends and tokenizer.eos_token_id is None:
-        raise UserError(f"task {task}: the model's tokenizer has no end-of-text token to end a text with; use another")
-    made = []
-    if loaded.OUTPUT_TYPE == "loglikelihood_rolling":
-        tokens = [token for text in texts(loaded) for token in [*view.tok_encode(text), tokenizer.eos_token_id]]
-        cuts = (tokens[start : start + block_size + 1] for start in range(0, len(tokens) - 1, block_size))
-        made = [(block[:-1], block[1:]) for block in cuts]
-    else:
-        for context, continuation in answer_pairs(loaded, tokenizer, context_length=view.max_length):
-            before, answer = view._encode_pair(context, continuation)
-            answer = [*answer, tokenizer.eos_token_id] if ends else answer
-            tokens = (before + answer)[-(view.max_length + 1) :]
-            made.append((tokens[:-1], ([IGNORED] * len(tokens) + answer)[-len(tokens) + 1 :]))
-    if not made:
-        raise UserError(f"task {task}: there are no training questions")
-    return made
-
-
-def collate(batch: list[Example]) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (B, T), padded on the right, where a causal model's answer tokens never look."""
-    width = max(len(tokens) for tokens, _ in batch)
-    inputs = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in batch])
-    targets = torch.tensor([goal + [IGNORED] * (width - len(goal)) for _, goal in batch])
-    return inputs, targets
 
 
 def answer_loss(model: PreTrainedModel, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -78,7 +40,7 @@ def epoch_batches(lengths: list[int], batch_size: int, draw: torch.Generator) ->
     return [batches[i] for i in torch.randperm(len(batches), generator=draw).tolist()]
 
 
-def tune(
+def train(
     model: PreTrainedModel,
     parameters: dict[str, nn.Parameter],
     data: list[Example],
@@ -88,10 +50,12 @@ def tune(
     seed: int,
     label: str,
     checkpoint: Checkpoint | None = None,
+    after_epoch: Callable[[int, int], bool] | None = None,
 ) -> list[dict[str, float]]:
     """Train `parameters` of the model in place on the examples; the rest stays as it is. Returns the loss a step.
 
-    `lr` is the peak learning rate, from `tuning.lr`.
+    `lr` is the peak learning rate. `after_epoch` is called with the number of an epoch, from 0, and of the steps up to
+    its end; training stops where it says true.
     """
     for parameter in parameters.values():
         parameter.requires_grad_(True)
@@ -110,7 +74,15 @@ def tune(
         optimizer.step(lr * warmup_then_linear(i, steps, tuning.warmup))
         return {"loss": loss.item(), "tokens": inputs.numel()}
 
-    history = run_steps(step, optimizer, label=label, steps=steps, checkpoint=checkpoint)
+    ends = range(an_epoch, steps + an_epoch, an_epoch) if after_epoch else [steps]
+    history: list[dict[str, float]] = []
+    for epoch, end in enumerate(min(end, steps) for end in ends):
+        history = run_steps(step, optimizer, label=label, steps=end, checkpoint=checkpoint)
+        if after_epoch:
+            if checkpoint and len(history) == end:
+                checkpoint.save(optimizer, end)
+            if after_epoch(epoch, end):
+                break
     model.requires_grad_(False)
     return history
 
@@ -128,7 +100,21 @@ def mean_answer_loss(model: PreTrainedModel, data: list[Example], batch_size: in
     return total / count
 
 
-def choose_rate(
+@dataclass(frozen=True)
+class Tuned:
+    """How a tuning went."""
+
+    history: list[dict[str, float]]
+    """The loss a step."""
+    lr: float
+    """The peak learning rate that was taken."""
+    steps: int
+    """Steps that led to the parameters as they are now."""
+    validation_loss: dict[str, float | None]
+    """By learning rate, or by epoch, on examples that weren't tuned on; None where a rate diverged."""
+
+
+def tune(
     model: PreTrainedModel,
     parameters: dict[str, nn.Parameter],
     data: list[Example],
@@ -137,38 +123,110 @@ def choose_rate(
     seed: int,
     label: str,
     checkpoint: Checkpoint,
-) -> dict[str, Any]:
-    """The best of several learning rates, as `lr`, and the `validation_loss` of each, None where it diverged.
+) -> Tuned:
+    """`train`, with what the examples themselves can decide: the learning rate, and when to stop.
 
-    Each is tuned with on most of the examples and scored on the rest (method section 5); the parameters are then what
-    they were before. One rate alone is taken as it is. UserError where there are too few examples, or all diverge.
+    Of several rates the one is taken that is best on a share of the examples after training on the others; then all are
+    trained on. With `patience` that share is never trained on: training stops once its loss hasn't got better for so
+    many epochs, and the best epoch's parameters stay. UserError where there are too few examples, or all rates diverge.
     """
-    if len(tuning.lr) == 1:
-        return {"lr": tuning.lr[0], "validation_loss": {}}
+    how: dict[str, Any] = {"seed": seed, "label": label, "checkpoint": checkpoint}
+    if len(tuning.lr) == 1 and not tuning.patience:
+        history = train(model, parameters, data, tuning, lr=tuning.lr[0], **how)
+        return Tuned(history, tuning.lr[0], len(history), {})
     order = torch.randperm(len(data), generator=generator(seed, "validation")).tolist()
     held = max(1, round(tuning.validation * len(data)))
-    if held == len(data):
-        raise UserError(f"{label}: one training question can't be parted to compare learning rates; name one in `lr`")
+    if held >= len(data):
+        raise UserError(f"{label}: {len(data)} examples are too few to hold some out; lower `validation` or give more")
     validation, rest = ([data[i] for i in part] for part in (order[:held], order[held:]))
+    lr, losses = tuning.lr[0], {}
+    if len(tuning.lr) > 1:
+        losses = _rates(model, parameters, rest, validation, tuning, **how)
+        finite = {rate: loss for rate, loss in losses.items() if loss is not None}
+        if not finite:
+            raise UserError(f"{label}: the loss is not finite with any learning rate of {tuning.lr}; name lower ones")
+        lr = min(finite, key=finite.__getitem__)
+        say(f"{label}: of the learning rates {tuning.lr}, {lr} has the lowest held-out loss")
+    if tuning.patience:
+        history, steps, epochs = _until_no_better(model, parameters, rest, validation, tuning, lr=lr, **how)
+        return Tuned(history, lr, steps, {f"epoch {epoch}": loss for epoch, loss in enumerate(epochs)})
+    history = train(model, parameters, data, tuning, lr=lr, **how)
+    return Tuned(history, lr, len(history), {str(rate): loss for rate, loss in losses.items()})
+
+
+def _rates(
+    model: PreTrainedModel,
+    parameters: dict[str, nn.Parameter],
+    rest: list[Example],
+    validation: list[Example],
+    tuning: Tuning,
+    *,
+    seed: int,
+    label: str,
+    checkpoint: Checkpoint,
+) -> dict[float, float | None]:
+    """The validation loss of each learning rate, None where it diverged; the parameters are then what they were."""
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
     def loss(lr: float) -> float | None:
+        own = checkpoint.within(f"lr-{lr}")
         try:
-            at = checkpoint.within(f"lr-{lr}")
-            tune(model, parameters, rest, tuning, lr=lr, seed=seed, label=f"{label}, lr {lr}", checkpoint=at)
+            train(model, parameters, rest, tuning, lr=lr, seed=seed, label=f"{label}, lr {lr}", checkpoint=own)
             found = mean_answer_loss(model, validation, tuning.batch_size)
         except Diverged:
             found = math.nan
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(start[name])
-        at.remove()
+        _put(parameters, start)
+        own.remove()
         return found if math.isfinite(found) else None
 
-    losses = {lr: once(checkpoint.folder / f"lr-{lr}.json", partial(loss, lr)) for lr in tuning.lr}
-    finite = {lr: value for lr, value in losses.items() if value is not None}
-    if not finite:
-        raise UserError(f"{label}: the loss is not finite with any learning rate of {tuning.lr}; name lower ones")
-    best = min(finite, key=finite.__getitem__)
-    say(f"{label}: of {', '.join(map(str, tuning.lr))} the learning rate {best} has the lowest validation loss")
-    return {"lr": best, "validation_loss": {str(lr): value for lr, value in losses.items()}}
+    return {lr: once(checkpoint.folder / f"lr-{lr}.json", partial(loss, lr)) for lr in tuning.lr}
+
+
+def _until_no_better(
+    model: PreTrainedModel,
+    parameters: dict[str, nn.Parameter],
+    rest: list[Example],
+    validation: list[Example],
+    tuning: Tuning,
+    *,
+    lr: float,
+    seed: int,
+    label: str,
+    checkpoint: Checkpoint,
+) -> tuple[list[dict[str, float]], int, list[float]]:
+    """Train until the validation loss is no better for `patience` epochs; the best epoch's parameters stay.
+
+    Returns the history, the best epoch's steps and every epoch's loss.
+    """
+    losses: list[float] = []
+    steps: list[int] = []
+
+    def kept(epoch: int) -> Path:
+        return checkpoint.folder / f"epoch-{epoch}.safetensors"
+
+    def measure(epoch: int) -> float:
+        write_tensors(kept(epoch), parameters)
+        return mean_answer_loss(model, validation, tuning.batch_size)
+
+    def no_better(epoch: int, step: int) -> bool:
+        losses.append(once(checkpoint.folder / f"epoch-{epoch}.json", partial(measure, epoch)))
+        steps.append(step)
+        best = losses.index(min(losses))
+        for other in range(epoch + 1):
+            if other != best:
+                kept(other).unlink(missing_ok=True)
+        say(f"{label}: held-out loss {losses[-1]:.4f} after epoch {epoch + 1}; the best is {losses[best]:.4f}")
+        return epoch - best >= tuning.patience
+
+    history = train(
+        model, parameters, rest, tuning, lr=lr, seed=seed, label=label, checkpoint=checkpoint, after_epoch=no_better
+    )
+    best = losses.index(min(losses))
+    _put(parameters, read_tensors(kept(best)))
+    return history, steps[best], losses
+
+
+@torch.no_grad()
+def _put(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])

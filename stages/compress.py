@@ -45,13 +45,13 @@ def main() -> None:
                 blocks = read_tensors(CORPUS)["blocks"][: params.src.calibration_blocks]
                 write_tensors(file, decomposition.input_covariances(model, blocks))
             covariances = read_tensors(file)
-        ranks = emulator.build(model, harmonizers, plan, decomposition.cached(kept, covariances))
+        emulator.build(model, harmonizers, plan, decomposition.cached(kept, covariances))
         if params.dlr.after_src and plan.layers("harmonizer"):
             trained = emulator.layer_parameters(model, plan, "harmonizer")
             blocks = read_tensors(CORPUS)["blocks"]
             dlr.make_up(model, trained, blocks, params.dlr, seed=params.seed, checkpoint=checkpoint)
         with whole_folder(OUT) as out:
-            emulator.save(out, model, load_tokenizer(MODEL), plan, ranks)
+            emulator.save(out, model, load_tokenizer(MODEL), plan)
     checkpoint.remove()
 
 

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from scaleot_core import emulator, report
+from scaleot_core import adapter, emulator, handover, report
 from scaleot_core.evaluation import evaluate
 from scaleot_core.files import (
     fingerprint,
@@ -40,16 +40,20 @@ def main() -> None:
     done = scratch(f"evaluate-{fingerprint(params.dtype, params.tasks, *folders)}")
 
     questions = {task: read_jsonl(ARTIFACTS / "tasks" / task / "eval.jsonl") for task in params.tasks}
-    adapters = {task: read_tensors(ARTIFACTS / "adapters" / task / "adapter.safetensors") for task in params.tasks}
     heldout = read_tensors(ARTIFACTS / "corpus" / "heldout.safetensors")["blocks"]
     tokenizer = load_tokenizer(ARTIFACTS / "model")
     size = params.evaluate.batch_size
 
     model, plan = emulator.load(ARTIFACTS / "emulator", device=runtime.device)
+    shipped, package = emulator.layer_parameters(model, plan, "adapter"), handover.identity(ARTIFACTS / "emulator")
+    adapters = {
+        task: adapter.read(ARTIFACTS / "adapters" / task / "adapter", model, plan, shipped, package=package).tensors
+        for task in params.tasks
+    }
     emulator_loss = once(done / "emulator_loss.json", partial(mean_loss, model, heldout))
     label = "emulator_zero_shot"
     measure = partial(evaluate, model, tokenizer, questions, batch_size=size, label=label)
-    shipped = once(done / f"{label}.json", measure)
+    untuned = once(done / f"{label}.json", measure)
     tuned: dict[str, dict[str, Any]] = {}
     for name in ("emulator_finetune", "plug_in"):
         if name == "plug_in":
@@ -69,14 +73,14 @@ def main() -> None:
         measured: dict[str, Any] = {
             "zero_shot": read_json(ARTIFACTS / "baselines" / f"zero_shot-{task}.json"),
             "full_finetune": read_json(ARTIFACTS / "baselines" / f"full_finetune-{task}" / "results.json"),
-            "emulator_zero_shot": shipped[task],
+            "emulator_zero_shot": untuned[task],
             **{name: results[task] for name, results in tuned.items()},
         }
         better = metrics_of(load_task(task, questions[task]))
         measured |= {"metrics": list(better), "less_is_better": [metric for metric, more in better.items() if not more]}
         rates = {
-            "offsite_tune": read_json(ARTIFACTS / "adapters" / task / "learning_rate.json")["lr"],
-            "full_finetune": read_json(ARTIFACTS / "baselines" / f"full_finetune-{task}" / "learning_rate.json")["lr"],
+            "offsite_tune": read_json(ARTIFACTS / "adapters" / task / "tuning.json")["lr"],
+            "full_finetune": read_json(ARTIFACTS / "baselines" / f"full_finetune-{task}" / "tuning.json")["lr"],
         }
         tasks[task] = measured | report.utility(measured) | {"lr": rates}
     model_bytes, emulator_bytes = (folder_bytes(ARTIFACTS / name, ".safetensors") for name in ("model", "emulator"))

@@ -1,15 +1,15 @@
 """Stage full_finetune, one per task: all weights of the real model tuned, the ceiling. α and β don't touch it."""
 
 from pathlib import Path
-from typing import Any
 
-from scaleot_core import tuning
+from scaleot_core import examples
 from scaleot_core.evaluation import evaluate
 from scaleot_core.files import fingerprint, read_jsonl, whole_folder, write_json
 from scaleot_core.models import load_model, load_tokenizer
 from scaleot_core.params import load_params
 from scaleot_core.runtime import cost, named_task, run_stage, setup
 from scaleot_core.training import Checkpoint, scratch
+from scaleot_core.tuning import tune
 
 MODEL = Path("artifacts/model")
 
@@ -26,18 +26,17 @@ def main() -> None:
     with cost(Path(f"costs/full_finetune-{task}.json"), runtime):
         model, tokenizer = load_model(MODEL, device=runtime.device, dtype=runtime.dtype), load_tokenizer(MODEL)
         size, rows = params.data.block_size, read_jsonl(folder / "train.jsonl")
-        data = tuning.examples(model, tokenizer, task, rows, block_size=size)
+        data = examples.from_task(model, tokenizer, task, rows, block_size=size)
+        label, settings = f"full_finetune@{task}", params.full_finetune
         weights = dict(model.named_parameters())
-        how: dict[str, Any] = {"seed": params.seed, "label": f"full_finetune@{task}", "checkpoint": checkpoint}
-        rate = tuning.choose_rate(model, weights, data, params.full_finetune, **how)
-        history = tuning.tune(model, weights, data, params.full_finetune, lr=rate["lr"], **how)
+        tuned = tune(model, weights, data, settings, seed=params.seed, label=label, checkpoint=checkpoint)
         questions = {task: read_jsonl(folder / "eval.jsonl")}
         batch = params.evaluate.batch_size
         results = evaluate(model, tokenizer, questions, batch_size=batch, label="full_finetune")
         with whole_folder(Path(f"artifacts/baselines/full_finetune-{task}")) as out:
             write_json(out / "results.json", results[task])
-            write_json(out / "learning_rate.json", rate)
-            write_json(out / "history.json", history)
+            write_json(out / "tuning.json", {"lr": tuned.lr, "validation_loss": tuned.validation_loss})
+            write_json(out / "history.json", tuned.history)
     checkpoint.remove()
 
 

@@ -5,14 +5,14 @@ adapter layers, which is all that goes back. `python stages/offsite_tune.py TASK
 """
 
 from pathlib import Path
-from typing import Any
 
-from scaleot_core import emulator, tuning
+from scaleot_core import adapter, emulator, examples, handover
 from scaleot_core.files import fingerprint, read_jsonl, whole_folder, write_json, write_tensors
 from scaleot_core.models import load_tokenizer
 from scaleot_core.params import load_params
 from scaleot_core.runtime import cost, named_task, run_stage, setup
 from scaleot_core.training import Checkpoint, scratch
+from scaleot_core.tuning import tune
 
 EMULATOR = Path("artifacts/emulator")
 
@@ -27,18 +27,19 @@ def main() -> None:
     with cost(Path(f"costs/offsite_tune-{task}.json"), runtime):
         model, plan = emulator.load(EMULATOR, device=runtime.device)
         size, rows = params.data.block_size, read_jsonl(private)
-        data = tuning.examples(model, load_tokenizer(EMULATOR), task, rows, block_size=size)
-        adapter = emulator.layer_parameters(model, plan, "adapter")
+        data = examples.from_task(model, load_tokenizer(EMULATOR), task, rows, block_size=size)
+        parameters = adapter.trainable(model, plan, params.tuning, params.seed)
         beside = emulator.layer_parameters(model, plan, "harmonizer") if params.tuning.harmonizers == "tuned" else {}
-        how: dict[str, Any] = {"seed": params.seed, "label": f"offsite_tune@{task}", "checkpoint": checkpoint}
-        rate = tuning.choose_rate(model, adapter | beside, data, params.tuning, **how)
-        history = tuning.tune(model, adapter | beside, data, params.tuning, lr=rate["lr"], **how)
+        label, tuning = f"offsite_tune@{task}", params.tuning
+        tuned = tune(model, parameters | beside, data, tuning, seed=params.seed, label=label, checkpoint=checkpoint)
         with whole_folder(Path("artifacts/adapters") / task) as out:
-            write_tensors(out / "adapter.safetensors", adapter)
+            (out / "adapter").mkdir()
+            package = handover.identity(EMULATOR)
+            adapter.save(out / "adapter", model, plan, parameters, package=package, tuning=tuning, tuned=tuned)
             if beside:  # stays with the data owner; only the measurement of the tuned emulator reads it
                 write_tensors(out / "harmonizers.safetensors", beside)
-            write_json(out / "learning_rate.json", rate)
-            write_json(out / "history.json", history)
+            write_json(out / "tuning.json", {"lr": tuned.lr, "validation_loss": tuned.validation_loss})
+            write_json(out / "history.json", tuned.history)
     checkpoint.remove()
 
 

@@ -10,8 +10,9 @@ from test_files import refusal
 from test_tasks import CLOZE, GSM8K, WEBQS
 
 from scaleot_core.evaluation import evaluate
+from scaleot_core.examples import from_task
 from scaleot_core.params import load_params
-from scaleot_core.tuning import examples, tune
+from scaleot_core.tuning import train
 
 # answers of many lengths, so that accuracy is not the same with and without dividing by them
 PIQA = [
@@ -118,9 +119,9 @@ def test_generated_answers_are_matched_by_every_filter_and_their_likelihood_is_t
 
 def test_model_that_learnt_the_answers_by_heart_matches_them(tokenizer):
     model = long_model()
-    data = examples(model, tokenizer, "gsm8k", GSM8K, block_size=16)
+    data = from_task(model, tokenizer, "gsm8k", GSM8K, block_size=16)
     settings = load_params(ROOT / "params.yaml").tuning.model_copy(update={"epochs": 300, "warmup": 0.0})
-    tune(model, dict(model.named_parameters()), data, settings, lr=1e-2, seed=0, label="test")
+    train(model, dict(model.named_parameters()), data, settings, lr=1e-2, seed=0, label="test")
     figures = evaluate(model, tokenizer, {"gsm8k": GSM8K}, batch_size=2, label="test")["gsm8k"]
     assert figures["exact_match_strict-match"] == 1 and figures["answer_nll"] < 0.5
 

@@ -248,9 +248,9 @@ def test_adapter_layers_and_nothing_else_come_back_changed(sweep: Sweep) -> None
     artifacts = sweep.at_first / "artifacts"
     manifest = emulator.read_manifest(artifacts / "emulator")  # raises where any file isn't as compress wrote it
     shipped = tensors(artifacts / "emulator")
-    returned = load_file(artifacts / "adapters" / "piqa" / "adapter.safetensors")
+    returned = load_file(artifacts / "adapters" / "piqa" / "adapter" / "adapter.safetensors")
     whole = tensors(artifacts / "model")
-    adapters = [f"model.layers.{i}." for i, kind in enumerate(manifest["layers"]) if kind == "adapter"]
+    adapters = [f"model.layers.{i}." for i, kind in enumerate(manifest.layers) if kind == "adapter"]
     assert returned.keys() == {name for name in whole if name.startswith(tuple(adapters))}
     for name, tensor in returned.items():
         assert torch.equal(shipped[name], whole[name]), name
@@ -260,7 +260,7 @@ def test_adapter_layers_and_nothing_else_come_back_changed(sweep: Sweep) -> None
 def test_evaluated_models_are_the_tuned_ones(sweep: Sweep, metrics: dict[str, Any]) -> None:
     """Both are put together here by hand and scored again: the figures must be those of metrics.json."""
     artifacts = sweep.at_first / "artifacts"
-    returned = load_file(artifacts / "adapters" / "piqa" / "adapter.safetensors")
+    returned = load_file(artifacts / "adapters" / "piqa" / "adapter" / "adapter.safetensors")
     questions = {"piqa": read_jsonl(artifacts / "tasks" / "piqa" / "eval.jsonl")}
     package, _ = emulator.load(artifacts / "emulator", device=CPU)
     whole = load_model(artifacts / "model", device=CPU, dtype=torch.float32)

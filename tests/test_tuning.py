@@ -1,6 +1,5 @@
 """Tuning sees what evaluation scores, moves what it is given, and stops where it should."""
 
-import copy
 import math
 
 import pytest
@@ -12,110 +11,22 @@ from test_files import refusal
 
 from scaleot_core import tuning
 from scaleot_core.emulator import layer_parameters
-from scaleot_core.evaluation import lm
+from scaleot_core.examples import collate, from_task
 from scaleot_core.runtime import generator
-from scaleot_core.tasks import answer_pairs, load_task
 from scaleot_core.training import Checkpoint, Diverged
-from scaleot_core.tuning import IGNORED, answer_loss, choose_rate, collate, epoch_batches, examples, tune
+from scaleot_core.tuning import epoch_batches, mean_answer_loss, train, tune
 
 ROWS = piqa_rows(9)
-LONG = {**ROWS[1], "goal": "far " * 100}  # the context of the tiny models is 128 tokens, of about a character each
 
 
 @pytest.fixture
 def data(tokenizer):
-    return examples(tiny_model("llama"), tokenizer, "piqa", ROWS, block_size=16)
+    return from_task(tiny_model("llama"), tokenizer, "piqa", ROWS, block_size=16)
 
 
 @pytest.fixture
 def settings(params):
     return params.tuning.model_copy(update={"epochs": 3, "batch_size": 4, "max_steps": 0})
-
-
-# --- what is tuned on ------------------------------------------------------------------------------------
-
-
-def test_examples_are_the_tokens_that_lm_eval_scores(model, tokenizer):
-    view = lm(model, tokenizer)
-    for row, (tokens, targets) in zip(ROWS, examples(model, tokenizer, "piqa", ROWS, block_size=16), strict=True):
-        right = f" {row['sol2' if row['label'] else 'sol1']}"
-        before, answer = view._encode_pair(f"Question: {row['goal']}\nAnswer:", right)
-        assert tokenizer.decode(answer) == right  # its leading space is tuned on
-        assert tokens == [*before, *answer][:-1]
-        assert targets == [IGNORED] * (len(before) - 1) + answer
-
-
-def test_question_that_is_too_long_loses_its_beginning_and_never_its_answer(model, tokenizer):
-    ((tokens, targets),) = examples(model, tokenizer, "piqa", [LONG], block_size=16)
-    before, answer = lm(model, tokenizer)._encode_pair(f"Question: {LONG['goal']}\nAnswer:", f" {LONG['sol2']}")
-    assert len(before) > 128 and len(tokens) == 128
-    assert tokens == [*before, *answer][-129:-1]
-    assert targets == [IGNORED] * (128 - len(answer)) + answer
-
-
-def test_loss_is_the_one_that_lm_eval_gives_the_right_answer(model, tokenizer):
-    rows = [*ROWS, LONG]
-    task = load_task("piqa", rows, rows)
-    task.build_all_requests()
-    right = {pair: row for row, pair in enumerate(answer_pairs(task, tokenizer, context_length=128))}
-    requests = [request for request in task.instances if request.args in right]
-    scored = lm(model, tokenizer, batch_size=4).loglikelihood(requests)
-    made = examples(model, tokenizer, "piqa", rows, block_size=16)
-    assert len(requests) == len(rows)
-    for request, (log_likelihood, _) in zip(requests, scored, strict=True):
-        inputs, targets = collate([made[right[request.args]]])
-        total = answer_loss(model, inputs, targets).item() * int((targets != IGNORED).sum())
-        assert total == pytest.approx(-log_likelihood, rel=1e-5)
-
-
-def test_generated_answer_ends_in_the_end_of_text(tokenizer):
-    rows = [{"question": "1 + 1?", "answer": "2 #### 2"}, {"question": "2 + 1?", "answer": "3 #### 3"}]
-    made = examples(tiny_model("llama"), tokenizer, "gsm8k", rows, block_size=16)
-    for row, (tokens, targets) in zip(rows, made, strict=True):
-        assert tokenizer.decode(tokens) == f"Question: {row['question']}\nAnswer: {row['answer']}"
-        answer = [target for target in targets if target != IGNORED]
-        assert tokenizer.decode(answer) == f" {row['answer']}<eos>"
-
-
-def test_every_token_of_a_text_is_a_target_once(tokenizer):
-    pages = [{"page": "one page of some length"}, {"page": "another"}]
-    made = examples(tiny_model("llama"), tokenizer, "wikitext", pages, block_size=8)
-    joined = [token for row in pages for token in [*tokenizer(row["page"])["input_ids"], tokenizer.eos_token_id]]
-    assert [token for tokens, _ in made for token in tokens] == joined[:-1]
-    assert [token for _, targets in made for token in targets] == joined[1:]
-    assert all(len(tokens) == 8 for tokens, _ in made[:-1]) and 0 < len(made[-1][0]) <= 8
-
-
-def test_text_needs_an_end(tokenizer):
-    without = copy.deepcopy(tokenizer)
-    without.eos_token = None
-    said = refusal(lambda: examples(tiny_model("llama"), without, "wikitext", [{"page": "a"}], block_size=8))
-    assert "end-of-text token" in said
-
-
-def test_no_questions_are_refused(tokenizer):
-    assert "task piqa" in refusal(lambda: examples(tiny_model("llama"), tokenizer, "piqa", [], block_size=16))
-
-
-# --- the loss --------------------------------------------------------------------------------------------
-
-
-def test_batches_are_padded_on_the_right_with_nothing_to_learn():
-    inputs, targets = collate([([7, 8, 9], [IGNORED, 5, 6]), ([4], [3])])
-    assert inputs.tolist() == [[7, 8, 9], [4, 0, 0]]
-    assert targets.tolist() == [[IGNORED, 5, 6], [3, IGNORED, IGNORED]]
-
-
-def test_answer_loss_is_the_cross_entropy_of_the_answer_tokens_whatever_the_padding(model, data):
-    total, count = 0.0, 0
-    for tokens, targets in data:  # one at a time, unpadded, all logits
-        logp = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
-        for t, target in enumerate(targets):
-            if target != IGNORED:
-                total, count = total - logp[t, target].item(), count + 1
-    batch = collate([*data, ([1] * 60, [IGNORED] * 60)])
-    assert (batch[0] == 0).any()
-    assert answer_loss(model, *batch).item() == pytest.approx(total / count, rel=1e-5)
 
 
 # --- the loop --------------------------------------------------------------------------------------------
@@ -141,7 +52,7 @@ def test_batches_hold_questions_of_similar_length():
 def run(settings, data, seed=0, model=None, lr=1e-3):
     """Tune all of a tiny model; the history and the model."""
     model = model or tiny_model("llama")
-    return tune(model, dict(model.named_parameters()), data, settings, lr=lr, seed=seed, label="test"), model
+    return train(model, dict(model.named_parameters()), data, settings, lr=lr, seed=seed, label="test"), model
 
 
 def test_every_epoch_sees_every_question_once(settings, data, monkeypatch):
@@ -167,7 +78,7 @@ def test_only_the_given_parameters_change(name, settings, data):
     model = emulator_of(name)
     adapter = layer_parameters(model, PLAN, "adapter")
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    tune(model, adapter, data, settings, lr=1e-3, seed=0, label="test")
+    train(model, adapter, data, settings, lr=1e-3, seed=0, label="test")
     changed = {key for key, tensor in model.state_dict().items() if not torch.equal(before[key], tensor)}
     assert changed <= adapter.keys()
     assert changed >= {key for key, p in adapter.items() if p.ndim == 2}
@@ -192,62 +103,106 @@ def test_seed_decides_every_byte(settings, data):
     assert first != other and weights_hash(one) != weights_hash(three)
 
 
-# --- the learning rate -----------------------------------------------------------------------------------
+# --- the learning rate, and when to stop -----------------------------------------------------------------
 
 
-def choose(data, settings, folder, rates, model=None, **changes):
-    """The choice between some rates for all of a tiny model."""
+def decide(data, settings, folder, model=None, **changes):
+    """Tune all of a tiny model with what the data decides."""
     model = model or tiny_model("llama")
-    return choose_rate(
-        model,
-        dict(model.named_parameters()),
-        data,
-        settings.model_copy(update={"lr": rates, **changes}),
-        seed=0,
-        label="test",
-        checkpoint=Checkpoint(folder, math.inf),
-    )
+    settings = settings.model_copy(update=changes)
+    checkpoint = Checkpoint(folder, 0)
+    return tune(model, dict(model.named_parameters()), data, settings, seed=0, label="test", checkpoint=checkpoint)
 
 
 def test_single_rate_is_taken_as_it_is(data, settings, tmp_path):
-    assert choose(data, settings, tmp_path, [0.5]) == {"lr": 0.5, "validation_loss": {}}
+    model = tiny_model("llama")
+    tuned = decide(data, settings, tmp_path, model, lr=[1e-3])
+    history, by_hand = run(settings, data, lr=1e-3)
+    assert (tuned.lr, tuned.steps, tuned.validation_loss) == (1e-3, 9, {})
+    assert tuned.history == history and weights_hash(model) == weights_hash(by_hand)
 
 
 def test_best_rate_is_that_of_lowest_loss_on_held_out_questions(data, settings, tmp_path, monkeypatch):
     seen, scored = [], []
-    tuned, loss = tuning.tune, tuning.mean_answer_loss
-    monkeypatch.setattr(tuning, "tune", lambda *args, **options: seen.append(args[2]) or tuned(*args, **options))
+    trained, loss = tuning.train, tuning.mean_answer_loss
+    monkeypatch.setattr(tuning, "train", lambda *args, **options: seen.append(args[2]) or trained(*args, **options))
     monkeypatch.setattr(tuning, "mean_answer_loss", lambda *args: scored.append(args[1]) or loss(*args))
-    model = tiny_model("llama")
-    before = weights_hash(model)
-    choice = choose(data, settings, tmp_path, [1e-6, 1e-2, 1e-3], model, validation=0.3)
-    assert weights_hash(model) == before  # for the run that counts
-    assert len(seen) == len(scored) == 3 and all(len(part) == 3 for part in scored)
-    for trained, held in zip(seen, scored, strict=True):
-        assert sorted(trained + held) == sorted(data)
-    losses = choice["validation_loss"]
-    assert losses.keys() == {"1e-06", "0.01", "0.001"} and str(choice["lr"]) == min(losses, key=losses.__getitem__)
+    model, rates = tiny_model("llama"), [1e-6, 1e-2, 1e-3]
+    tuned = decide(data, settings, tmp_path, model, lr=rates, validation=0.3)
+    assert len(scored) == 3 and all(len(part) == 3 for part in scored)
+    for part, held in zip(seen[:3], scored, strict=True):
+        assert sorted(part + held) == sorted(data)
+    losses = tuned.validation_loss
+    assert losses.keys() == {"1e-06", "0.01", "0.001"} and str(tuned.lr) == min(losses, key=losses.__getitem__)
     for lr in (1e-6, 1e-2):  # by hand
         _, by_hand = run(settings, seen[0], lr=lr)
         assert losses[str(lr)] == pytest.approx(loss(by_hand, scored[0], 100), rel=1e-5)
+    assert seen[3] == data  # in the end on all, from the start
+    assert weights_hash(model) == weights_hash(run(settings, data, lr=tuned.lr)[1])
 
 
 def test_finished_rates_are_not_tried_again(data, settings, tmp_path, monkeypatch):
-    first = choose(data, settings, tmp_path, [1e-3, 1e-4])
-    monkeypatch.setattr(tuning, "tune", lambda *args, **options: pytest.fail("it was tuned again"))
-    assert choose(data, settings, tmp_path, [1e-3, 1e-4]) == first
+    first = decide(data, settings, tmp_path, lr=[1e-3, 1e-4])
+    trained, ran = tuning.train, []
+    monkeypatch.setattr(tuning, "train", lambda *args, **options: ran.append(1) or trained(*args, **options))
+    assert decide(data, settings, tmp_path, lr=[1e-3, 1e-4]) == first and len(ran) == 1
 
 
 def test_rate_that_diverges_is_not_chosen(data, settings, tmp_path, monkeypatch):
-    def tune_or_diverge(*args, lr, **options):
+    trained = tuning.train
+
+    def train_or_diverge(*args, lr, **options):
         if lr > 0.1:
             raise Diverged("the loss is nan")
+        return trained(*args, lr=lr, **options)
 
-    monkeypatch.setattr(tuning, "tune", tune_or_diverge)
-    choice = choose(data, settings, tmp_path / "some", [0.5, 1e-3])
-    assert choice["lr"] == 1e-3 and choice["validation_loss"]["0.5"] is None
-    assert "not finite with any learning rate" in refusal(choose, data, settings, tmp_path / "all", [0.5, 0.6])
+    monkeypatch.setattr(tuning, "train", train_or_diverge)
+    tuned = decide(data, settings, tmp_path / "some", lr=[0.5, 1e-3])
+    assert tuned.lr == 1e-3 and tuned.validation_loss["0.5"] is None
+    assert "not finite with any learning rate" in refusal(lambda: decide(data, settings, tmp_path / "all", lr=[0.5, 1]))
 
 
-def test_one_question_cannot_be_parted(data, settings, tmp_path):
-    assert "can't be parted" in refusal(choose, data[:1], settings, tmp_path, [1e-3, 1e-4])
+def test_too_few_questions_to_hold_some_out(data, settings, tmp_path):
+    assert "too few to hold some out" in refusal(lambda: decide(data[:1], settings, tmp_path, lr=[1e-3, 1e-4]))
+    assert "too few to hold some out" in refusal(lambda: decide(data, settings, tmp_path, patience=1, validation=1.0))
+
+
+@pytest.fixture
+def impatient(settings):
+    """What learns its few questions by heart, so that others get worse."""
+    return settings.model_copy(update={"lr": [3e-2], "epochs": 30, "patience": 2, "validation": 0.3, "warmup": 0.0})
+
+
+def test_training_stops_when_the_held_out_loss_gets_no_better_and_keeps_the_best(data, impatient, tmp_path):
+    model = tiny_model("llama")
+    tuned = decide(data, impatient, tmp_path, model)
+    losses = list(tuned.validation_loss.values())
+    best = losses.index(min(losses))
+    assert len(losses) == best + 3 < 30 and next(iter(tuned.validation_loss)) == "epoch 0"
+    assert len(tuned.history) == 2 * len(losses) and tuned.steps == 2 * (best + 1)
+    order = torch.randperm(9, generator=generator(0, "validation")).tolist()
+    assert mean_answer_loss(model, [data[i] for i in order[:3]], 4) == pytest.approx(min(losses), rel=1e-6)
+
+
+class Killed(BaseException):
+    """As if the process were gone."""
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5])
+def test_impatient_training_that_is_killed_goes_on_to_the_same_bytes(data, impatient, tmp_path, monkeypatch, step):
+    whole, again = tiny_model("llama"), tiny_model("llama")
+    expected = decide(data, impatient, tmp_path / "whole", whole)
+    measure, seen = tuning.answer_loss, []
+
+    def until(*args):
+        seen.append(1)
+        if len(seen) > step + step // 2:  # the held-out questions are a batch an epoch
+            raise Killed
+        return measure(*args)
+
+    monkeypatch.setattr(tuning, "answer_loss", until)
+    with pytest.raises(Killed):
+        decide(data, impatient, tmp_path / "killed", tiny_model("llama"))
+    monkeypatch.setattr(tuning, "answer_loss", measure)
+    assert decide(data, impatient, tmp_path / "killed", again) == expected
+    assert weights_hash(again) == weights_hash(whole)

@@ -1,0 +1,233 @@
+"""The adapter: what the data owner tunes and sends back, and what the owner finds before plugging it in (section 5).
+
+A folder of safetensors and a manifest. Tuned in full it holds every weight of the adapter layers. Tuned by LoRA it is
+a plain PEFT adapter too: `PeftModel.from_pretrained(base, folder)` loads it on the real model.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from scaleot_core import handover
+from scaleot_core.emulator import Plan, layer_parameters
+from scaleot_core.errors import UserError
+from scaleot_core.families import decoder_layers, family
+from scaleot_core.files import write_json, write_tensors
+from scaleot_core.params import OffsiteTuning, Positive
+from scaleot_core.runtime import generator
+from scaleot_core.tuning import Tuned
+
+FORMAT: Final = "scaleot-adapter"
+FORMAT_VERSION: Final = 1
+FULL, LORA, LORA_CONFIG = "adapter.safetensors", "adapter_model.safetensors", "adapter_config.json"
+PEFT_PREFIX = "base_model.model."  # of every tensor in a PEFT adapter's file
+
+
+class Lora(BaseModel):
+    """LoRA's two numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    rank: Annotated[int, Field(ge=1, le=65536)]
+    alpha: Annotated[float, Field(gt=0)]
+
+
+class Record(BaseModel):
+    """How the adapter was tuned; nothing of what it was tuned on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    lr: Annotated[float, Field(gt=0)]
+    steps: Annotated[int, Field(ge=0)]
+    batch_size: Positive
+
+
+class AdapterManifest(handover.Manifest):
+    """An adapter's manifest."""
+
+    format: Literal["scaleot-adapter"] = FORMAT
+    format_version: Literal[1] = FORMAT_VERSION
+    package: handover.Hash
+    """The package that it was tuned on (`handover.identity`)."""
+    layers: Annotated[tuple[int, ...], Field(min_length=1, max_length=1024)]
+    """The adapter layers."""
+    lora: Lora | None
+    """LoRA's numbers, or null where every weight was tuned."""
+    tuning: Record
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A checked adapter."""
+
+    manifest: AdapterManifest
+    tensors: dict[str, Tensor]
+    """Every weight of the adapter layers as it is to be plugged in, by its name in the model."""
+
+
+def _linears(model: PreTrainedModel, plan: Plan) -> dict[str, nn.Linear | Conv1D]:
+    """The matrices of the adapter layers, by their names in the model."""
+    layers, path = decoder_layers(model), family(model.config).layers
+    return {
+        f"{path}.{i}.{name}": module
+        for i in plan.layers("adapter")
+        for name, module in layers[i].named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
+
+
+def _lora_config(model: PreTrainedModel, plan: Plan, lora: Lora) -> Any:
+    """PEFT's configuration for matrices of rank r beside every matrix of the adapter layers."""
+    from peft import LoraConfig, TaskType
+
+    linears = _linears(model, plan)
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        target_modules=sorted({name.rpartition(".")[2] for name in linears}),
+        layers_to_transform=plan.layers("adapter"),
+        layers_pattern=family(model.config).layers.rpartition(".")[2],
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in linears.values()),
+        task_type=TaskType.CAUSAL_LM,
+        inference_mode=True,
+    )
+
+
+def trainable(model: PreTrainedModel, plan: Plan, tuning: OffsiteTuning, seed: int) -> dict[str, nn.Parameter]:
+    """What offsite tuning trains of the adapter layers, by name: every weight, or LoRA matrices put in here."""
+    if tuning.method == "full":
+        return layer_parameters(model, plan, "adapter")
+    from peft import inject_adapter_in_model
+
+    inject_adapter_in_model(_lora_config(model, plan, Lora(rank=tuning.lora_rank, alpha=tuning.lora_alpha)), model)
+    found = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+    for name, parameter in sorted(found.items()):
+        if ".lora_A." in name:  # B stays at zero, so that the untuned adapter changes nothing
+            drawn = nn.init.kaiming_uniform_(
+                torch.empty(parameter.shape), a=math.sqrt(5), generator=generator(seed, "lora", name)
+            )
+            with torch.no_grad():
+                parameter.copy_(drawn)
+    return found
+
+
+def save(
+    folder: Path,
+    model: PreTrainedModel,
+    plan: Plan,
+    parameters: Mapping[str, Tensor],
+    *,
+    package: str,
+    tuning: OffsiteTuning,
+    tuned: Tuned,
+) -> None:
+    """Write an adapter into an existing, empty folder: `parameters` as `trainable` gave them, after tuning."""
+    lora = None if tuning.method == "full" else Lora(rank=tuning.lora_rank, alpha=tuning.lora_alpha)
+    if lora is None:
+        write_tensors(folder / FULL, parameters)
+    else:
+        named = {f"{PEFT_PREFIX}{name.replace('.default.', '.')}": tensor for name, tensor in parameters.items()}
+        write_tensors(folder / LORA, named)
+        write_json(folder / LORA_CONFIG, _plain(_lora_config(model, plan, lora)))
+    manifest = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "package": package,
+        "layers": plan.layers("adapter"),
+        "lora": lora.model_dump() if lora else None,
+        "tuning": {"lr": tuned.lr, "steps": tuned.steps, "batch_size": tuning.batch_size},
+    }
+    handover.write(folder, manifest)
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """PEFT's configuration as JSON, the same bytes each time."""
+    return {
+        key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
+        for key, value in config.to_dict().items()
+    }
+
+
+def read(folder: Path, model: PreTrainedModel, plan: Plan, originals: Mapping[str, Tensor], *, package: str) -> Adapter:
+    """Check an adapter and give all weights of the adapter layers as it would have them; UserError otherwise.
+
+    `model` is the emulator or the real model, with or without weights; `originals` are the adapter layers' weights as
+    they were shipped, and `package` is the hash of the package that was.
+    """
+    manifest = handover.read(folder, AdapterManifest, (FULL, LORA, LORA_CONFIG))
+    if manifest.package != package:
+        raise UserError(f"{folder}: it was tuned on another package ({manifest.package[:12]}…, not {package[:12]}…)")
+    if list(manifest.layers) != plan.layers("adapter"):
+        raise UserError(
+            f"{folder}: its layers are {list(manifest.layers)}, the adapter layers {plan.layers('adapter')}"
+        )
+    if manifest.lora is None:
+        expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in originals.items()}
+        _only(folder, manifest, FULL)
+        return Adapter(manifest, handover.read_expected_tensors({folder / FULL: expected}))
+    _only(folder, manifest, LORA, LORA_CONFIG)
+    _check_lora_config(folder / LORA_CONFIG, _plain(_lora_config(model, plan, manifest.lora)))
+    rank, linears = manifest.lora.rank, _linears(model, plan)
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for name, module in linears.items():
+        out, into = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
+        shapes[f"{PEFT_PREFIX}{name}.lora_A.weight"] = ((rank, into), module.weight.dtype)
+        shapes[f"{PEFT_PREFIX}{name}.lora_B.weight"] = ((out, rank), module.weight.dtype)
+    given = handover.read_expected_tensors({folder / LORA: shapes})
+    tensors = {name: tensor.detach().clone() for name, tensor in originals.items()}
+    for name, module in linears.items():
+        a, b = (given[f"{PEFT_PREFIX}{name}.lora_{part}.weight"].float() for part in "AB")
+        change = manifest.lora.alpha / rank * (b @ a)
+        weight = tensors[f"{name}.weight"]
+        change = (change.T if isinstance(module, Conv1D) else change).to(weight.device)
+        tensors[f"{name}.weight"] = (weight.float() + change).to(weight.dtype)
+    return Adapter(manifest, tensors)
+
+
+def _only(folder: Path, manifest: AdapterManifest, *names: str) -> None:
+    if set(manifest.files) != set(names):
+        raise UserError(f"{folder}: its files are {sorted(manifest.files)}; they should be {sorted(names)}")
+
+
+def _check_lora_config(file: Path, expected: dict[str, Any]) -> None:
+    """PEFT would follow its file to the letter: it must say what ours says, and nothing that another version adds."""
+    given = handover.read_untrusted_json(file)
+    if not isinstance(given, dict):
+        raise UserError(f"{file}: a JSON object is needed; fetch it again")
+    expected = {**expected, "peft_version": given.get("peft_version")}
+    for key in sorted(expected.keys() | given.keys()):
+        if given.get(key) != expected.get(key) and not (key not in expected and given[key] in (None, False, [], {})):
+            raise UserError(f"{file}: `{key}` is not what such an adapter has; don't load it")
+
+
+@dataclass(frozen=True)
+class Movement:
+    """How far one layer moved from what was shipped."""
+
+    layer: int
+    relative: float
+    """Norm of the change over the norm of what was shipped, all weights of the layer together."""
+    outlier: float
+    """Largest change of one weight over the root mean square of all in its tensor, the largest of all tensors."""
+
+
+def movement(plan: Plan, originals: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: str) -> list[Movement]:
+    """Every adapter layer's movement; `path` is that of the decoder layers in the model."""
+    found = []
+    for i in plan.layers("adapter"):
+        names = [name for name in originals if name.startswith(f"{path}.{i}.")]
+        before = {name: originals[name].float() for name in names}
+        change = {name: tensors[name].float().to(before[name].device) - before[name] for name in names}
+        size = math.sqrt(sum(float(tensor.square().sum()) for tensor in before.values()))
+        moved = math.sqrt(sum(float(tensor.square().sum()) for tensor in change.values()))
+        peaks = [float(t.abs().max() / t.square().mean().sqrt()) for t in change.values() if float(t.abs().max())]
+        found.append(Movement(i, moved / size if size else math.inf if moved else 0.0, max(peaks, default=0.0)))
+    return found
