@@ -13,7 +13,7 @@ help:  ## list the targets
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet torch==2.13.0
-	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[pipeline,privacy,dev]'
 	@touch $@
 
 repro: .venv/ready  ## set up, then run the whole pipeline on the embedded model

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from scaleot_core import handover
-from scaleot_core.emulator import Plan, layer_parameters
+from scaleot_core.emulator import PackageManifest, Plan, layer_parameters, outline, plan_of
 from scaleot_core.errors import UserError
 from scaleot_core.families import decoder_layers, family
 from scaleot_core.files import write_json, write_tensors
@@ -74,13 +74,13 @@ class Adapter:
 
 
 def _linears(model: PreTrainedModel, plan: Plan) -> dict[str, nn.Linear | Conv1D]:
-    """The matrices of the adapter layers, by their names in the model."""
+    """The matrices of the adapter layers, by their names in the model, whether PEFT has put LoRA around them or not."""
     layers, path = decoder_layers(model), family(model.config).layers
     return {
-        f"{path}.{i}.{name}": module
+        f"{path}.{i}.{name.removesuffix('.base_layer')}": module
         for i in plan.layers("adapter")
         for name, module in layers[i].named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
+        if isinstance(module, nn.Linear | Conv1D) and ".lora_" not in name
     }
 
 
@@ -156,13 +156,18 @@ def _plain(config: Any) -> dict[str, Any]:
     }
 
 
+def read_manifest(folder: Path) -> AdapterManifest:
+    """The manifest of an adapter, after every file that it lists was found whole; UserError otherwise."""
+    return handover.read(folder, AdapterManifest, (FULL, LORA, LORA_CONFIG))
+
+
 def read(folder: Path, model: PreTrainedModel, plan: Plan, originals: Mapping[str, Tensor], *, package: str) -> Adapter:
     """Check an adapter and give all weights of the adapter layers as it would have them; UserError otherwise.
 
     `model` is the emulator or the real model, with or without weights; `originals` are the adapter layers' weights as
     they were shipped, and `package` is the hash of the package that was.
     """
-    manifest = handover.read(folder, AdapterManifest, (FULL, LORA, LORA_CONFIG))
+    manifest = read_manifest(folder)
     if manifest.package != package:
         raise UserError(f"{folder}: it was tuned on another package ({manifest.package[:12]}…, not {package[:12]}…)")
     if list(manifest.layers) != plan.layers("adapter"):
@@ -172,7 +177,7 @@ def read(folder: Path, model: PreTrainedModel, plan: Plan, originals: Mapping[st
     if manifest.lora is None:
         expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in originals.items()}
         _only(folder, manifest, FULL)
-        return Adapter(manifest, handover.read_expected_tensors({folder / FULL: expected}))
+        return Adapter(manifest, handover.read_tensors({folder / FULL: expected}))
     _only(folder, manifest, LORA, LORA_CONFIG)
     _check_lora_config(folder / LORA_CONFIG, _plain(_lora_config(model, plan, manifest.lora)))
     rank, linears = manifest.lora.rank, _linears(model, plan)
@@ -181,7 +186,7 @@ def read(folder: Path, model: PreTrainedModel, plan: Plan, originals: Mapping[st
         out, into = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
         shapes[f"{PEFT_PREFIX}{name}.lora_A.weight"] = ((rank, into), module.weight.dtype)
         shapes[f"{PEFT_PREFIX}{name}.lora_B.weight"] = ((out, rank), module.weight.dtype)
-    given = handover.read_expected_tensors({folder / LORA: shapes})
+    given = handover.read_tensors({folder / LORA: shapes})
     tensors = {name: tensor.detach().clone() for name, tensor in originals.items()}
     for name, module in linears.items():
         a, b = (given[f"{PEFT_PREFIX}{name}.lora_{part}.weight"].float() for part in "AB")
@@ -189,6 +194,8 @@ def read(folder: Path, model: PreTrainedModel, plan: Plan, originals: Mapping[st
         weight = tensors[f"{name}.weight"]
         change = (change.T if isinstance(module, Conv1D) else change).to(weight.device)
         tensors[f"{name}.weight"] = (weight.float() + change).to(weight.dtype)
+        if not tensors[f"{name}.weight"].isfinite().all():
+            raise UserError(f"{folder}: {name!r} would have numbers that are not finite; it is of no use")
     return Adapter(manifest, tensors)
 
 
@@ -219,15 +226,39 @@ class Movement:
     """Largest change of one weight over the root mean square of all in its tensor, the largest of all tensors."""
 
 
-def movement(plan: Plan, originals: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: str) -> list[Movement]:
+def movements(plan: Plan, shipped: Mapping[str, Tensor], tuned: Mapping[str, Tensor], path: str) -> list[Movement]:
     """Every adapter layer's movement; `path` is that of the decoder layers in the model."""
     found = []
     for i in plan.layers("adapter"):
-        names = [name for name in originals if name.startswith(f"{path}.{i}.")]
-        before = {name: originals[name].float() for name in names}
-        change = {name: tensors[name].float().to(before[name].device) - before[name] for name in names}
-        size = math.sqrt(sum(float(tensor.square().sum()) for tensor in before.values()))
-        moved = math.sqrt(sum(float(tensor.square().sum()) for tensor in change.values()))
-        peaks = [float(t.abs().max() / t.square().mean().sqrt()) for t in change.values() if float(t.abs().max())]
+        before = {name: tensor.float() for name, tensor in shipped.items() if name.startswith(f"{path}.{i}.")}
+        changes = [tuned[name].float() - tensor for name, tensor in before.items()]
+        size, moved = (math.sqrt(sum(float(t.square().sum()) for t in part)) for part in (before.values(), changes))
+        peaks = [float(t.abs().max() / t.square().mean().sqrt()) for t in changes if t.any()]
         found.append(Movement(i, moved / size if size else math.inf if moved else 0.0, max(peaks, default=0.0)))
     return found
+
+
+@dataclass(frozen=True)
+class Returned:
+    """An adapter that came back, with the package that it was tuned on; both checked."""
+
+    package: PackageManifest
+    plan: Plan
+    shipped: dict[str, Tensor]
+    """Every weight of the adapter layers as it was shipped, by its name in the model."""
+    tuned: dict[str, Tensor]
+    """The same as it is to be plugged in."""
+    movements: list[Movement]
+
+
+def receive(folder: Path, package: Path) -> Returned:
+    """Check an adapter against the package that was shipped; UserError where either is not sound.
+
+    No weights but the adapter layers' are loaded.
+    """
+    manifest, model, expected = outline(package)
+    plan, part = plan_of(manifest), package / "adapter.safetensors"
+    shipped = handover.read_tensors({part: expected[part]})
+    tuned = read(folder, model, plan, shipped, package=handover.identity(package)).tensors
+    moved = movements(plan, shipped, tuned, family(model.config).layers)
+    return Returned(manifest, plan, shipped, tuned, moved)

@@ -27,10 +27,10 @@ from scaleot_core.decomposition import Decompose, shapes
 from scaleot_core.errors import UserError, one_line
 from scaleot_core.families import FAMILIES, attention, decoder_layers, family
 from scaleot_core.files import write_tensors
-from scaleot_core.handover import MANIFEST, TOKENIZER_FILES, Shapes, read_expected_tensors
+from scaleot_core.handover import MANIFEST, TOKENIZER_FILES, Shapes
 from scaleot_core.harmonizer import Harmonizer, Harmonizers
 from scaleot_core.models import check_layers
-from scaleot_core.params import HarmonizerForm, Share
+from scaleot_core.params import HarmonizerForm, Params, Share
 from scaleot_core.rank_compression import compress_layer
 from scaleot_core.runtime import DTYPES
 
@@ -95,6 +95,14 @@ def choose_layers(scores: Sequence[float], *, adapter_layers: int, alpha: float,
     return tuple(
         "adapter" if i in adapters else "harmonizer" if i in replaced else "compressed" for i in range(len(scores))
     )
+
+
+def plan(params: Params, scores: Sequence[float]) -> Plan:
+    """What the parameters make of a model's layers, by their scores."""
+    kinds = choose_layers(
+        scores, adapter_layers=params.adapter_layers, alpha=params.alpha, placement=params.adapter_placement
+    )
+    return Plan(kinds, params.beta, params.rank_semantics, params.harmonizer)
 
 
 def _stand_in(model: PreTrainedModel, plan: Plan, decompose: Decompose) -> None:
@@ -243,7 +251,7 @@ def load(folder: Path, *, device: torch.device) -> tuple[PreTrainedModel, Plan]:
     and every tensor must then be in the files, by name, shape and dtype, and nothing else.
     """
     manifest, _, expected = outline(folder)
-    tensors = read_expected_tensors(expected)
+    tensors = handover.read_tensors(expected)
     model = _empty(manifest, buffers_too=False)
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()

@@ -62,6 +62,14 @@ def write(folder: Path, manifest: Mapping[str, Any]) -> None:
     write_json(folder / MANIFEST, {**manifest, "files": files})
 
 
+def copy(source: Path, folder: Path, manifest: Manifest, **changes: Any) -> None:
+    """Copy what a checked manifest lists into an empty folder, with some of the manifest's own fields changed."""
+    for name in manifest.files:
+        shutil.copyfile(source / name, folder / name)
+    fields = manifest.model_dump(mode="json", exclude={"files"})
+    write(folder, {**fields, **changes})
+
+
 def identity(folder: Path) -> str:
     """The SHA-256 of a folder's manifest, which stands for all that it lists."""
     return sha256(folder / MANIFEST)
@@ -90,6 +98,12 @@ def read_untrusted_json(path: Path) -> Any:
         )
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({one_line(error)}); fetch it again") from None
+
+
+def format_of(folder: Path) -> str:
+    """The format that a folder's manifest names, of the two that there are or not; UserError for no manifest."""
+    data = read_untrusted_json(folder / MANIFEST)
+    return str(data.get("format")) if isinstance(data, dict) else ""
 
 
 def read(folder: Path, kind: type[M], names: Iterable[str]) -> M:
@@ -129,38 +143,47 @@ def read(folder: Path, kind: type[M], names: Iterable[str]) -> M:
     return manifest
 
 
-def read_expected_tensors(files: Mapping[Path, Shapes]) -> dict[str, torch.Tensor]:
-    """The tensors of some safetensors files: exactly those expected, all numbers finite.
+def check_tensors(files: Mapping[Path, Shapes]) -> None:
+    """UserError unless some safetensors files have exactly the tensors expected, by name, shape and dtype.
 
-    Names, shapes and dtypes are read from the files' headers, which safetensors holds to be free of overlaps and gaps,
-    before any memory is taken. UserError names the first tensor that is missing, foreign, of another shape or dtype, or
-    not finite.
+    Their headers alone are read, which safetensors holds to be free of overlaps and gaps; no memory is taken.
     """
+    for file, expected in files.items():
+        with _sound(file), safe_open(file, framework="pt") as stream:
+            given = {name: stream.get_slice(name) for name in stream.keys()}  # noqa: SIM118
+            for name in sorted(expected.keys() | given.keys()):
+                there, (shape, dtype) = given.get(name), expected.get(name, ((), torch.float32))
+                if (
+                    name not in expected
+                    or there is None
+                    or tuple(there.get_shape()) != shape
+                    or there.get_dtype() != SAFETENSORS_DTYPES[dtype]
+                ):
+                    raise UserError(
+                        f"{file}: tensor {name[:200]!r} is missing, foreign or of the wrong shape or dtype; "
+                        "fetch it again"
+                    )
+
+
+def read_tensors(files: Mapping[Path, Shapes]) -> dict[str, torch.Tensor]:
+    """The tensors of some safetensors files: exactly those expected, all numbers finite; UserError names one else."""
+    check_tensors(files)
     found: dict[str, torch.Tensor] = {}
     for file, expected in files.items():
-        try:
-            with safe_open(file, framework="pt") as stream:
-                given = {name: stream.get_slice(name) for name in stream.keys()}  # noqa: SIM118
-                for name in sorted(expected.keys() | given.keys()):
-                    shape, dtype = expected.get(name, ((), torch.float32))
-                    there = given.get(name)
-                    if (
-                        name not in expected
-                        or there is None
-                        or tuple(there.get_shape()) != shape
-                        or there.get_dtype() != SAFETENSORS_DTYPES[dtype]
-                    ):
-                        raise UserError(
-                            f"{file}: tensor {name!r} is missing, foreign or of the wrong shape or dtype; "
-                            "fetch it again"
-                        )
-                found |= {name: stream.get_tensor(name) for name in given}
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{file}: not a sound safetensors file ({one_line(error)}); fetch it again") from None
-        for name in expected:
-            if not found[name].isfinite().all():
-                raise UserError(f"{file}: tensor {name!r} has numbers that are not finite; it is of no use")
+        with _sound(file), safe_open(file, framework="pt") as stream:
+            for name in expected:
+                found[name] = stream.get_tensor(name)
+                if not found[name].isfinite().all():
+                    raise UserError(f"{file}: tensor {name!r} has numbers that are not finite; it is of no use")
     return found
+
+
+@contextmanager
+def _sound(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{file}: not a sound safetensors file ({one_line(error)}); fetch it again") from None
 
 
 def archive(folder: Path, target: Path) -> None:

@@ -65,8 +65,8 @@ def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Pre
     return model.eval().requires_grad_(False)
 
 
-def save_model(source: str, folder: Path, dtype: torch.dtype) -> None:
-    """Copy a model and its tokenizer, from the hub or a local folder, into `folder` as safetensors of one dtype.
+def read_model(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model in one dtype and its tokenizer, from the hub or a local folder, in any of transformers' formats.
 
     UserError for a model that can't be fetched or read, is of an unsupported architecture, or has another's tokenizer.
     """
@@ -74,16 +74,29 @@ def save_model(source: str, folder: Path, dtype: torch.dtype) -> None:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         family(config)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        if len(tokenizer) > config.vocab_size:
-            raise UserError(
-                f"params.yaml: model = {source!r}: its tokenizer has {len(tokenizer)} tokens and the model's embedding "
-                f"{config.vocab_size}, so it belongs to another model; put the right one there"
-            )
-        model = _pretrained(source, config=config, dtype=dtype)
-    except UserError:
-        raise
+        check_tokenizer(tokenizer, config)
+        return _pretrained(source, config=config, dtype=dtype), tokenizer
+    except UserError as error:
+        raise UserError(f"model = {source!r}: {error}") from error
     except Exception as error:
-        raise UserError(f"params.yaml: model = {source!r}: it can't be loaded ({one_line(error)})") from error
+        raise UserError(f"model = {source!r}: it can't be loaded ({one_line(error)})") from error
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """UserError where a tokenizer has tokens that the model has no embedding of."""
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"its tokenizer has {len(tokenizer)} tokens and the model's embedding {config.vocab_size}, so it "
+            "belongs to another model; put the right one there"
+        )
+
+
+def save_model(source: str, folder: Path, dtype: torch.dtype) -> None:
+    """Copy a model and its tokenizer, as `read_model` gives them, into `folder` as safetensors of one dtype."""
+    try:
+        model, tokenizer = read_model(source, dtype)
+    except UserError as error:
+        raise UserError(f"params.yaml: {error}") from error
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -3,7 +3,7 @@
 import operator
 from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -199,6 +199,9 @@ class Params(_Block):
     evaluate: Evaluate
 
 
+B = TypeVar("B", bound=_Block)
+
+
 def changed(params: Params, values: dict[str, Any]) -> Params:
     """Parameters with some changed, by keys such as `dlr.steps`; UserError names the first that is wrong."""
     data = params.model_dump()
@@ -207,7 +210,7 @@ def changed(params: Params, values: dict[str, Any]) -> Params:
         if blocks and blocks[0] not in data:
             raise UserError(f"{key} is no parameter; correct its name or delete it")
         (data[blocks[0]] if blocks else data)[name] = value
-    return _checked(data)
+    return checked(Params, data)
 
 
 def _at(data: Any, location: tuple[int | str, ...]) -> Any:
@@ -215,9 +218,8 @@ def _at(data: Any, location: tuple[int | str, ...]) -> Any:
     return reduce(operator.getitem, location, data)
 
 
-def _field(location: tuple[int | str, ...]) -> FieldInfo | None:
-    """The declaration behind an error's location, or None where no field has that name."""
-    block: Any = Params
+def _field(block: Any, location: tuple[int | str, ...]) -> FieldInfo | None:
+    """The declaration behind an error's location in a block, or None where no field has that name."""
     found = None
     for part in location:
         if isinstance(part, int) and get_origin(block) is list:
@@ -251,15 +253,15 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     try:
-        return _checked(data)
+        return checked(Params, data)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def _checked(data: Any) -> Params:
-    """Values as parameters; UserError names the first key that is wrong, its value and its range."""
+def checked(kind: type[B], data: Any) -> B:
+    """Values as a block of parameters, or as all; UserError names the first key that is wrong, its value and range."""
     try:
-        params = Params.model_validate(data)
+        block = kind.model_validate(data)
     except ValidationError as error:
         errors = error.errors(include_url=False)
         first = min(
@@ -274,7 +276,7 @@ def _checked(data: Any) -> Params:
         if first["type"] == "missing":
             raise UserError(f"{key} is missing; add it (params.yaml in the repository shows how)") from None
         message = one_line(ValueError(first["msg"]))
-        raise UserError(f"{key} = {first['input']!r}: {message}{_range(_field(first['loc']))}") from None
-    if len(set(params.tasks)) < len(params.tasks):
-        raise UserError(f"tasks = {params.tasks!r}: a task is named twice; name each once")
-    return params
+        raise UserError(f"{key} = {first['input']!r}: {message}{_range(_field(kind, first['loc']))}") from None
+    if isinstance(block, Params) and len(set(block.tasks)) < len(block.tasks):
+        raise UserError(f"tasks = {block.tasks!r}: a task is named twice; name each once")
+    return block

@@ -1,6 +1,8 @@
 """A task's questions, split: disjoint training and evaluation parts, embedded, from the hub, or from a folder."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +95,22 @@ def check(source: str, task: str) -> None:
     """UserError where a task is unknown, can't be tuned and scored, or has no questions to tune on at that source."""
     config = task_config(task)
     if source == "hub" and config["training_split"] is None and task not in TRAINING:
-        raise UserError(f"params.yaml: tasks: {task!r} has no training split, so nothing can be tuned on it")
+        raise UserError(f"task {task!r} has no training split, so nothing can be tuned on it")
+
+
+def training(task: str) -> list[Row]:
+    """A task's training questions from the hub; UserError where it has none, or they can't be loaded."""
+    from datasets import load_dataset
+
+    check("hub", task)
+    config = task_config(task)
+    path, name, split, regroup = TRAINING.get(
+        task, (config["dataset_path"], config.get("dataset_name"), config["training_split"], None)
+    )
+    options = {} if regroup else config.get("dataset_kwargs") or {}
+    with _reachable(path):
+        rows = load_dataset(path, name, split=split, **options).to_list()
+    return regroup(rows) if regroup else rows
 
 
 def hub(task: str) -> tuple[list[Row], list[Row]]:
@@ -104,15 +121,18 @@ def hub(task: str) -> tuple[list[Row], list[Row]]:
     from datasets import load_dataset
 
     config = task_config(task)
-    path, name, options = config["dataset_path"], config.get("dataset_name"), config.get("dataset_kwargs") or {}
+    path, options = config["dataset_path"], config.get("dataset_kwargs") or {}
+    with _reachable(path):
+        rows = load_dataset(path, config.get("dataset_name"), split=evaluated_split(config), **options).to_list()
+    return training(task), rows
+
+
+@contextmanager
+def _reachable(path: str) -> Iterator[None]:
     try:
-        evaluation = load_dataset(path, name, split=evaluated_split(config), **options).to_list()
-        if task in TRAINING:
-            path, name, split, regroup = TRAINING[task]
-            return regroup(load_dataset(path, name, split=split).to_list()), evaluation
-        return load_dataset(path, name, split=config["training_split"], **options).to_list(), evaluation
+        yield
     except Exception as error:  # the network, the hub and each file format have their own types
-        raise UserError(f"params.yaml: data.source = 'hub': {path} can't be loaded ({one_line(error)})") from error
+        raise UserError(f"{path} can't be loaded from the hub ({one_line(error)})") from error
 
 
 def load(

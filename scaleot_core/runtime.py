@@ -1,4 +1,4 @@
-"""What every stage needs around its work: device, dtype, seeds, cost, and one line when the user made a mistake."""
+"""What every stage needs around its work: device, dtype, seeds, cost."""
 
 import ctypes
 import hashlib
@@ -7,16 +7,16 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from scaleot_core.errors import UserError, one_line
+from scaleot_core.errors import UserError
 from scaleot_core.files import write_json
 from scaleot_core.params import Params
 from scaleot_core.progress import say
@@ -32,6 +32,19 @@ class Runtime:
     dtype: torch.dtype
 
 
+class Settings(Protocol):
+    """What decides how to compute: `Params`, or a command's options."""
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def threads(self) -> int: ...
+
+
 def keep_freed_memory() -> None:
     """Have glibc keep large freed blocks instead of paging them in anew at every step; without glibc do nothing.
 
@@ -45,18 +58,18 @@ def keep_freed_memory() -> None:
         mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def setup(params: Params, stage: str) -> Runtime:
+def setup(settings: Settings, label: str) -> Runtime:
     """Set threads and deterministic kernels, pick the device, say so; UserError if the GPU asked for isn't there."""
-    if params.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("params.yaml: device = 'cuda': no GPU is visible here; use auto or cpu")
-    device = torch.device("cuda" if params.device != "cpu" and torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(params.threads or len(os.sched_getaffinity(0)))
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device = 'cuda': no GPU is visible here; use auto or cpu")
+    device = torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU
     torch.use_deterministic_algorithms(True)
     transformers_logging.set_verbosity_error()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    say(f"{stage}: on {device.type} in {params.dtype}, {torch.get_num_threads()} threads", style="bold")
-    return Runtime(device, DTYPES[params.dtype])
+    say(f"{label}: on {device.type} in {settings.dtype}, {torch.get_num_threads()} threads", style="bold")
+    return Runtime(device, DTYPES[settings.dtype])
 
 
 def generator(seed: int, *names: str | int) -> torch.Generator:
@@ -98,20 +111,3 @@ def named_task(params: Params) -> str:
     if len(given) != 1 or given[0] not in params.tasks:
         raise UserError(f"name one of the tasks in params.yaml: python {sys.argv[0]} {'|'.join(params.tasks)}")
     return given[0]
-
-
-def run_stage(main: Callable[[], None]) -> None:
-    """Run a stage's main; a UserError ends in one line and exit code 1, an interruption in 130."""
-    try:
-        main()
-    except UserError as error:
-        say(f"error: {error}", style="bold red")
-        sys.exit(1)
-    except KeyboardInterrupt:
-        say("interrupted; `dvc repro` goes on from the last checkpoint", style="yellow")
-        sys.exit(130)
-    except (OSError, SafetensorError) as error:  # transformers writes a model through safetensors' own error
-        name, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
-        what = f"{name or 'a file'}: {reason or one_line(error)}"
-        say(f"error: {what}; free space or mend it, then run again", style="bold red")
-        sys.exit(1)

@@ -8,11 +8,12 @@ Decompositions stay beside the checkpoints, for the next α and β.
 from pathlib import Path
 
 from scaleot_core import decomposition, dlr, emulator, importance
+from scaleot_core.ending import ends_in_one_line
 from scaleot_core.files import fingerprint, read_tensors, whole_folder, write_tensors
 from scaleot_core.models import load_model, load_tokenizer
 from scaleot_core.params import load_params
 from scaleot_core.progress import say
-from scaleot_core.runtime import cost, run_stage, setup
+from scaleot_core.runtime import cost, setup
 from scaleot_core.training import Checkpoint, scratch
 
 MODEL, CORPUS, OUT = Path("artifacts/model"), Path("artifacts/corpus/train.safetensors"), Path("artifacts/emulator")
@@ -29,13 +30,7 @@ def main() -> None:
         model = load_model(MODEL, device=runtime.device, dtype=runtime.dtype)
         harmonizers = importance.new_harmonizers(model, params.harmonizer, params.seed)
         importance.restore(harmonizers, HARMONIZERS / "harmonizers.safetensors")
-        kinds = emulator.choose_layers(
-            importance.read_scores(HARMONIZERS / "scores.json", len(harmonizers)),
-            adapter_layers=params.adapter_layers,
-            alpha=params.alpha,
-            placement=params.adapter_placement,
-        )
-        plan = emulator.Plan(kinds, params.beta, params.rank_semantics, params.harmonizer)
+        plan = emulator.plan(params, importance.read_scores(HARMONIZERS / "scores.json", len(harmonizers)))
         if not plan.layers("compressed"):
             say(f"alpha = {params.alpha} leaves no layer to compress, so beta = {params.beta} does nothing", "yellow")
         covariances = None
@@ -56,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    ends_in_one_line(main)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from scaleot_core import adapter, emulator, handover, report
+from scaleot_core.ending import ends_in_one_line
 from scaleot_core.evaluation import evaluate
 from scaleot_core.files import (
     fingerprint,
@@ -24,7 +25,7 @@ from scaleot_core.files import (
 )
 from scaleot_core.models import load_model, load_tokenizer, mean_loss
 from scaleot_core.params import load_params
-from scaleot_core.runtime import Meter, run_stage, setup
+from scaleot_core.runtime import Meter, setup
 from scaleot_core.tasks import load_task
 from scaleot_core.tasks import metrics as metrics_of
 from scaleot_core.training import scratch
@@ -118,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    ends_in_one_line(main)

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from scaleot_core import examples
+from scaleot_core.ending import ends_in_one_line
 from scaleot_core.evaluation import evaluate
 from scaleot_core.files import fingerprint, read_jsonl, whole_folder, write_json
 from scaleot_core.models import load_model, load_tokenizer
 from scaleot_core.params import load_params
-from scaleot_core.runtime import cost, named_task, run_stage, setup
+from scaleot_core.runtime import cost, named_task, setup
 from scaleot_core.training import Checkpoint, scratch
 from scaleot_core.tuning import tune
 
@@ -41,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    ends_in_one_line(main)

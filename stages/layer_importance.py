@@ -6,10 +6,11 @@ Reads the model and the corpus; writes prior scores and fitted harmonizers. `dvc
 from pathlib import Path
 
 from scaleot_core import importance
+from scaleot_core.ending import ends_in_one_line
 from scaleot_core.files import fingerprint, read_tensors, whole_folder, write_json, write_tensors
 from scaleot_core.models import load_model, mean_loss
 from scaleot_core.params import load_params
-from scaleot_core.runtime import cost, run_stage, setup
+from scaleot_core.runtime import cost, setup
 from scaleot_core.training import Checkpoint, scratch
 
 MODEL, CORPUS, OUT = Path("artifacts/model"), Path("artifacts/corpus"), Path("artifacts/importance")
@@ -54,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    ends_in_one_line(main)

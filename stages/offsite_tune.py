@@ -7,10 +7,11 @@ adapter layers, which is all that goes back. `python stages/offsite_tune.py TASK
 from pathlib import Path
 
 from scaleot_core import adapter, emulator, examples, handover
+from scaleot_core.ending import ends_in_one_line
 from scaleot_core.files import fingerprint, read_jsonl, whole_folder, write_json, write_tensors
 from scaleot_core.models import load_tokenizer
 from scaleot_core.params import load_params
-from scaleot_core.runtime import cost, named_task, run_stage, setup
+from scaleot_core.runtime import cost, named_task, setup
 from scaleot_core.training import Checkpoint, scratch
 from scaleot_core.tuning import tune
 
@@ -44,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    ends_in_one_line(main)

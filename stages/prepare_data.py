@@ -8,10 +8,11 @@ import os
 from pathlib import Path
 
 from scaleot_core import corpus, embedded, preview, questions
+from scaleot_core.ending import ends_in_one_line
 from scaleot_core.files import whole_folder, write_jsonl, write_tensors
 from scaleot_core.models import load_tokenizer, read_config, save_model
 from scaleot_core.params import load_params
-from scaleot_core.runtime import cost, run_stage, setup
+from scaleot_core.runtime import cost, setup
 from scaleot_core.tasks import check_rows
 
 ARTIFACTS = Path("artifacts")
@@ -67,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    ends_in_one_line(main)

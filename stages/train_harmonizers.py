@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from scaleot_core import dlr, importance
+from scaleot_core.ending import ends_in_one_line
 from scaleot_core.files import fingerprint, read_tensors, whole_folder, write_json, write_tensors
 from scaleot_core.models import load_model
 from scaleot_core.params import load_params
-from scaleot_core.runtime import cost, run_stage, setup
+from scaleot_core.runtime import cost, setup
 from scaleot_core.training import Checkpoint, scratch
 
 MODEL, CORPUS, OUT = Path("artifacts/model"), Path("artifacts/corpus"), Path("artifacts/harmonizers")
@@ -49,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    ends_in_one_line(main)

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+from scaleot_core.ending import ends_in_one_line
 from scaleot_core.evaluation import evaluate
 from scaleot_core.files import read_jsonl, write_json
 from scaleot_core.models import load_model, load_tokenizer
 from scaleot_core.params import load_params
-from scaleot_core.runtime import cost, named_task, run_stage, setup
+from scaleot_core.runtime import cost, named_task, setup
 
 MODEL = Path("artifacts/model")
 
@@ -24,4 +25,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    ends_in_one_line(main)

@@ -11,11 +11,11 @@ from typing import Any
 import yaml
 from rich.table import Table
 
+from scaleot_core.ending import ends_in_one_line
 from scaleot_core.experiments import Row, experiment_name, run
 from scaleot_core.params import load_params
 from scaleot_core.progress import console
 from scaleot_core.report import write_csv
-from scaleot_core.runtime import run_stage
 
 SEEDS = (0, 1, 2)
 OUT = Path("docs/studies/ablations.csv")
@@ -79,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    ends_in_one_line(main)

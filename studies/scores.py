@@ -18,13 +18,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from scaleot_core import dlr, importance
+from scaleot_core.ending import ends_in_one_line
 from scaleot_core.files import fingerprint, once, read_json, read_tensors
 from scaleot_core.harmonizer import Harmonizers
 from scaleot_core.models import load_model, mean_loss, replaced
 from scaleot_core.params import load_params
 from scaleot_core.progress import console, progress
 from scaleot_core.report import write_csv
-from scaleot_core.runtime import generator, run_stage, setup
+from scaleot_core.runtime import generator, setup
 from scaleot_core.training import scratch
 
 MODEL, CORPUS = Path("artifacts/model"), Path("artifacts/corpus")
@@ -113,4 +114,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    ends_in_one_line(main)

@@ -12,12 +12,12 @@ from typing import Any
 
 from rich.table import Table
 
+from scaleot_core.ending import ends_in_one_line
 from scaleot_core.experiments import Row, experiment_name, run
 from scaleot_core.files import whole_file
 from scaleot_core.params import load_params
 from scaleot_core.progress import console
 from scaleot_core.report import pyplot, save_figure, write_csv
-from scaleot_core.runtime import run_stage
 
 ALPHAS, BETAS = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.5, 0.8, 0.95)
 OUT = Path("docs/studies")
@@ -97,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    ends_in_one_line(main)

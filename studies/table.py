@@ -11,11 +11,11 @@ from typing import Any
 import yaml
 
 from scaleot_core import report
+from scaleot_core.ending import ends_in_one_line
 from scaleot_core.errors import UserError
 from scaleot_core.experiments import experiment_name, read_metrics, run
 from scaleot_core.params import changed, load_params
 from scaleot_core.report import MEASUREMENTS, write_csv
-from scaleot_core.runtime import run_stage
 
 PRESETS = Path("presets.yaml")
 
@@ -53,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    ends_in_one_line(main)

@@ -237,7 +237,7 @@ def refused(folder):
 def change_manifest(folder, **changes):
     """Overwrite keys of the manifest; None takes one out."""
     manifest = {**read_json(folder / "manifest.json"), **changes}
-    text = json.dumps({key: value for key, value in manifest.items() if value is not None})
+    text = json.dumps({key: value for key, value in manifest.items() if value is not None or key not in changes})
     (folder / "manifest.json").write_text(text)
 
 

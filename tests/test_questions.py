@@ -155,7 +155,7 @@ def test_hub_reads_the_splits_that_lm_eval_scores(
 def test_hub_out_of_reach_is_an_error_and_nothing_else_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_hub(monkeypatch, CONFIG, {})
     monkeypatch.setattr(embedded, "questions", lambda *args: pytest.fail("fell back"))
-    with pytest.raises(UserError, match=r"some/set can't be loaded \(no way\)$"):
+    with pytest.raises(UserError, match=r"some/set can't be loaded from the hub \(no way\)$"):
         questions.load("hub", "piqa", wheel=None, train=10, evaluate=10, seed=0)
 
 

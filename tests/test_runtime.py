@@ -10,10 +10,11 @@ from test_files import refusal
 from transformers.utils import logging
 
 from scaleot_core import runtime
+from scaleot_core.ending import ends_in_one_line
 from scaleot_core.errors import UserError
 from scaleot_core.files import read_json
 from scaleot_core.params import Params
-from scaleot_core.runtime import DTYPES, Runtime, cost, generator, run_stage, setup
+from scaleot_core.runtime import DTYPES, Runtime, cost, generator, setup
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 
@@ -79,7 +80,7 @@ def test_device_is_the_one_asked_for(params, machine, device, gpu, found):
 def test_missing_gpu_is_refused(params, machine):
     machine(gpu=False)
     said = refusal(setup, params.model_copy(update={"device": "cuda"}), "here")
-    assert said.startswith("params.yaml: device = 'cuda': ") and "auto or cpu" in said
+    assert said.startswith("device = 'cuda': ") and "auto or cpu" in said
 
 
 def test_every_dtype_that_params_allow_is_known():
@@ -128,7 +129,7 @@ def ending(capsys, error) -> tuple[int, str]:
         raise error
 
     with pytest.raises(SystemExit) as left:
-        run_stage(main)
+        ends_in_one_line(main)
     out, err = capsys.readouterr()
     assert out == ""
     return left.value.code, err
@@ -168,10 +169,10 @@ def test_bug_keeps_its_traceback():
         raise ZeroDivisionError("a bug")
 
     with pytest.raises(ZeroDivisionError, match="a bug"):
-        run_stage(main)
+        ends_in_one_line(main)
 
 
 def test_stage_that_ends_well_says_nothing(capsys):
     done = []
-    run_stage(lambda: done.append(1))
+    ends_in_one_line(lambda: done.append(1))
     assert done == [1] and capsys.readouterr() == ("", "")

@@ -312,10 +312,9 @@ def test_harmonizers_trained_after_the_truncation_are_others(made: Path, project
 def test_harmonizers_tuned_along_stay_beside_the_adapter(made: Path, owners: Path) -> None:
     change(owners, tuning={"harmonizers": "tuned", "epochs": 1})
     succeed(owners, "offsite_tune")
-    adapter, along = (
-        read_tensors(owners / OUTPUTS["offsite_tune"] / f"{n}.safetensors") for n in ("adapter", "harmonizers")
-    )
-    assert adapter.keys() == read_tensors(made / OUTPUTS["offsite_tune"] / "adapter" / "adapter.safetensors").keys()
+    out = owners / OUTPUTS["offsite_tune"]
+    adapter, along = read_tensors(out / "adapter/adapter.safetensors"), read_tensors(out / "harmonizers.safetensors")
+    assert adapter.keys() == read_tensors(made / OUTPUTS["offsite_tune"] / "adapter/adapter.safetensors").keys()
     shipped = read_tensors(owners / "artifacts/emulator/harmonizer.safetensors")
     assert along.keys() == shipped.keys() and any((along[name] != shipped[name]).any() for name in along)
 

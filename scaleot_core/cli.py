@@ -1,0 +1,348 @@
+"""The command line of the two parties: `scaleot pack`, `inspect`, `tune`, `check` and `plug`.
+
+What a command needs is imported when it runs, so that `--help` is quick and the data owner needs no DVC.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from scaleot_core.ending import ends_in_one_line
+from scaleot_core.errors import UserError
+from scaleot_core.progress import say
+
+if TYPE_CHECKING:
+    from scaleot_core.adapter import Movement
+
+PROGRESS_SECONDS = 60.0  # between two checkpoints of `tune`
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Tune a language model that one party won't give away on data that another won't show. The model owner packs "
+    "an emulator and ships it; the data owner tunes the package's adapter layers and sends only them back; the model "
+    "owner checks them and plugs them into the real model.",
+)
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Package = Annotated[Path, typer.Option("--package", help="The package that was shipped: a folder or .zip.")]
+Adapter = Annotated[Path, typer.Argument(help="The adapter that came back: a folder or .zip.")]
+
+
+@app.command()
+def pack(
+    out: Annotated[Path, typer.Option(help="The package to write: a folder, or one file if the name ends in .zip.")],
+    licence: Annotated[str, typer.Option(help="Under which the package is shipped.")] = "not stated: ask the owner",
+    project: Annotated[Path, typer.Option(help="The folder in which the pipeline was run.")] = Path("."),
+    as_json: AsJson = False,
+) -> None:
+    """Model owner: make the package to ship from what the pipeline wrote.
+
+    Beside it comes OUT.private.json, with the layers' scores and the parameters, which stays with you.
+    """
+    from scaleot_core import emulator, handover
+    from scaleot_core.files import write_json
+    from scaleot_core.importance import read_scores
+    from scaleot_core.params import load_params
+
+    private = out.with_name(f"{out.name}.private.json")
+    params, source = load_params(project / "params.yaml"), project / "artifacts" / "emulator"
+    manifest = emulator.read_manifest(source)
+    scores = read_scores(project / "artifacts" / "harmonizers" / "scores.json", len(manifest.layers))
+    plan = emulator.plan(params, scores)
+    if plan != emulator.plan_of(manifest):
+        raise UserError(f"{source}: it was made with other parameters than params.yaml has now; run `dvc repro` first")
+    with _new(out) as folder:
+        handover.copy(source, folder, manifest, licence=licence)
+        identity = handover.identity(folder)
+    write_json(private, {"package": identity, "scores": scores, "params": params.model_dump()})
+    _show({"package": str(out), "id": identity, "private": str(private)}, as_json)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A package or an adapter: a folder or .zip.")],
+    as_json: AsJson = False,
+) -> None:
+    """Either party: what a package or an adapter is, and whether it is sound. No weights are loaded."""
+    from scaleot_core import adapter, emulator, handover
+
+    with handover.opened(path) as folder:
+        found: dict[str, Any] = {"path": str(path)}
+        manifest: handover.Manifest
+        if handover.format_of(folder) == adapter.FORMAT:
+            manifest = given = adapter.read_manifest(folder)
+            found |= {
+                "format": f"{given.format} {given.format_version}",
+                "tuned on package": given.package,
+                "layers": list(given.layers),
+                "tuned": f"LoRA of rank {given.lora.rank}" if given.lora else "in full",
+                **{f"tuning: {key}": value for key, value in given.tuning.model_dump(exclude_none=True).items()},
+            }
+        else:
+            manifest, model, expected = emulator.outline(folder)
+            handover.check_tensors(expected)
+            found |= {
+                "format": f"{manifest.format} {manifest.format_version}",
+                "licence": manifest.licence,
+                "architecture": model.config.model_type,
+                "parameters": model.num_parameters(),
+                "dtype": manifest.dtype,
+                "layers": list(manifest.layers),
+                "beta": manifest.beta,
+                "harmonizer rank": manifest.harmonizer.rank,
+            }
+        found |= {"id": handover.identity(folder), "sound": True}
+        _show(found | {"files": {name: entry.model_dump() for name, entry in manifest.files.items()}}, as_json)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    device: str
+    dtype: str
+    threads: int
+
+
+@app.command()
+def tune(
+    package: Annotated[Path, typer.Argument(help="The package that came from the model owner: a folder or .zip.")],
+    out: Annotated[Path, typer.Option(help="The adapter to write: a folder, or one file if the name ends in .zip.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Your records, one JSON object a line: all with `prompt` and `completion`, or `messages`, or `text`. "
+            "With --task: the task's questions, in the fields of its hub data set."
+        ),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="A task of lm-eval; without --data its training questions come from the hub.")
+    ] = None,
+    method: Annotated[
+        Literal["full", "lora"], typer.Option(help="Tune every weight of the adapter layers, or LoRA inside them.")
+    ] = "full",
+    lora_rank: Annotated[int, typer.Option(min=1, help="Rank of LoRA's matrices.")] = 16,
+    lora_alpha: Annotated[float, typer.Option(min=0, help="LoRA's scale, over its rank.")] = 32.0,
+    epochs: Annotated[int, typer.Option(min=1, help="Most passes over the records.")] = 10,
+    patience: Annotated[
+        int, typer.Option(min=0, help="Stop after so many epochs without a lower held-out loss; 0 for all epochs.")
+    ] = 1,
+    validation: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the records that is held out, to know when to stop.")
+    ] = 0.1,
+    lr: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="AdamW's peak learning rate, 3e-4 if none is given; of several the best on what is held out."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Records in a step.")] = 8,
+    block_size: Annotated[int, typer.Option(min=8, help="Tokens in a block of `text`.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Every random draw comes from it.")] = 0,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads, 0 for all.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Data owner: tune the package's adapter layers on your own records. What it writes is all that goes back.
+
+    The same command goes on where it was stopped. Beside the adapter comes OUT.private.json, with the losses, which
+    stays with you.
+    """
+    from scaleot_core import adapter, emulator, examples, handover
+    from scaleot_core.files import fingerprint, read_jsonl, write_json
+    from scaleot_core.models import check_tokenizer, load_tokenizer
+    from scaleot_core.params import OffsiteTuning, checked
+    from scaleot_core.questions import training
+    from scaleot_core.runtime import setup
+    from scaleot_core.tasks import check_rows
+    from scaleot_core.training import Checkpoint
+    from scaleot_core.tuning import tune as tune_parameters
+
+    if data is None and task is None:
+        raise UserError("nothing to tune on: name a file with --data, or a task of lm-eval with --task")
+    settings = checked(
+        OffsiteTuning,
+        {
+            "epochs": epochs,
+            "max_steps": 0,
+            "batch_size": batch_size,
+            "lr": lr or [3e-4],
+            "validation": validation,
+            "patience": patience,
+            "warmup": 0.1,
+            "weight_decay": 0.0,
+            "clip": 1.0,
+            "method": method,
+            "lora_rank": lora_rank,
+            "lora_alpha": lora_alpha,
+            "harmonizers": "frozen",
+        },
+    )
+    with handover.opened(package) as folder, _new(out) as target:
+        manifest = emulator.read_manifest(folder)
+        identity = handover.identity(folder)
+        runtime = setup(_Settings(device, manifest.dtype, threads), "tune")
+        model, plan = emulator.load(folder, device=runtime.device)
+        tokenizer = load_tokenizer(folder)
+        check_tokenizer(tokenizer, model.config)
+        if task is None:
+            assert data is not None
+            made = examples.from_file(model, tokenizer, data, block_size=block_size)
+        else:
+            rows = training(task) if data is None else read_jsonl(data)
+            check_rows(task, rows, tokenizer, context_length=model.config.max_position_embeddings, part="training")
+            made = examples.from_task(model, tokenizer, task, rows, block_size=block_size)
+        key = fingerprint(settings.model_dump(), seed, identity, made)
+        checkpoint = Checkpoint(out.with_name(f".{out.name}.progress") / key, PROGRESS_SECONDS)
+        parameters = adapter.trainable(model, plan, settings, seed)
+        try:
+            tuned = tune_parameters(model, parameters, made, settings, seed=seed, label="tune", checkpoint=checkpoint)
+        except KeyboardInterrupt:
+            say("interrupted; the same command goes on from here", style="yellow")
+            raise
+        adapter.save(target, model, plan, parameters, package=identity, tuning=settings, tuned=tuned)
+    private = out.with_name(f"{out.name}.private.json")
+    write_json(private, {"validation_loss": tuned.validation_loss, "history": tuned.history})
+    checkpoint.remove()
+    checkpoint.folder.parent.rmdir()
+    _show(
+        {
+            "adapter": str(out),
+            "records": len(made),
+            "learning rate": tuned.lr,
+            "steps": tuned.steps,
+            "held-out loss": tuned.validation_loss,
+            "private": str(private),
+        },
+        as_json,
+    )
+
+
+@app.command()
+def check(adapter: Adapter, package: Package, as_json: AsJson = False) -> None:
+    """Model owner: whether an adapter is sound and belongs to a package, and how far it moved each layer.
+
+    Relative change is the norm of a layer's change over the norm of what was shipped; the outlier is the largest change
+    of one weight over the root mean square of all changes in its tensor, about 5 for noise.
+    """
+    from scaleot_core import handover
+    from scaleot_core.adapter import receive
+
+    with handover.opened(adapter) as folder, handover.opened(package) as shipped:
+        found = receive(folder, shipped)
+    _show_movements({"adapter": str(adapter), "sound": True}, found.movements, as_json)
+
+
+@app.command()
+def plug(
+    base: Annotated[str, typer.Argument(help="The real model: a transformers folder or a hub id.")],
+    adapter: Adapter,
+    package: Package,
+    out: Annotated[Path, typer.Option(help="The plug-in model to write: a transformers folder.")],
+    max_change: Annotated[
+        float | None, typer.Option(min=0, help="Refuse an adapter that changes a layer by more (relative norm).")
+    ] = None,
+    max_outlier: Annotated[
+        float | None, typer.Option(min=0, help="Refuse an adapter with a larger outlier (see `scaleot check`).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Model owner: check an adapter and plug it into the real model. OUT loads with transformers alone."""
+    import torch
+
+    from scaleot_core import emulator, handover
+    from scaleot_core.adapter import receive
+    from scaleot_core.files import whole_folder
+    from scaleot_core.models import read_model
+    from scaleot_core.runtime import DTYPES
+
+    _is_new(out)
+    with handover.opened(adapter) as folder, handover.opened(package) as shipped:
+        found = receive(folder, shipped)
+    for moved in found.movements:
+        for name, limit, value in (("change", max_change, moved.relative), ("outlier", max_outlier, moved.outlier)):
+            if limit is not None and value > limit:
+                raise UserError(
+                    f"{adapter}: layer {moved.layer} has {name} {value:.3g}, the limit is {limit:g}; "
+                    "look at `scaleot check`, then ask for another or raise the limit"
+                )
+    model, tokenizer = read_model(base, DTYPES[found.package.dtype])
+    here = dict(model.named_parameters())
+    for name, tensor in found.shipped.items():
+        if name not in here or not torch.equal(here[name], tensor):
+            raise UserError(f"{base}: its {name!r} is not that of the package, which was made from another model")
+    emulator.plug_in(model, found.plan, found.tuned)
+    with whole_folder(out) as target:
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    _show_movements({"model": str(out)}, found.movements, as_json)
+
+
+def _is_new(out: Path) -> None:
+    if out.exists():
+        raise UserError(f"{out}: it is there already; name another, or delete it")
+
+
+@contextmanager
+def _new(out: Path) -> Iterator[Path]:
+    """A folder to fill, that becomes `out` as it is or as a zip when the block ends well; UserError if `out` exists."""
+    import tempfile
+
+    from scaleot_core import handover
+    from scaleot_core.files import whole_folder
+
+    _is_new(out)
+    if out.suffix != ".zip":
+        with whole_folder(out) as folder:
+            yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="scaleot-") as name:
+        yield Path(name)
+        handover.archive(Path(name), out)
+
+
+def _show(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found))
+        return
+    table = Table(show_header=False)
+    for key, value in found.items():
+        if isinstance(value, dict):
+            value = "\n".join(f"{name}: {_text(one)}" for name, one in value.items())
+        table.add_row(key, _text(value))
+    Console().print(table, markup=False)
+
+
+def _text(value: Any) -> str:
+    """A value for a person: runs of equal layers put together, numbers with separators."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_text(one)}" for name, one in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _show_movements(found: dict[str, Any], movements: "list[Movement]", as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found | {"movements": [asdict(moved) for moved in movements]}))
+        return
+    _show(found, as_json)
+    table = Table("layer", "relative change", "outlier", title="How far each adapter layer moved")
+    for moved in movements:
+        table.add_row(str(moved.layer), f"{moved.relative:.4f}", f"{moved.outlier:.1f}")
+    Console().print(table)
+
+
+def main() -> None:
+    """Run the command line."""
+    ends_in_one_line(lambda: app(prog_name="scaleot"))
+
+
+if __name__ == "__main__":
+    main()
