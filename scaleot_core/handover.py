@@ -21,7 +21,7 @@ from scaleot_core.errors import UserError, one_line
 from scaleot_core.files import sha256, whole_file, write_json
 
 MANIFEST = "manifest.json"
-LARGEST_JSON = 2**20  # bytes of a manifest: those of the largest models have some 100 KB
+LARGEST_JSON = 2**20  # bytes of a manifest, or of a header: those of the largest models have some 100 KB
 LARGEST_TOKENIZER = 2**26  # bytes of one of the tokenizer's files
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -93,11 +93,13 @@ def read_untrusted_json(path: Path) -> Any:
     if path.stat().st_size > LARGEST_JSON:
         raise UserError(f"{path}: {path.stat().st_size:,} bytes are too many for it; {LARGEST_JSON:,} are the most")
     try:
-        return json.loads(
-            path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
-        )
+        return _strict(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({one_line(error)}); fetch it again") from None
+
+
+def _strict(text: bytes) -> Any:
+    return json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
 
 
 def format_of(folder: Path) -> str:
@@ -149,6 +151,11 @@ def check_tensors(files: Mapping[Path, Shapes]) -> None:
     Their headers alone are read, which safetensors holds to be free of overlaps and gaps; no memory is taken.
     """
     for file, expected in files.items():
+        with _sound(file), file.open("rb") as content:
+            size = int.from_bytes(content.read(8), "little")
+            if size > LARGEST_JSON:
+                raise ValueError(f"a header of {size:,} bytes")
+            _strict(content.read(size))
         with _sound(file), safe_open(file, framework="pt") as stream:
             given = {name: stream.get_slice(name) for name in stream.keys()}  # noqa: SIM118
             for name in sorted(expected.keys() | given.keys()):
@@ -182,7 +189,7 @@ def read_tensors(files: Mapping[Path, Shapes]) -> dict[str, torch.Tensor]:
 def _sound(file: Path) -> Iterator[None]:
     try:
         yield
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: not a sound safetensors file ({one_line(error)}); fetch it again") from None
 
 
