@@ -40,6 +40,15 @@ class Lora(BaseModel):
     alpha: Annotated[float, Field(gt=0)]
 
 
+class Privacy(BaseModel):
+    """The (ε, δ) of differential privacy, as the data owner states it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    epsilon: Annotated[float, Field(gt=0)]
+    delta: Annotated[float, Field(gt=0, lt=1)]
+
+
 class Record(BaseModel):
     """How the adapter was tuned; nothing of what it was tuned on."""
 
@@ -48,6 +57,7 @@ class Record(BaseModel):
     lr: Annotated[float, Field(gt=0)]
     steps: Annotated[int, Field(ge=0)]
     batch_size: Positive
+    privacy: Privacy | None
 
 
 class AdapterManifest(handover.Manifest):
@@ -143,7 +153,12 @@ def save(
         "package": package,
         "layers": plan.layers("adapter"),
         "lora": lora.model_dump() if lora else None,
-        "tuning": {"lr": tuned.lr, "steps": tuned.steps, "batch_size": tuning.batch_size},
+        "tuning": {
+            "lr": tuned.lr,
+            "steps": tuned.steps,
+            "batch_size": tuning.batch_size,
+            "privacy": None if tuned.epsilon is None else {"epsilon": tuned.epsilon, "delta": tuning.delta},
+        },
     }
     handover.write(folder, manifest)
 

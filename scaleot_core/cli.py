@@ -4,8 +4,9 @@ What a command needs is imported when it runs, so that `--help` is quick and the
 """
 
 import json
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scaleot_core.ending import ends_in_one_line
-from scaleot_core.errors import UserError
+from scaleot_core.errors import UserError, printable
 from scaleot_core.progress import say
 
 if TYPE_CHECKING:
@@ -131,8 +132,12 @@ def tune(
     lora_alpha: Annotated[float, typer.Option(min=0, help="LoRA's scale, over its rank.")] = 32.0,
     epochs: Annotated[int, typer.Option(min=1, help="Most passes over the records.")] = 10,
     patience: Annotated[
-        int, typer.Option(min=0, help="Stop after so many epochs without a lower held-out loss; 0 for all epochs.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Stop after so many epochs without a lower held-out loss; 0 for all epochs. 1, or 0 with --epsilon.",
+        ),
+    ] = None,
     validation: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the records that is held out, to know when to stop.")
     ] = 0.1,
@@ -144,7 +149,14 @@ def tune(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Records in a step.")] = 8,
     block_size: Annotated[int, typer.Option(min=8, help="Tokens in a block of `text`.")] = 512,
-    seed: Annotated[int, typer.Option(min=0, help="Every random draw comes from it.")] = 0,
+    epsilon: Annotated[
+        float,
+        typer.Option(min=0, help="Protect each record by differential privacy (DP-SGD) with this ε; 0 for none."),
+    ] = 0.0,
+    delta: Annotated[float, typer.Option(help="δ of it: less than one over the number of records.")] = 1e-5,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Every random draw comes from it, but those that protect privacy.")
+    ] = 0,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads, 0 for all.")] = 0,
     as_json: AsJson = False,
@@ -174,7 +186,7 @@ def tune(
             "batch_size": batch_size,
             "lr": lr or [3e-4],
             "validation": validation,
-            "patience": patience,
+            "patience": (0 if epsilon else 1) if patience is None else patience,
             "warmup": 0.1,
             "weight_decay": 0.0,
             "clip": 1.0,
@@ -182,6 +194,8 @@ def tune(
             "lora_rank": lora_rank,
             "lora_alpha": lora_alpha,
             "harmonizers": "frozen",
+            "epsilon": epsilon,
+            "delta": delta,
         },
     )
     with handover.opened(package) as folder, _new(out) as target:
@@ -201,6 +215,7 @@ def tune(
         key = fingerprint(settings.model_dump(), seed, identity, made)
         checkpoint = Checkpoint(out.with_name(f".{out.name}.progress") / key, PROGRESS_SECONDS)
         parameters = adapter.trainable(model, plan, settings, seed)
+        seed = secrets.randbits(63) if epsilon else seed  # whoever could guess it could take the noise off
         try:
             tuned = tune_parameters(model, parameters, made, settings, seed=seed, label="tune", checkpoint=checkpoint)
         except KeyboardInterrupt:
@@ -210,7 +225,8 @@ def tune(
     private = out.with_name(f"{out.name}.private.json")
     write_json(private, {"validation_loss": tuned.validation_loss, "history": tuned.history})
     checkpoint.remove()
-    checkpoint.folder.parent.rmdir()
+    with suppress(OSError):  # it isn't there, or another command's progress is in it
+        checkpoint.folder.parent.rmdir()
     _show(
         {
             "adapter": str(out),
@@ -218,6 +234,7 @@ def tune(
             "learning rate": tuned.lr,
             "steps": tuned.steps,
             "held-out loss": tuned.validation_loss,
+            "epsilon": tuned.epsilon,
             "private": str(private),
         },
         as_json,
@@ -313,9 +330,8 @@ def _show(found: dict[str, Any], as_json: bool) -> None:
         return
     table = Table(show_header=False)
     for key, value in found.items():
-        if isinstance(value, dict):
-            value = "\n".join(f"{name}: {_text(one)}" for name, one in value.items())
-        table.add_row(key, _text(value))
+        lines = [f"{name}: {_text(one)}" for name, one in value.items()] if isinstance(value, dict) else [_text(value)]
+        table.add_row(key, "\n".join(lines))
     Console().print(table, markup=False)
 
 
@@ -325,7 +341,7 @@ def _text(value: Any) -> str:
         return ", ".join(f"{name} {_text(one)}" for name, one in value.items())
     if isinstance(value, list):
         return ", ".join(map(str, value))
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else printable(str(value))
 
 
 def _show_movements(found: dict[str, Any], movements: "list[Movement]", as_json: bool) -> None:

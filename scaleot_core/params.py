@@ -153,6 +153,10 @@ class OffsiteTuning(Tuning):
     """LoRA's scale, over its rank."""
     harmonizers: Literal["frozen", "tuned"]
     """Whether the harmonizers stay as they came, or are tuned along; they don't go back either way."""
+    epsilon: Annotated[float, Field(ge=0)]
+    """ε of differential privacy for each training question (DP-SGD); 0 for none."""
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    """δ of differential privacy: less than one over the number of questions."""
 
 
 class Evaluate(_Block):

@@ -72,10 +72,10 @@ def setup(settings: Settings, label: str) -> Runtime:
     return Runtime(device, DTYPES[settings.dtype])
 
 
-def generator(seed: int, *names: str | int) -> torch.Generator:
-    """A CPU generator for one named draw, so that a resumed run draws what the uninterrupted one would have."""
+def generator(seed: int, *names: str | int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator for one named draw, so that a resumed run draws what the uninterrupted one would have."""
     text = ":".join(str(part) for part in (seed, *names))
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
+    return torch.Generator(device).manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
 
 
 class Meter:

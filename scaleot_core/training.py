@@ -56,16 +56,24 @@ class Optimizer:
 
     def step(self, lr: float) -> None:
         """One update from the gradients at hand, clipped by their common norm; then they are dropped."""
+        self.gather()
+        nn.utils.clip_grad_norm_(self.masters.values(), self.clip)
+        self.update(self.adamw, lr)
+
+    def gather(self) -> None:
+        """Move the parameters' gradients to their masters."""
         for name, parameter in self.parameters.items():
             master = self.masters[name]
             if master is not parameter:
                 master.grad = None if parameter.grad is None else parameter.grad.float()
                 parameter.grad = None
-        nn.utils.clip_grad_norm_(self.masters.values(), self.clip)
+
+    def update(self, rule: torch.optim.Optimizer, lr: float) -> None:
+        """One update of the masters by `rule`, AdamW or what wraps it; then gradients are dropped."""
         for group in self.adamw.param_groups:
             group["lr"] = lr
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        rule.step()
+        rule.zero_grad(set_to_none=True)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 if self.masters[name] is not parameter:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from scaleot_core import privacy
 from scaleot_core.errors import UserError
 from scaleot_core.examples import IGNORED, Example, collate
 from scaleot_core.files import once, read_tensors, write_tensors
-from scaleot_core.params import Tuning
+from scaleot_core.params import OffsiteTuning, Tuning
 from scaleot_core.progress import say
 from scaleot_core.runtime import generator
 from scaleot_core.training import Checkpoint, Diverged, Optimizer, run_steps, warmup_then_linear
@@ -87,6 +88,51 @@ def train(
     return history
 
 
+def train_privately(
+    model: PreTrainedModel,
+    parameters: dict[str, nn.Parameter],
+    data: list[Example],
+    tuning: OffsiteTuning,
+    *,
+    seed: int,
+    label: str,
+    checkpoint: Checkpoint | None = None,
+) -> tuple[list[dict[str, float]], float]:
+    """`train` with differential privacy (`privacy`): the loss a step, and ε as the accountant has it.
+
+    Whoever knows the seed knows the noise. UserError where the settings would break the promise, or Opacus is missing.
+    """
+    privacy.check(tuning, len(data))
+    rate = min(1.0, tuning.batch_size / len(data))
+    steps = math.ceil(len(data) / tuning.batch_size) * tuning.epochs
+    if tuning.max_steps:
+        steps = min(steps, tuning.max_steps)
+    noise = privacy.noise_multiplier(tuning, sample_rate=rate, steps=steps)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    optimizer = privacy.PrivateOptimizer(
+        parameters, weight_decay=tuning.weight_decay, clip=tuning.clip, noise=noise, batch_size=tuning.batch_size
+    )
+
+    def step(i: int) -> dict[str, float]:
+        coins = torch.rand(len(data), generator=generator(seed, "sampling", i)) < rate
+        losses, tokens = [], 0
+        for k in coins.nonzero().flatten().tolist():
+            inputs, targets = collate([data[k]])
+            loss = answer_loss(model, inputs.to(model.device), targets.to(model.device))
+            loss.backward()
+            optimizer.add()
+            losses.append(loss.item())
+            tokens += inputs.numel()
+        draw = generator(seed, "noise", i, device=model.device)
+        optimizer.step_with_noise(tuning.lr[0] * warmup_then_linear(i, steps, tuning.warmup), draw)
+        return {"loss": sum(losses) / max(1, len(losses)), "examples": len(losses), "tokens": tokens}
+
+    history = run_steps(step, optimizer, label=label, steps=steps, checkpoint=checkpoint)
+    model.requires_grad_(False)
+    return history, privacy.spent(tuning, noise=noise, sample_rate=rate, steps=steps)
+
+
 @torch.no_grad()
 def mean_answer_loss(model: PreTrainedModel, data: list[Example], batch_size: int) -> float:
     """Mean cross-entropy (nats) over the answer tokens of all examples."""
@@ -112,6 +158,8 @@ class Tuned:
     """Steps that led to the parameters as they are now."""
     validation_loss: dict[str, float | None]
     """By learning rate, or by epoch, on examples that weren't tuned on; None where a rate diverged."""
+    epsilon: float | None = None
+    """What the examples' privacy came to, where it was protected."""
 
 
 def tune(
@@ -128,9 +176,13 @@ def tune(
 
     Of several rates the one is taken that is best on a share of the examples after training on the others; then all are
     trained on. With `patience` that share is never trained on: training stops once its loss hasn't got better for so
-    many epochs, and the best epoch's parameters stay. UserError where there are too few examples, or all rates diverge.
+    many epochs, and the best epoch's parameters stay. With `epsilon` it is `train_privately` instead. UserError where
+    there are too few examples, or all rates diverge.
     """
     how: dict[str, Any] = {"seed": seed, "label": label, "checkpoint": checkpoint}
+    if isinstance(tuning, OffsiteTuning) and tuning.epsilon:
+        history, epsilon = train_privately(model, parameters, data, tuning, **how)
+        return Tuned(history, tuning.lr[0], len(history), {}, epsilon)
     if len(tuning.lr) == 1 and not tuning.patience:
         history = train(model, parameters, data, tuning, lr=tuning.lr[0], **how)
         return Tuned(history, tuning.lr[0], len(history), {})

@@ -54,10 +54,10 @@ def test_peft_loads_a_lora_adapter_on_the_real_model_and_gives_the_plug_ins_logi
     tiny_model(name).save_pretrained(tmp_path / "base")
     real = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     loaded = PeftModel.from_pretrained(real, folder)
-    torch.testing.assert_close(logits(loaded), logits(plugged), rtol=1e-4, atol=1e-4)
-    assert (logits(plugged) - logits(tiny_model(name))).abs().max() > 0.01
+    torch.testing.assert_close(logits(loaded), logits(plugged), rtol=1e-4, atol=1e-5)
+    assert (logits(plugged) - logits(tiny_model(name))).abs().max() > 5e-4
     merged = loaded.merge_and_unload()
-    torch.testing.assert_close(logits(merged), logits(plugged), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(merged), logits(plugged), rtol=1e-4, atol=1e-5)
 
 
 @each_family
@@ -67,7 +67,7 @@ def test_tuned_emulator_is_what_the_adapter_says(name, tmp_path, params, lora):
         folder = made(tmp_path / tuning.method, model, tuning)
         again = emulator_of(name)
         plug_in(again, PLAN, read(folder, name).tensors)
-        torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
 
 
 @each_family

@@ -245,6 +245,18 @@ def test_killed_tuning_goes_on_to_the_same_bytes(tmp_path, package, records, mon
     assert not (tmp_path / ".again.progress").exists()
 
 
+def test_private_tuning_states_its_epsilon_and_draws_what_no_one_can_guess(tmp_path, package, records):
+    command = ("tune", package, "--data", records, "--epsilon", 8, "--delta", 0.01, *FEW)
+    one, two = (gives(*command, "--out", tmp_path / name) for name in ("one", "two"))
+    assert 7 < one["epsilon"] <= 8 and one["epsilon"] == two["epsilon"]
+    stated = json.loads((tmp_path / "one" / "manifest.json").read_text())["tuning"]["privacy"]
+    assert stated == {"epsilon": one["epsilon"], "delta": 0.01}
+    first, second = (read_tensors(tmp_path / name / "adapter.safetensors") for name in ("one", "two"))
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    assert gives("inspect", tmp_path / "one")["tuning: privacy"] == stated
+    assert "held-out examples can't choose" in refused(*command, "--out", tmp_path / "out", "--patience", 1)
+
+
 def test_tune_needs_something_to_tune_on(tmp_path, package):
     assert "nothing to tune on" in refused("tune", package, "--out", tmp_path / "out")
     (tmp_path / "empty.jsonl").write_text("")
