@@ -214,6 +214,28 @@ def test_no_attention_matrix_leaves_at_full_rank_but_those_of_adapters(tmp_path,
         assert bool(ranks) == (kind != "harmonizer")
 
 
+@each_family
+def test_which_of_the_models_tensors_leave_as_they_are(tmp_path, tokenizer, name):
+    """Those of adapter layers, and of compressed ones all but the projections; embeddings, last norm and head."""
+    model, package = tiny_model(name), shipped(write(tmp_path / "package", tiny_model(name), tokenizer))
+    path = family(model.config).layers
+    projections, split = (
+        {
+            f"{path}.{i}.{family(model.config).attention}.{projection}.{part}"
+            for i in PLAN.layers("compressed")
+            for projection, fused in family(model.config).projections.items()
+            if part == "weight" or fused > 1
+        }
+        for part in ("weight", "bias")  # fused biases leave in three pieces
+    )
+    gone = tuple(f"{path}.{i}." for i in PLAN.layers("harmonizer"))
+    for key, tensor in model.state_dict().items():
+        if key in split:
+            continue
+        there = any(t.shape == tensor.shape and torch.equal(t, tensor) for t in package.values())
+        assert there == (key not in projections and not key.startswith(gone)), key
+
+
 def test_same_emulator_gives_the_same_bytes(tmp_path, tokenizer, model):
     turned(model)
     for folder in (tmp_path / "one", tmp_path / "two"):
