@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from scaleot_core.ending import ends_in_one_line
 from scaleot_core.errors import UserError, printable
@@ -49,21 +49,19 @@ def pack(
     Beside it comes OUT.private.json, with the layers' scores and the parameters, which stays with you.
     """
     from scaleot_core import emulator, handover
-    from scaleot_core.files import write_json
-    from scaleot_core.importance import read_scores
+    from scaleot_core.files import read_json, write_json
     from scaleot_core.params import load_params
 
-    private = out.with_name(f"{out.name}.private.json")
-    params, source = load_params(project / "params.yaml"), project / "artifacts" / "emulator"
-    manifest = emulator.read_manifest(source)
-    scores = read_scores(project / "artifacts" / "harmonizers" / "scores.json", len(manifest.layers))
-    plan = emulator.plan(params, scores)
-    if plan != emulator.plan_of(manifest):
-        raise UserError(f"{source}: it was made with other parameters than params.yaml has now; run `dvc repro` first")
+    made = project / "artifacts" / "emulator"
+    known = read_json(made.with_name(f"{made.name}.private.json"))
+    if known["params"] != load_params(project / "params.yaml").model_dump(include=emulator.DECIDED_BY):
+        raise UserError(f"{made}: it was made with other parameters than params.yaml has now; run `dvc repro` first")
+    manifest = emulator.read_manifest(made)
     with _new(out) as folder:
-        handover.copy(source, folder, manifest, licence=licence)
+        handover.copy(made, folder, manifest, licence=licence)
         identity = handover.identity(folder)
-    write_json(private, {"package": identity, "scores": scores, "params": params.model_dump()})
+    private = out.with_name(f"{out.name}.private.json")
+    write_json(private, {"package": identity, **known})
     _show({"package": str(out), "id": identity, "private": str(private)}, as_json)
 
 
@@ -328,19 +326,24 @@ def _show(found: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(found))
         return
-    table = Table(show_header=False)
+    table = Table(Column(), Column(overflow="fold"), show_header=False)
     for key, value in found.items():
-        lines = [f"{name}: {_text(one)}" for name, one in value.items()] if isinstance(value, dict) else [_text(value)]
-        table.add_row(key, "\n".join(lines))
+        if value is not None:
+            lines = (
+                [f"{name}: {_text(one)}" for name, one in value.items()] if isinstance(value, dict) else [_text(value)]
+            )
+            table.add_row(key, "\n".join(lines))
     Console().print(table, markup=False)
 
 
 def _text(value: Any) -> str:
-    """A value for a person: runs of equal layers put together, numbers with separators."""
+    """A value for a person, with nothing in it that would steer a terminal."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {_text(one)}" for name, one in value.items())
     if isinstance(value, list):
-        return ", ".join(map(str, value))
+        return ", ".join(map(_text, value))
+    if isinstance(value, float):
+        return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else printable(str(value))
 
 

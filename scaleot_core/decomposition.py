@@ -18,8 +18,8 @@ from scaleot_core.models import hooked
 DAMPING = 1e-4  # of the mean input variance, added to each direction: a covariance of few tokens is singular
 
 Factors = tuple[Tensor, Tensor]
-Decompose = Callable[[str, Tensor], Factors]
-"""A projection's name in the model, and its matrix or one of its fused ones, to that matrix's factors."""
+Decompose = Callable[[str, int, Tensor], Factors]
+"""A projection's name in the model, the number of one of its fused matrices, and that matrix, to its factors."""
 
 
 def decompose(weight: Tensor, covariance: Tensor | None = None) -> Factors:
@@ -40,7 +40,12 @@ def decompose(weight: Tensor, covariance: Tensor | None = None) -> Factors:
     return (u * root).float(), (root[:, None] * vt).float()
 
 
-def shapes(name: str, weight: Tensor) -> Factors:
+def plain(name: str, part: int, weight: Tensor) -> Factors:
+    """`decompose` of the matrix alone."""
+    return decompose(weight)
+
+
+def shapes(name: str, part: int, weight: Tensor) -> Factors:
     """Factors with nothing in them, to give a model its shapes before a package's tensors are read."""
     rank = min(weight.shape)
     return weight.new_empty(weight.shape[0], rank), weight.new_empty(rank, weight.shape[1])
@@ -81,7 +86,7 @@ def input_covariances(model: PreTrainedModel, blocks: Tensor, batch_blocks: int 
 def cached(folder: Path, covariances: Mapping[str, Tensor] | None = None) -> Decompose:
     """`decompose` that keeps what it made in `folder`, by the content of the matrix and of its inputs' covariance."""
 
-    def factors(name: str, weight: Tensor) -> Factors:
+    def factors(name: str, part: int, weight: Tensor) -> Factors:
         covariance = None if covariances is None else covariances[name]
         inputs = "plain" if covariance is None else tensor_hash(covariance)
         file = folder / f"{fingerprint(tensor_hash(weight), list(weight.shape), inputs)}.safetensors"

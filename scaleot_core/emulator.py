@@ -4,15 +4,16 @@ A package is a folder of safetensors, the tokenizer's files and one manifest.jso
 owner needs, and it is all that the data owner needs.
 """
 
+import copy
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal
 
 import torch
 from accelerate import init_empty_weights
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -30,17 +31,40 @@ from scaleot_core.files import write_tensors
 from scaleot_core.handover import MANIFEST, TOKENIZER_FILES, Shapes
 from scaleot_core.harmonizer import Harmonizer, Harmonizers
 from scaleot_core.models import check_layers
-from scaleot_core.params import HarmonizerForm, Params, Share
-from scaleot_core.rank_compression import compress_layer
+from scaleot_core.params import HarmonizerForm, Params, Positive, Share
+from scaleot_core.rank_compression import compress_layer, keep_channels, kept_ranks
 from scaleot_core.runtime import DTYPES
 
 FORMAT: Final = "scaleot-emulator"
 FORMAT_VERSION: Final = 2
+DECIDED_BY = {
+    "alpha",
+    "beta",
+    "method",
+    "budget",
+    "adapter_layers",
+    "adapter_placement",
+    "rank_semantics",
+    "harmonizer",
+    "seed",
+}  # parameters that decide what the emulator is
 UNSTATED = "not stated: ask the model owner"
 LARGEST_BUFFERS = 2**24  # numbers: those that a model computes for itself, as rotary frequencies
 
-Kind = Literal["adapter", "harmonizer", "compressed"]
-FILES = (*(f"{part}.safetensors" for part in ("base", *get_args(Kind))), *TOKENIZER_FILES)
+Kind = Literal["adapter", "harmonizer", "compressed", "removed", "shared"]
+PARTS = ("base", "adapter", "harmonizer", "compressed")  # a package's files of tensors
+FILES = (*(f"{part}.safetensors" for part in PARTS), *TOKENIZER_FILES)
+
+
+class Cut(BaseModel):
+    """How far one compressed layer is cut, where β doesn't say it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    ranks: Annotated[dict[str, tuple[Positive, ...]], Field(max_length=4)]
+    """Of the matrices in each attention projection, by its name in the attention."""
+    channels: Positive
+    """Of the feed-forward part."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +75,20 @@ class Plan:
     beta: float
     rank_semantics: Literal["removed", "kept"]
     harmonizer: HarmonizerForm
+    like: Mapping[int, int] = field(default_factory=dict)
+    """Whose weights, as they are shipped, each shared layer has."""
+    cuts: Mapping[int, Cut] = field(default_factory=dict)
+    """Of compressed layers that aren't cut by β."""
+
+    def __post_init__(self) -> None:
+        """ValueError for a plan that makes no sense."""
+        for what, found, kind in (("like", self.like, "shared"), ("cuts", self.cuts, "compressed")):
+            for i in found:
+                if not (0 <= i < len(self.kinds) and self.kinds[i] == kind):
+                    raise ValueError(f"`{what}` has layer {i}, which is not {kind}")
+        for i in self.layers("shared"):
+            if self.like.get(i) not in (*self.layers("compressed"), *self.layers("adapter")):
+                raise ValueError(f"layer {i} is shared with no layer that is there")
 
     def layers(self, kind: Kind) -> list[int]:
         """Indices of the layers of one kind, ascending."""
@@ -74,6 +112,10 @@ class PackageManifest(handover.Manifest):
     """β, which says with `rank_semantics` the ranks of the compressed layers."""
     rank_semantics: Literal["removed", "kept"]
     harmonizer: HarmonizerForm
+    like: Annotated[dict[int, int], Field(max_length=1024, default_factory=dict)]
+    """Whose weights each shared layer has."""
+    cuts: Annotated[dict[int, Cut], Field(max_length=1024, default_factory=dict)]
+    """How far layers are cut that β doesn't cut."""
 
 
 def choose_layers(scores: Sequence[float], *, adapter_layers: int, alpha: float, placement: str) -> tuple[Kind, ...]:
@@ -105,30 +147,58 @@ def plan(params: Params, scores: Sequence[float]) -> Plan:
     return Plan(kinds, params.beta, params.rank_semantics, params.harmonizer)
 
 
-def _stand_in(model: PreTrainedModel, plan: Plan, decompose: Decompose) -> None:
+def _stand_in(
+    model: PreTrainedModel, plan: Plan, decompose: Decompose, channels: Mapping[int, Tensor] | None = None
+) -> None:
     """Give a model's layers the modules that the plan asks for, in place.
 
-    Attention layers are numbered anew, since a key-value cache counts the layers that use it.
+    `channels` are the feed-forward channels that a layer keeps, where it is cut there. Attention layers are numbered
+    anew, since a key-value cache counts the layers that use it.
     """
-    layers = decoder_layers(model)
+    layers, channels = decoder_layers(model), channels or {}
     size = model.config.hidden_size
     numbered = 0
     for i, kind in enumerate(plan.kinds):
         if kind == "harmonizer":
             like = next(layers[i].parameters())
             layers[i] = Harmonizer(size, plan.harmonizer).to(device=like.device, dtype=like.dtype)
-            continue
-        attention(model.config, layers[i]).layer_idx = numbered  # type: ignore[assignment]
-        numbered += 1
-        if kind == "compressed":
-            compress_layer(model, i, beta=plan.beta, semantics=plan.rank_semantics, decompose=decompose)
+        elif kind == "removed":
+            layers[i] = Removed()
+        elif kind == "compressed":
+            cut = plan.cuts.get(i)
+            ranks = cut.ranks if cut else kept_ranks(model, i, beta=plan.beta, semantics=plan.rank_semantics)
+            compress_layer(model, i, ranks=ranks, decompose=decompose)
+            if cut:
+                keep_channels(model, i, channels.get(i, torch.arange(cut.channels)))
+    for i, other in plan.like.items():
+        layers[i] = copy.deepcopy(layers[other])
+    for i, kind in enumerate(plan.kinds):
+        if kind in ("adapter", "compressed", "shared"):
+            attention(model.config, layers[i]).layer_idx = numbered  # type: ignore[assignment]
+            numbered += 1
 
 
-def build(model: PreTrainedModel, harmonizers: Harmonizers, plan: Plan, decompose: Decompose) -> None:
+class Removed(nn.Module):
+    """Where a layer was: hidden states (B, T, D) go through as they are."""
+
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        return hidden_states
+
+
+def build(
+    model: PreTrainedModel,
+    plan: Plan,
+    decompose: Decompose,
+    *,
+    harmonizers: Harmonizers | None = None,
+    channels: Mapping[int, Tensor] | None = None,
+) -> None:
     """Turn the model into the emulator, in place: [A, E*]."""
-    _stand_in(model, plan, decompose)
+    _stand_in(model, plan, decompose, channels)
     layers = decoder_layers(model)
     for i in plan.layers("harmonizer"):
+        assert harmonizers is not None
         layers[i].load_state_dict(harmonizers[i].state_dict())
     model.requires_grad_(False)
 
@@ -158,7 +228,8 @@ def save(
     path = family(model.config).layers
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in _untied(model).items():
-        parts.setdefault(_part(name, path, plan), {})[name] = tensor
+        if (part := _part(name, path, plan)) in PARTS:
+            parts.setdefault(part, {})[name] = tensor
     for part, tensors in parts.items():
         write_tensors(folder / f"{part}.safetensors", tensors)
     tokenizer.save_pretrained(folder)
@@ -173,6 +244,8 @@ def save(
         "beta": plan.beta,
         "rank_semantics": plan.rank_semantics,
         "harmonizer": plan.harmonizer.model_dump(),
+        "like": {str(i): other for i, other in plan.like.items()},
+        "cuts": {str(i): cut.model_dump(mode="json") for i, cut in plan.cuts.items()},
     }
     handover.write(folder, manifest)
 
@@ -184,7 +257,8 @@ def read_manifest(folder: Path) -> PackageManifest:
 
 def plan_of(manifest: PackageManifest) -> Plan:
     """The layer plan that a manifest states."""
-    return Plan(manifest.layers, manifest.beta, manifest.rank_semantics, manifest.harmonizer)
+    form, beta = manifest.harmonizer, manifest.beta
+    return Plan(manifest.layers, beta, manifest.rank_semantics, form, manifest.like, manifest.cuts)
 
 
 def _settings(model_type: str) -> set[str]:
@@ -211,6 +285,25 @@ def _config(manifest: PackageManifest) -> PretrainedConfig:
     return config
 
 
+def _tensors(model: PreTrainedModel, plan: Plan) -> dict[str, Shapes]:
+    """What each file of a package has of an emulator without weights: names, shapes and dtypes of its tensors."""
+    path, tied = family(model.config).layers, set(model.all_tied_weights_keys)
+    found: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {}
+    for name, tensor in model.state_dict().items():
+        if name not in tied and (part := _part(name, path, plan)) in PARTS:
+            found.setdefault(part, {})[name] = (tuple(tensor.shape), tensor.dtype)
+    return dict(found)
+
+
+def plan_bytes(config: PretrainedConfig, plan: Plan) -> int:
+    """Bytes of the tensors that a package of a model with this plan has."""
+    with init_empty_weights(include_buffers=True):
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+        _stand_in(model, plan, shapes)
+    parts = _tensors(model, plan).values()
+    return sum(math.prod(shape) * dtype.itemsize for part in parts for shape, dtype in part.values())
+
+
 def _empty(manifest: PackageManifest, *, buffers_too: bool) -> PreTrainedModel:
     """The package's model without weights; buffers are computed, unless they too are to take no memory."""
     with init_empty_weights(include_buffers=buffers_too):
@@ -225,23 +318,17 @@ def outline(folder: Path) -> tuple[PackageManifest, PreTrainedModel, dict[Path, 
     UserError where the manifest describes no model. Of the files nothing but hashes was read.
     """
     manifest = read_manifest(folder)
-    plan = plan_of(manifest)
     try:
+        plan = plan_of(manifest)
         model = _empty(manifest, buffers_too=True)
         buffers = sum(buffer.numel() for buffer in model.buffers())
         if buffers > LARGEST_BUFFERS:
             raise ValueError(f"its buffers would have {buffers:,} numbers")
     except Exception as error:  # whatever a manifest that makes no sense leads to
         raise UserError(f"{folder}/{MANIFEST}: it describes no model ({one_line(error)}); fetch it again") from error
-    path, tied = family(model.config).layers, set(model.all_tied_weights_keys)
-    expected: dict[Path, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {
-        folder / name: {} for name in manifest.files if name.endswith(".safetensors")
-    }
-    for name, tensor in model.state_dict().items():
-        if name not in tied:
-            file = folder / f"{_part(name, path, plan)}.safetensors"
-            expected.setdefault(file, {})[name] = (tuple(tensor.shape), tensor.dtype)
-    return manifest, model, dict(expected)
+    expected: dict[Path, Shapes] = {folder / name: {} for name in manifest.files if name.endswith(".safetensors")}
+    expected |= {folder / f"{part}.safetensors": tensors for part, tensors in _tensors(model, plan).items()}
+    return manifest, model, expected
 
 
 def load(folder: Path, *, device: torch.device) -> tuple[PreTrainedModel, Plan]:
@@ -252,11 +339,16 @@ def load(folder: Path, *, device: torch.device) -> tuple[PreTrainedModel, Plan]:
     """
     manifest, _, expected = outline(folder)
     tensors = handover.read_tensors(expected)
-    model = _empty(manifest, buffers_too=False)
+    model, plan = _empty(manifest, buffers_too=False), plan_of(manifest)
+    path = family(model.config).layers
+    for i, other in plan.like.items():
+        own = f"{path}.{other}."
+        copies = {name: t.clone() for name, t in tensors.items() if name.startswith(own)}  # an adapter's will move
+        tensors |= {name.replace(own, f"{path}.{i}.", 1): t for name, t in copies.items()}
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     model.to(device)  # type: ignore[arg-type]
-    return model.eval().requires_grad_(False), plan_of(manifest)
+    return model.eval().requires_grad_(False), plan
 
 
 def layer_parameters(model: PreTrainedModel, plan: Plan, kind: Kind) -> dict[str, nn.Parameter]:

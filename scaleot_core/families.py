@@ -22,18 +22,41 @@ class Family:
     """From a decoder layer to its attention."""
     projections: Mapping[str, int]
     """From the attention to each projection, and how many matrices are fused in it along its outputs."""
+    feed_forward_in: tuple[str, ...]
+    """From a decoder layer to each matrix that gives the feed-forward channels."""
+    feed_forward_out: str
+    """From a decoder layer to the matrix that takes them."""
     by_head: bool = False
     """Whether the outputs of fused matrices alternate from head to head, or each matrix's lie together."""
 
 
-_LLAMA = Family("model.layers", "self_attn", {"q_proj": 1, "k_proj": 1, "v_proj": 1, "o_proj": 1})
+_LLAMA = Family(
+    "model.layers",
+    "self_attn",
+    {"q_proj": 1, "k_proj": 1, "v_proj": 1, "o_proj": 1},
+    ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down_proj",
+)
 
 FAMILIES: dict[str, Family] = {
-    "gpt2": Family("transformer.h", "attn", {"c_attn": 3, "c_proj": 1}),
-    "gpt_neox": Family("gpt_neox.layers", "attention", {"query_key_value": 3, "dense": 1}, by_head=True),  # Pythia
+    "gpt2": Family("transformer.h", "attn", {"c_attn": 3, "c_proj": 1}, ("mlp.c_fc",), "mlp.c_proj"),
+    "gpt_neox": Family(  # Pythia
+        "gpt_neox.layers",
+        "attention",
+        {"query_key_value": 3, "dense": 1},
+        ("mlp.dense_h_to_4h",),
+        "mlp.dense_4h_to_h",
+        by_head=True,
+    ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
-    "opt": Family("model.decoder.layers", "self_attn", {"q_proj": 1, "k_proj": 1, "v_proj": 1, "out_proj": 1}),
+    "opt": Family(
+        "model.decoder.layers",
+        "self_attn",
+        {"q_proj": 1, "k_proj": 1, "v_proj": 1, "out_proj": 1},
+        ("fc1",),
+        "fc2",
+    ),
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
 }

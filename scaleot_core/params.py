@@ -115,6 +115,37 @@ class Dlr(_Block):
     """Harmonizer updates in the finished emulator, by stage `compress`, to make up for what the truncation costs."""
 
 
+class Distill(_Block):
+    """Offsite-tuning's distillation, where `method` is distilled."""
+
+    steps: Annotated[int, Field(ge=0)]
+    """Updates of the layers that are kept."""
+    batch_blocks: Positive
+    """Corpus blocks in a step."""
+    lr: Rate
+    """AdamW's peak learning rate."""
+    hidden_weight: Annotated[float, Field(ge=0)]
+    """Weight of the hidden states' error beside the cross-entropy."""
+
+
+class Crash(_Block):
+    """CRaSh, where `method` is crash."""
+
+    calibration_blocks: Annotated[int, Field(ge=2)]
+    """Training blocks on which layers are compared."""
+
+
+class Gradot(_Block):
+    """GradOT, where `method` is gradot."""
+
+    calibration_blocks: Positive
+    """Training blocks for gradients and the Hessian's factors."""
+    lambda_attention: float
+    """λ of singular values: how much a part counts whose loss would raise the emulator's own loss."""
+    lambda_feed_forward: float
+    """λ of feed-forward channels."""
+
+
 class Tuning(_Block):
     """How weights are tuned on a task, for the adapter layers and for full fine-tuning alike (method section 5)."""
 
@@ -173,6 +204,10 @@ class Params(_Block):
     """α: share of the non-adapter layers that harmonizers replace."""
     beta: Share
     """β: share of the attention rank that is cut from the other layers (see rank_semantics)."""
+    method: Literal["scaleot", "uniform", "distilled", "crash", "gradot"]
+    """How the emulator is made."""
+    budget: Share
+    """Most bytes of the emulator as a share of the model's; 0 for what ScaleOT's has at α and β."""
     model: Name
     """The model owner's model: `embedded`, a hub id, or a local folder."""
     tasks: Annotated[list[TaskName], Field(min_length=1)]
@@ -198,6 +233,9 @@ class Params(_Block):
     layer_importance: LayerImportance
     dlr: Dlr
     src: Src
+    distill: Distill
+    crash: Crash
+    gradot: Gradot
     tuning: OffsiteTuning
     full_finetune: Tuning
     evaluate: Evaluate

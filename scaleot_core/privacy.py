@@ -6,6 +6,7 @@ is clipped to norm C; noise of deviation σC is added to the sum. Gradients are 
 Opacus's hooks, which give wrong ones where a decoder flattens the batch, as OPT's does.
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +25,8 @@ def _opacus() -> Any:
         import opacus.accountants.utils
         import opacus.optimizers
     except ImportError:
-        raise UserError("differential privacy needs Opacus: pip install 'scaleot[privacy]'") from None
+        raise UserError("differential privacy needs Opacus: pip install '.[privacy]'") from None
+    warnings.filterwarnings("ignore", "Optimal order is the largest alpha")  # of a first, coarser bound
     return opacus
 
 

@@ -1,7 +1,10 @@
-"""Selective Rank Compression: the attention projections cut to a lower rank by truncated SVD (method section 4)."""
+"""Selective Rank Compression: the attention projections cut to a lower rank by truncated SVD (method section 4).
+
+And, for methods that cut there too, the feed-forward part to fewer channels.
+"""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -51,15 +54,18 @@ def kept_rank(full: int, beta: float, semantics: str) -> int:
     return max(1, math.floor(round(share * full, 9) + 0.5))
 
 
+def part_rows(out: int, fused: int, runs: int) -> list[Tensor]:
+    """Which of a fused projection's outputs are each matrix's."""
+    return [part.flatten() for part in torch.arange(out).unflatten(0, (runs, fused, -1)).unbind(1)]
+
+
 def _matrices(module: nn.Linear | Conv1D, fused: int, runs: int) -> list[tuple[Tensor, Tensor | None]]:
     """A projection's matrices (out, in) and biases, cut apart where several are fused."""
-
-    def cut(tensor: Tensor) -> list[Tensor]:
-        return [part.flatten(0, 1) for part in tensor.unflatten(0, (runs, fused, -1)).unbind(1)]
-
-    weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-    biases = cut(module.bias) if module.bias is not None else [None] * fused
-    return list(zip(cut(weight), biases, strict=True))
+    weight, bias = weight_of(module)
+    if fused == 1:
+        return [(weight, bias)]
+    rows = [part.to(weight.device) for part in part_rows(len(weight), fused, runs)]
+    return [(weight[part], None if bias is None else bias[part]) for part in rows]
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -84,24 +90,66 @@ def _compressed(weight: Tensor, bias: Tensor | None, rank: int, factors: Callabl
     return _linear(left @ right, bias)
 
 
+def matrix_shapes(model: PreTrainedModel, index: int) -> dict[str, list[tuple[int, int]]]:
+    """Shapes (out, in) of the matrices in one layer's attention projections, by the projection's name."""
+    block, shapes = attention(model.config, decoder_layers(model)[index]), {}
+    for name, fused in family(model.config).projections.items():
+        out, into = weight_of(block.get_submodule(name))[0].shape
+        shapes[name] = [(out // fused, into)] * fused
+    return shapes
+
+
+def kept_ranks(model: PreTrainedModel, index: int, *, beta: float, semantics: str) -> dict[str, list[int]]:
+    """The ranks that β leaves of the matrices in one layer's attention projections, by the projection's name."""
+    return {
+        name: [kept_rank(min(shape), beta, semantics) for shape in shapes]
+        for name, shapes in matrix_shapes(model, index).items()
+    }
+
+
 def compress_layer(
-    model: PreTrainedModel, index: int, *, beta: float, semantics: str, decompose: Decompose
-) -> dict[str, list[int]]:
-    """Cut the attention projections of one decoder layer in place; return each one's ranks.
+    model: PreTrainedModel, index: int, *, ranks: Mapping[str, Sequence[int]], decompose: Decompose
+) -> None:
+    """Cut the attention projections of one decoder layer to some ranks, in place; ValueError for ranks of others.
 
     Works on the meta device too, with `decomposition.shapes`. A projection of which nothing is cut is left untouched,
     so that β = 0 is the model itself.
     """
-    ranks = {}
     block, runs = attention(model.config, decoder_layers(model)[index]), fused_runs(model.config)
+    full = {name: [min(shape) for shape in shapes] for name, shapes in matrix_shapes(model, index).items()}
+    if {name: len(each) for name, each in full.items()} != {name: len(each) for name, each in ranks.items()}:
+        raise ValueError(f"layer {index} has projections {', '.join(full)}, and ranks for others are given")
     for name, fused in family(model.config).projections.items():
+        if all(rank >= whole for rank, whole in zip(ranks[name], full[name], strict=True)):
+            continue
         module = block.get_submodule(name)
         assert isinstance(module, nn.Linear | Conv1D)
-        matrices = _matrices(module, fused, runs)
-        ranks[name] = [kept_rank(min(weight.shape), beta, semantics) for weight, _ in matrices]
-        if all(rank >= min(weight.shape) for rank, (weight, _) in zip(ranks[name], matrices, strict=True)):
-            continue
-        factors = partial(decompose, projection_name(model.config, index, name))
-        parts = [_compressed(w, b, rank, factors) for rank, (w, b) in zip(ranks[name], matrices, strict=True)]
+        where = projection_name(model.config, index, name)
+        parts = [
+            _compressed(weight, bias, rank, partial(decompose, where, k))
+            for k, (rank, (weight, bias)) in enumerate(zip(ranks[name], _matrices(module, fused, runs), strict=True))
+        ]
         setattr(block, name, parts[0] if fused == 1 else FusedProjection(parts, runs))
-    return ranks
+
+
+@torch.no_grad()
+def keep_channels(model: PreTrainedModel, index: int, kept: Tensor) -> None:
+    """Leave some channels of one layer's feed-forward part, in place; `kept` are their numbers, ascending.
+
+    Works on the meta device too. ValueError for more than there are.
+    """
+    layer, names = decoder_layers(model)[index], family(model.config)
+    for into in names.feed_forward_in:
+        weight, bias = weight_of(layer.get_submodule(into))
+        if len(kept) > len(weight):
+            raise ValueError(f"layer {index} has {len(weight)} feed-forward channels, not {len(kept)}")
+        at = kept.to(weight.device)
+        layer.set_submodule(into, _linear(weight[at], None if bias is None else bias[at]))
+    weight, bias = weight_of(layer.get_submodule(names.feed_forward_out))
+    layer.set_submodule(names.feed_forward_out, _linear(weight[:, kept.to(weight.device)], bias))
+
+
+def weight_of(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """A matrix (out, in) and its bias."""
+    assert isinstance(module, nn.Linear | Conv1D)
+    return module.weight.T if isinstance(module, Conv1D) else module.weight, module.bias

@@ -12,7 +12,13 @@ from scaleot_core.files import whole_file
 from scaleot_core.progress import console
 
 MEASUREMENTS = ("zero_shot", "full_finetune", "emulator_zero_shot", "emulator_finetune", "plug_in")
-KIND_COLOURS = {"adapter": "#d1495b", "compressed": "#00798c", "harmonizer": "#edae49"}
+KIND_COLOURS = {
+    "adapter": "#d1495b",
+    "compressed": "#00798c",
+    "harmonizer": "#edae49",
+    "shared": "#9aa5b1",
+    "removed": "#d8d8d8",
+}
 Measured = Mapping[str, Any]
 """Of one task the five measurements, each with its figures, and what they are: `metrics` and `less_is_better`."""
 
@@ -146,7 +152,7 @@ def _draw_measurements(plt: Any, path: Path, tasks: Mapping[str, Measured]) -> N
             values = [measured[name][metric] for name in MEASUREMENTS]
             errors = [measured[name][f"{metric}_stderr"] for name in MEASUREMENTS]
             axis.bar(range(5), values, yerr=errors, color=colours, capsize=3)
-            low, high = min(values) - 2 * max(errors), max(values) + 2 * max(errors)
+            low, high = min(values) - 2 * max(errors), max(values) + 2 * max(errors) or 1.0
             axis.set_ylim(max(0, low - 0.3 * (high - low)), high)
             axis.set_xticks(range(5), [name.replace("_", "\n") for name in MEASUREMENTS], fontsize=7)
             better = "less" if metric in measured["less_is_better"] else "more"
@@ -158,7 +164,8 @@ def _draw_layers(plt: Any, path: Path, layers: Mapping[str, Any]) -> None:
     figure, axis = plt.subplots(figsize=(8.4, 3.2))
     for kind, colour in KIND_COLOURS.items():
         members = [i for i, k in enumerate(layers["kinds"]) if k == kind]
-        axis.bar(members, [layers["scores"][i] for i in members], color=colour, label=kind)
+        if members:
+            axis.bar(members, [layers["scores"][i] for i in members], color=colour, label=kind)
     axis.plot(range(len(layers["prior"])), layers["prior"], "k.", markersize=4, label="prior")
     axis.axhline(0, color="black", linewidth=0.6)
     axis.set_xlabel("decoder layer")

@@ -112,6 +112,8 @@ class Checkpoint:
     folder: Path
     seconds: float
     history: list[dict[str, float]] = field(default_factory=list)
+    ours: bool = False
+    """Whether this run wrote what is there, and so doesn't resume another."""
 
     def resume(self, state: State) -> int:
         """Load the last checkpoint into `state` and `history`; return the number of finished steps, 0 without one."""
@@ -124,12 +126,13 @@ class Checkpoint:
         except UserError as error:
             raise UserError(f"{error}; or delete {self.folder} to begin the stage anew") from error
         self.history = saved["history"]
-        say(f"resuming after step {saved['step']}")
+        if not self.ours:
+            say(f"resuming after step {saved['step']}")
         return int(saved["step"])
 
     def save(self, state: State, step: int) -> None:
         """Write the checkpoint of `step` finished steps, whole or not at all; only then drop what was there before."""
-        new = self.folder / "steps" / f"{step:09d}"
+        self.ours, new = True, self.folder / "steps" / f"{step:09d}"
         with whole_folder(new) as folder:
             write_tensors(folder / "state.safetensors", state.tensors())
             write_json(folder / "progress.json", {"step": step, "history": self.history})

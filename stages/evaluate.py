@@ -8,7 +8,7 @@ import shutil
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from scaleot_core import adapter, emulator, handover, report
 from scaleot_core.ending import ends_in_one_line
@@ -93,7 +93,7 @@ def main() -> None:
             "bytes": emulator_bytes,
             "model_bytes": model_bytes,
             "share_of_model": emulator_bytes / model_bytes,
-            **{f"{kind}_layers": len(plan.layers(kind)) for kind in ("adapter", "harmonizer", "compressed")},
+            **{f"{kind}_layers": len(plan.layers(kind)) for kind in get_args(emulator.Kind)},
         },
         "corpus_perplexity": {"model": math.exp(model_loss), "emulator": math.exp(emulator_loss)},
         "cost": {file.stem: read_json(file) for file in sorted(COSTS.glob("*.json"))} | {"evaluate": meter.read()},

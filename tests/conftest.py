@@ -55,7 +55,8 @@ CONFIGS: dict[str, PretrainedConfig] = {
 def tiny_model(name: str, **changes: object) -> PreTrainedModel:
     """A seeded random model of one family: 4 layers of width 32, float32, frozen."""
     torch.manual_seed(0)
-    config = type(CONFIGS[name]).from_dict({**CONFIGS[name].to_dict(), **changes})
+    fields = {key: value for key, value in CONFIGS[name].to_dict().items() if key != "layer_types"}  # follow the count
+    config = type(CONFIGS[name]).from_dict({**fields, **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():  # large enough that layers differ and biases count
         torch.nn.init.normal_(parameter, std=0.1)

@@ -18,8 +18,9 @@ from test_files import snapshot
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scaleot_core import cli, tuning
-from scaleot_core.emulator import plug_in
+from scaleot_core.emulator import DECIDED_BY, plug_in
 from scaleot_core.files import read_tensors, write_json, write_tensors
+from scaleot_core.params import load_params
 
 COMMANDS = ["pack", "inspect", "tune", "check", "plug"]
 
@@ -138,8 +139,9 @@ def project(tmp_path, package):
     values["harmonizer"]["rank"] = 8
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
     shutil.copytree(package, tmp_path / "artifacts" / "emulator")
-    scores = {"prior": [0.0] * 4, "scores": [0.0, 3.0, 2.0, 1.0]}
-    write_json(tmp_path / "artifacts" / "harmonizers" / "scores.json", scores)
+    params = load_params(tmp_path / "params.yaml").model_dump(include=DECIDED_BY)
+    private = {"scores": [0.0, 3.0, 2.0, 1.0], "params": params}
+    write_json(tmp_path / "artifacts" / "emulator.private.json", private)
     return tmp_path
 
 

@@ -62,9 +62,9 @@ def test_each_matrix_is_decomposed_once(tmp_path, monkeypatch):
     monkeypatch.setattr(decomposition, "decompose", lambda *args: made.append(args) or decompose(*args))
     model = tiny_model("llama")
     name, module = next(iter(projections(model).items()))
-    first = cached(tmp_path)(name, module.weight)
-    again = cached(tmp_path)(name, module.weight.clone())
+    first = cached(tmp_path)(name, 0, module.weight)
+    again = cached(tmp_path)(name, 0, module.weight.clone())
     assert len(made) == 1 and all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    cached(tmp_path, {name: torch.eye(32)})(name, module.weight)
-    cached(tmp_path)(name, module.weight + 1)
+    cached(tmp_path, {name: torch.eye(32)})(name, 0, module.weight)
+    cached(tmp_path)(name, 0, module.weight + 1)
     assert len(made) == 3  # other inputs and another matrix are decomposed anew

@@ -11,7 +11,7 @@ from test_dlr import weights_hash
 from test_families import SHAPES
 from test_files import refusal, snapshot
 
-from scaleot_core.decomposition import decompose
+from scaleot_core.decomposition import plain
 from scaleot_core.emulator import Plan, build, choose_layers, layer_parameters, load, plug_in, save
 from scaleot_core.families import attention, decoder_layers, family
 from scaleot_core.files import read_json, read_tensors, sha256, write_tensors
@@ -30,10 +30,6 @@ each_family = pytest.mark.parametrize("name", sorted(CONFIGS))
 each_head = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
 
-def plain(name, weight):
-    return decompose(weight)
-
-
 def trained_harmonizers(model):
     """Harmonizers with something in them, as if they were trained."""
     harmonizers = new_harmonizers(model, form(8), seed=0)
@@ -44,7 +40,7 @@ def trained_harmonizers(model):
 
 def turned(model, plan=PLAN):
     """Make a model the emulator."""
-    build(model, trained_harmonizers(model), plan, plain)
+    build(model, plan, plain, harmonizers=trained_harmonizers(model))
 
 
 def emulator_of(name, plan=PLAN, **changes):
@@ -129,9 +125,8 @@ def test_alpha_and_beta_at_zero_give_the_model_itself(name, tied):
 def test_harmonizers_that_were_given_stand_in_for_their_own_layers(name):
     real, model = tiny_model(name), tiny_model(name)
     harmonizers = trained_harmonizers(model)
-    build(
-        model, harmonizers, Plan(("harmonizer", "adapter", "compressed", "harmonizer"), 0.0, "removed", form(8)), plain
-    )
+    plan = Plan(("harmonizer", "adapter", "compressed", "harmonizer"), 0.0, "removed", form(8))
+    build(model, plan, plain, harmonizers=harmonizers)
     with replaced(real, {i: harmonizers[i] for i in (0, 3)}):
         assert torch.equal(model(IDS).logits, real(IDS).logits)
 

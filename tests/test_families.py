@@ -127,7 +127,7 @@ def test_papers_model_has_its_layers_and_an_emulator_of_the_size_that_alpha_and_
         plan = Plan(kinds, 0.8, "removed", row.harmonizer)
         layer, size = decoder_layers(model)[0].parameters(), config.hidden_size
         whole = sum(p.numel() for p in layer)
-        build(model, new_harmonizers(model, row.harmonizer, seed=0), plan, shapes)
+        build(model, plan, shapes, harmonizers=new_harmonizers(model, row.harmonizer, seed=0))
     adapters = sum(p.numel() for p in layer_parameters(model, plan, "adapter").values())
     assert adapters == 4 * whole and 0.07 < adapters / parameters < 0.16  # about a tenth, more of a shorter stack
     harmonizers, compressed = (len(plan.layers(kind)) for kind in ("harmonizer", "compressed"))

@@ -3,14 +3,16 @@ import torch
 from conftest import CONFIGS, tiny_model
 from test_families import SHAPES
 
-from scaleot_core.decomposition import decompose
+from scaleot_core.decomposition import plain
 from scaleot_core.families import attention, decoder_layers
-from scaleot_core.rank_compression import FusedProjection, LowRankLinear, compress_layer, kept_rank
+from scaleot_core.rank_compression import FusedProjection, LowRankLinear, compress_layer, kept_rank, kept_ranks
 
 
 def cut(model, index, beta):
-    """Compress one layer with plain decompositions."""
-    return compress_layer(model, index, beta=beta, semantics="removed", decompose=lambda _, weight: decompose(weight))
+    """Compress one layer with plain decompositions; the ranks."""
+    ranks = kept_ranks(model, index, beta=beta, semantics="removed")
+    compress_layer(model, index, ranks=ranks, decompose=plain)
+    return ranks
 
 
 def test_kept_rank():

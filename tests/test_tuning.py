@@ -178,7 +178,7 @@ def test_training_stops_when_the_held_out_loss_gets_no_better_and_keeps_the_best
     tuned = decide(data, impatient, tmp_path, model)
     losses = list(tuned.validation_loss.values())
     best = losses.index(min(losses))
-    assert len(losses) == best + 3 < 30 and next(iter(tuned.validation_loss)) == "epoch 0"
+    assert len(losses) == best + 3 < 30 and next(iter(tuned.validation_loss)) == "epoch 1"
     assert len(tuned.history) == 2 * len(losses) and tuned.steps == 2 * (best + 1)
     order = torch.randperm(9, generator=generator(0, "validation")).tolist()
     assert mean_answer_loss(model, [data[i] for i in order[:3]], 4) == pytest.approx(min(losses), rel=1e-6)

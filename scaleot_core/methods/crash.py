@@ -1,0 +1,87 @@
+"""CRaSh: neighbouring layers clustered, all but one of each removed, the nearest one left shared in their place.
+
+Source: Zhang et al., EMNLP 2023, as in github.com/TsinghuaC3I/CRaSh. Its text was not at hand; from the code: clusters
+by linear CKA of the layers' outputs, pooled over tokens with weights 1, 2, …; the centre of a cluster stays; adapter
+layers are centres at even distances in the list of centres, which all but one of its scripts follow; a removed layer's
+place is taken by the nearest centre, the right one of two ("repeat-all"). It clusters on questions of the task or on
+WikiText; here it is the public corpus, since the task's questions are not the model owner's.
+"""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from scaleot_core import emulator
+from scaleot_core.decomposition import plain
+from scaleot_core.emulator import Kind, Plan
+from scaleot_core.families import decoder_layers
+from scaleot_core.methods.budget import Owner, largest
+from scaleot_core.models import hooked
+
+
+@torch.no_grad()
+def representations(model: PreTrainedModel, blocks: Tensor, batch_blocks: int = 8) -> list[Tensor]:
+    """Each decoder layer's output, pooled over the tokens of a block with weights 1, 2, …: L tensors (N, D)."""
+    weights = torch.arange(1, blocks.shape[1] + 1, device=model.device).float()
+    weights /= weights.sum()
+    layers = decoder_layers(model)
+    kept: list[list[Tensor]] = [[] for _ in layers]
+
+    def keep(i: int) -> Callable[[nn.Module, object, Tensor], None]:
+        return lambda module, args, out: kept[i].append(torch.einsum("t,btd->bd", weights, out.float()))
+
+    with hooked(*(layer.register_forward_hook(keep(i)) for i, layer in enumerate(layers))):
+        for batch in blocks.split(batch_blocks):
+            model.base_model(input_ids=batch.to(model.device).long(), use_cache=False)
+    return [torch.cat(parts) for parts in kept]
+
+
+def cka(x: Tensor, y: Tensor) -> float:
+    """Linear centred kernel alignment of two representations (N, D) of the same samples, 0 to 1."""
+    x, y = (part.double() - part.double().mean(0) for part in (x, y))
+    return float((x.T @ y).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm()))
+
+
+def centres(similarities: list[float], count: int) -> list[int]:
+    """The layers that stay of `count` clusters, from the similarity of each layer to the next.
+
+    Merging the most similar neighbours until `count` clusters are left is cutting at the least similar ones.
+    """
+    order = sorted(range(len(similarities)), key=lambda i: (similarities[i], -i))
+    cuts = [0, *(i + 1 for i in sorted(order[: count - 1])), len(similarities) + 1]
+    return [(start + end) // 2 for start, end in pairwise(cuts)]
+
+
+def adapters(kept: list[int], count: int) -> list[int]:
+    """Which of the layers that stay are adapter layers: at even distances among them, first and last included."""
+    if count == 1:
+        return kept[:1]
+    return [kept[math.ceil(i * (len(kept) - 1) / (count - 1))] for i in range(count)]
+
+
+def nearest(kept: list[int], layer: int) -> int:
+    """The layer that stands in for a removed one: the nearest that stays, of two the right one."""
+    return min(kept, key=lambda i: (abs(i - layer), -i))
+
+
+def make(owner: Owner) -> Plan:
+    """Turn the model into the emulator."""
+    blocks = owner.blocks[: owner.params.crash.calibration_blocks]
+    similarities = [cka(x, y) for x, y in pairwise(representations(owner.model, blocks))]
+    total, tuned = len(similarities) + 1, owner.params.adapter_layers
+
+    def keeping(count: int) -> Plan:
+        kept = centres(similarities, count)
+        chosen = set(adapters(kept, tuned))
+        kinds: list[Kind] = [
+            "adapter" if i in chosen else "compressed" if i in kept else "shared" for i in range(total)
+        ]
+        return owner.plan(tuple(kinds), like={i: nearest(kept, i) for i in range(total) if i not in kept})
+
+    made = keeping(largest(owner, range(tuned + 1, total + 1), keeping))
+    emulator.build(owner.model, made, plain)
+    return made

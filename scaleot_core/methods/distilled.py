@@ -1,0 +1,75 @@
+"""Offsite-tuning: the layers that `uniform` keeps, distilled from all of them on the corpus.
+
+Source: Xiao et al. 2023 (arXiv 2302.04870), as in github.com/mit-han-lab/offsite-tuning: the kept middle layers start
+as copies and are trained alone, by next-token cross-entropy + 30 · mean(((t − s) / rms(t))²) of the hidden states that
+leave the last middle layer, with one rms a batch. Its number of steps is not stated there; here it is `distill.steps`,
+with our schedule instead of its cosine.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from scaleot_core import emulator
+from scaleot_core.decomposition import plain
+from scaleot_core.emulator import Plan
+from scaleot_core.families import decoder_layers
+from scaleot_core.methods import uniform
+from scaleot_core.methods.budget import Owner
+from scaleot_core.models import hooked, replaced
+from scaleot_core.runtime import generator, keep_freed_memory
+from scaleot_core.training import Optimizer, run_steps, warmup_then_linear
+
+
+def _forward(model: PreTrainedModel, blocks: Tensor, after: int) -> tuple[Tensor, Tensor]:
+    """Last hidden states, and those that enter decoder layer `after`, both (B, T, D)."""
+    entered: list[Tensor] = []
+    layer = decoder_layers(model)[after]
+    with hooked(layer.register_forward_pre_hook(lambda module, args: entered.append(args[0]))):
+        last = model.base_model(input_ids=blocks.to(model.device).long(), use_cache=False).last_hidden_state
+    return last, entered[0]
+
+
+def loss(model: PreTrainedModel, blocks: Tensor, teacher: Tensor, after: int, weight: float) -> Tensor:
+    """Cross-entropy (nats) + weight · the normalised error against the teacher's states (B, T, D) before `after`."""
+    last, student = _forward(model, blocks, after)
+    logits = model.get_output_embeddings()(last[:, :-1]).float()
+    targets = blocks[:, 1:].to(model.device).long()
+    entropy = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    teacher = teacher.float()
+    return entropy + weight * (teacher - student.float()).square().mean() / teacher.square().mean()
+
+
+def make(owner: Owner) -> Plan:
+    """Turn the model into the emulator, and train what is left of its middle."""
+    model, distill, seed = owner.model, owner.params.distill, owner.params.seed
+    made = uniform.plan(owner)
+    originals: dict[int, nn.Module] = {}
+    layers = decoder_layers(model)
+    for i, kind in enumerate(made.kinds):
+        if kind != "adapter":
+            originals[i] = layers[i]
+            layers[i] = copy.deepcopy(layers[i])
+    emulator.build(model, made, plain)
+    keep_freed_memory()
+    trained = emulator.layer_parameters(model, made, "compressed")
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    optimizer = Optimizer(trained)
+    after = max(originals) + 1
+
+    def step(i: int) -> dict[str, Any]:
+        at = torch.randint(len(owner.blocks), (distill.batch_blocks,), generator=generator(seed, "distill", i))
+        with torch.no_grad(), replaced(model, originals):
+            teacher = _forward(model, owner.blocks[at], after)[1]
+        value = loss(model, owner.blocks[at], teacher, after, distill.hidden_weight)
+        value.backward()
+        optimizer.step(distill.lr * warmup_then_linear(i, distill.steps, 0.1))
+        return {"loss": value.item(), "tokens": at.numel() * owner.blocks.shape[1]}
+
+    run_steps(step, optimizer, label="distillation", steps=distill.steps, checkpoint=owner.checkpoint)
+    model.requires_grad_(False)
+    return made

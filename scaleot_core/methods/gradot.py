@@ -1,0 +1,162 @@
+"""GradOT: singular values of the attention and channels of the feed-forward part, kept by their effect on gradients.
+
+Source: ACL 2025 (arXiv 2507.04455); there is no public code and its text was not at hand. After two secondary notes: a
+change δ of a weight has the score ‖H δ‖₁ − λ · g ⊙ δ, with the Hessian H by K-FAC and the gradient g of the loss;
+components whose removal scores least go; the largest 5 % of the singular values always stay; adapter layers at the
+ends; no training. Assumed, where they are silent: next-token cross-entropy on the public corpus, empirical Fisher,
+each component scored as if it went alone, products summed, every matrix cut by the same share, all of q, k, v and o
+and of gate, up and down, λ as in params.yaml.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from scaleot_core import emulator
+from scaleot_core.decomposition import Factors, decompose
+from scaleot_core.emulator import Cut, Plan, choose_layers
+from scaleot_core.families import decoder_layers, family, fused_runs, projection_name
+from scaleot_core.methods.budget import Owner, largest
+from scaleot_core.models import hooked
+from scaleot_core.rank_compression import matrix_shapes, part_rows, weight_of
+
+ALWAYS = 0.05  # share of the singular values that stay whatever their score
+STEPS = 1000  # of the share of parameters that is searched
+
+
+@dataclass
+class Statistics:
+    """Of one linear map y = W x + b over the tokens: A = E[x xᵀ], G = E[g gᵀ] and the gradients E[g xᵀ], E[g]."""
+
+    inputs: Tensor
+    outputs: Tensor
+    gradient: Tensor
+    bias_gradient: Tensor
+
+    def part(self, rows: Tensor) -> "Statistics":
+        """Those of some rows of W."""
+        return Statistics(self.inputs, self.outputs[rows][:, rows], self.gradient[rows], self.bias_gradient[rows])
+
+
+def statistics(
+    model: PreTrainedModel, names: list[str], blocks: Tensor, batch_blocks: int = 4
+) -> dict[str, Statistics]:
+    """Statistics of some linear maps, by their names in the model, over blocks (N, T), from one backward pass each.
+
+    g is the gradient of the sum of the token losses, so that the means over tokens have one scale.
+    """
+    sums: dict[str, list[Tensor]] = {}
+    inputs: dict[str, Tensor] = {}
+    count = blocks.shape[0] * (blocks.shape[1] - 1)
+
+    def before(name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs[name] = args[0].detach().flatten(0, -2).float()
+
+        return keep
+
+    def after(name: str) -> Callable[..., None]:
+        def add(module: nn.Module, into: object, out: tuple[Tensor, ...]) -> None:
+            x, g = inputs.pop(name), out[0].flatten(0, -2).float()
+            made = [x.T @ x, g.T @ g, g.T @ x, g.sum(0)]
+            sums[name] = made if name not in sums else [a + b for a, b in zip(sums[name], made, strict=True)]
+
+        return add
+
+    modules = {name: model.get_submodule(name) for name in names}
+    handles = [module.register_forward_pre_hook(before(name)) for name, module in modules.items()]
+    handles += [module.register_full_backward_hook(after(name)) for name, module in modules.items()]
+    with hooked(*handles):
+        for batch in blocks.split(batch_blocks):
+            ids = batch.to(model.device).long()
+            embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)
+            logits = model(inputs_embeds=embedded, use_cache=False).logits[:, :-1].float()
+            nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
+    return {name: Statistics(*(total / count for total in totals)) for name, totals in sums.items()}
+
+
+def component_scores(factors: Factors, found: Statistics, weight: float) -> Tensor:
+    """Cost of removing each singular component, from factors left (out, k) and right (k, in) of W: (k,)."""
+    left, right = factors
+    curvature = (found.outputs @ left).abs().sum(0) * (right @ found.inputs).abs().sum(1)
+    return curvature + weight * torch.einsum("ok,oi,ki->k", left, found.gradient, right)
+
+
+def channel_scores(
+    into: list[tuple[Tensor, Tensor | None, Statistics]], out: tuple[Tensor, Statistics], weight: float
+) -> Tensor:
+    """Cost of removing each feed-forward channel: (f,). `into` are matrices (f, D), biases (f,); `out` is (D, f)."""
+    total = torch.zeros(len(into[0][0]), device=into[0][0].device)
+    for matrix, bias, found in into:
+        total += found.outputs.abs().sum(0) * (matrix @ found.inputs).abs().sum(1)
+        total += weight * (found.gradient * matrix).sum(1)
+        if bias is not None:
+            total += weight * found.bias_gradient * bias
+    matrix, found = out
+    total += (found.outputs @ matrix).abs().sum(0) * found.inputs.abs().sum(0)
+    return total + weight * (found.gradient * matrix).sum(0)
+
+
+def in_order(scores: Tensor) -> Tensor:
+    """Components from the one that stays longest: the largest singular values, then by falling score."""
+    first = max(1, -(-len(scores) * int(ALWAYS * 100) // 100))
+    return torch.cat([torch.arange(first), first + scores[first:].cpu().argsort(descending=True, stable=True)])
+
+
+def plan(owner: Owner) -> Plan:
+    """Adapter layers at the ends; of every matrix between the largest share of its parameters that fits the budget."""
+    total = owner.model.config.num_hidden_layers
+    kinds = choose_layers([0.0] * total, adapter_layers=owner.params.adapter_layers, alpha=0.0, placement="ends")
+    middle = [i for i, kind in enumerate(kinds) if kind != "adapter"]
+    names = family(owner.model.config)
+
+    def keeping(size: int) -> Plan:
+        share, cuts = size / STEPS, {}
+        for i in middle:
+            shapes = matrix_shapes(owner.model, i)
+            channels = len(weight_of(decoder_layers(owner.model)[i].get_submodule(names.feed_forward_in[0]))[0])
+            cuts[i] = Cut(
+                ranks={
+                    name: tuple(max(1, int(share * out * into / (out + into))) for out, into in each)
+                    for name, each in shapes.items()
+                },
+                channels=max(1, round(share * channels)),
+            )
+        return owner.plan(kinds, cuts=cuts)
+
+    return keeping(largest(owner, range(1, STEPS + 1), keeping))
+
+
+def make(owner: Owner) -> Plan:
+    """Turn the model into the emulator."""
+    model, settings, made = owner.model, owner.params.gradot, plan(owner)
+    config, names = model.config, family(model.config)
+    prefix = {i: f"{names.layers}.{i}." for i in made.cuts}
+    maps = [projection_name(config, i, name) for i in made.cuts for name in names.projections]
+    maps += [f"{prefix[i]}{name}" for i in made.cuts for name in (*names.feed_forward_in, names.feed_forward_out)]
+    found = statistics(model, maps, owner.blocks[: settings.calibration_blocks])
+
+    def factors(name: str, part: int, weight: Tensor) -> Factors:
+        left, right = decompose(weight)
+        fused = names.projections[name.rpartition(".")[2]]
+        rows = part_rows(len(weight) * fused, fused, fused_runs(config))[part].to(weight.device)
+        scores = component_scores((left, right), found[name].part(rows), settings.lambda_attention)
+        order = in_order(scores).to(weight.device)
+        return left[:, order], right[order]
+
+    channels = {}
+    for i, cut in made.cuts.items():
+
+        def map_of(name: str, i: int = i) -> tuple[Tensor, Tensor | None, Statistics]:
+            weight, bias = weight_of(model.get_submodule(f"{prefix[i]}{name}"))
+            return weight.float(), None if bias is None else bias.float(), found[f"{prefix[i]}{name}"]
+
+        out, _, after = map_of(names.feed_forward_out)
+        into = [map_of(name) for name in names.feed_forward_in]
+        scores = channel_scores(into, (out, after), settings.lambda_feed_forward)
+        channels[i] = scores.cpu().argsort(descending=True, stable=True)[: cut.channels].sort().values
+    emulator.build(model, made, factors, channels=channels)
+    return made
