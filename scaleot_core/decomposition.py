@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from scaleot_core.families import projections
 from scaleot_core.files import fingerprint, read_tensors, tensor_hash, write_tensors
-from scaleot_core.models import hooked
+from scaleot_core.models import hooked, run_stack
 
 DAMPING = 1e-4  # of the mean input variance, added to each direction: a covariance of few tokens is singular
 
@@ -79,7 +79,7 @@ def input_covariances(model: PreTrainedModel, blocks: Tensor, batch_blocks: int 
     hooks = [module.register_forward_pre_hook(accumulate(name)) for name, module in projections(model).items()]
     with hooked(*hooks):
         for batch in blocks.split(batch_blocks):
-            model.base_model(input_ids=batch.to(model.device).long(), use_cache=False)
+            run_stack(model, batch)
     return {name: total.float() for name, total in sums.items()}
 
 

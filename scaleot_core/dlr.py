@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from scaleot_core.errors import UserError
 from scaleot_core.harmonizer import Harmonizers
-from scaleot_core.models import block_loss, check_layers, hooked, mean_loss, replaced
+from scaleot_core.models import block_loss, check_layers, hooked, mean_loss, replaced, run_stack
 from scaleot_core.params import Dlr
 from scaleot_core.runtime import generator, keep_freed_memory
 from scaleot_core.training import Checkpoint, Optimizer, run_steps, warmup_then_linear
@@ -154,7 +154,7 @@ def train(
         whole = None
         if dlr.hidden_weight:
             with torch.no_grad():
-                whole = model.base_model(input_ids=sampled.to(model.device).long(), use_cache=False).last_hidden_state
+                whole = run_stack(model, sampled)
         with replaced(model, network(kept)):
             loss = network_loss(model, sampled, hidden_weight=dlr.hidden_weight, whole=whole)
             loss.backward()

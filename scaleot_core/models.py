@@ -133,6 +133,12 @@ def replaced(model: PreTrainedModel, stand_ins: dict[int, nn.Module]) -> Iterato
             layers[i] = original
 
 
+def run_stack(model: PreTrainedModel, blocks: Tensor) -> Tensor:
+    """The last hidden states (B, T, D) of blocks (B, T), without the head and without a key-value cache."""
+    output: Tensor = model.base_model(input_ids=blocks.to(model.device).long(), use_cache=False).last_hidden_state
+    return output
+
+
 def block_loss(model: PreTrainedModel, blocks: Tensor) -> Tensor:
     """Mean next-token cross-entropy (nats) of blocks (B, T), without a key-value cache."""
     blocks = blocks.to(model.device).long()
@@ -167,7 +173,7 @@ def hidden_states(model: PreTrainedModel, blocks: Tensor, batch_blocks: int = 8)
     hooks.append(layers[-1].register_forward_hook(lambda module, args, out: kept[-1].append(out.flatten(0, 1))))
     with hooked(*hooks):
         for batch in blocks.split(batch_blocks):
-            model.base_model(input_ids=batch.to(model.device).long(), use_cache=False)
+            run_stack(model, batch)
     return [torch.cat(parts) for parts in kept]
 
 

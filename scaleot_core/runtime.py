@@ -11,12 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from scaleot_core.errors import UserError
+from scaleot_core.families import family
 from scaleot_core.files import write_json
 from scaleot_core.params import Params
 from scaleot_core.progress import say
@@ -79,16 +82,29 @@ def generator(seed: int, *names: str | int, device: torch.device | str = "cpu") 
 
 
 class Meter:
-    """Wall-clock seconds and peak memory (MiB, of the process and of the GPU) since it was made."""
+    """Wall-clock seconds and peak memory (MiB, of the process and of the GPU) since it was made, and counted tokens."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.start = time.perf_counter()
+        self.tokens = 0
         self.gpu = runtime.device.type == "cuda"
         if self.gpu:
             torch.cuda.reset_peak_memory_stats()
 
+    def count(self, model: PreTrainedModel) -> None:
+        """Count from here on the tokens that go through a model's forward pass, padding among them."""
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+            inputs = (*args, options.get("input_ids"), options.get("inputs_embeds"))
+            given = next(tensor for tensor in inputs if tensor is not None)
+            self.tokens += given.shape[0] * given.shape[1]
+
+        stack = model.get_submodule(family(model.config).layers.rpartition(".")[0])
+        stack.register_forward_pre_hook(hook, with_kwargs=True)
+
     def read(self) -> dict[str, float]:
         measured: dict[str, float] = {
+            "tokens": self.tokens,
             "seconds": round(time.perf_counter() - self.start, 1),
             "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         }
@@ -98,10 +114,10 @@ class Meter:
 
 
 @contextmanager
-def cost(path: Path, runtime: Runtime) -> Iterator[None]:
+def cost(path: Path, runtime: Runtime) -> Iterator[Meter]:
     """Write what the block cost to `path`, once it ended well."""
     meter = Meter(runtime)
-    yield
+    yield meter
     write_json(path, meter.read())
 
 

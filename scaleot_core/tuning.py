@@ -15,6 +15,7 @@ from scaleot_core import privacy
 from scaleot_core.errors import UserError
 from scaleot_core.examples import IGNORED, Example, collate
 from scaleot_core.files import once, read_tensors, write_tensors
+from scaleot_core.models import run_stack
 from scaleot_core.params import OffsiteTuning, Tuning
 from scaleot_core.progress import say
 from scaleot_core.runtime import generator
@@ -25,7 +26,7 @@ BUCKET = 16  # batches whose questions are sorted by length together, so that li
 
 def answer_loss(model: PreTrainedModel, inputs: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy (nats) over the answer tokens; the head is computed only where there is one."""
-    hidden = model.base_model(input_ids=inputs, use_cache=False).last_hidden_state  # (B, T, D)
+    hidden = run_stack(model, inputs)  # (B, T, D)
     wanted = targets != IGNORED
     logits = model.get_output_embeddings()(hidden[wanted]).float()
     return nn.functional.cross_entropy(logits, targets[wanted])

@@ -25,8 +25,9 @@ def main() -> None:
     runtime = setup(params, "compress")
     key = fingerprint(params.model_dump(), MODEL, CORPUS, HARMONIZERS)
     checkpoint = Checkpoint(scratch(f"compress-{key}"), params.checkpoint_seconds)
-    with cost(Path("costs/compress.json"), runtime):
+    with cost(Path("costs/compress.json"), runtime) as meter:
         model = load_model(MODEL, device=runtime.device, dtype=runtime.dtype)
+        meter.count(model)
         blocks = read_tensors(CORPUS)["blocks"]
         owner = Owner(model, blocks, params, HARMONIZERS, scratch("decompositions"), checkpoint)
         private = {"scores": owner.scores(), "params": params.model_dump(include=emulator.DECIDED_BY)}

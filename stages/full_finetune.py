@@ -24,8 +24,9 @@ def main() -> None:
         params.full_finetune.model_dump(), params.data.block_size, params.seed, params.dtype, MODEL, folder
     )
     checkpoint = Checkpoint(scratch(f"full_finetune-{task}-{key}"), params.checkpoint_seconds)
-    with cost(Path(f"costs/full_finetune-{task}.json"), runtime):
+    with cost(Path(f"costs/full_finetune-{task}.json"), runtime) as meter:
         model, tokenizer = load_model(MODEL, device=runtime.device, dtype=runtime.dtype), load_tokenizer(MODEL)
+        meter.count(model)
         size, rows = params.data.block_size, read_jsonl(folder / "train.jsonl")
         data = examples.from_task(model, tokenizer, task, rows, block_size=size)
         label, settings = f"full_finetune@{task}", params.full_finetune

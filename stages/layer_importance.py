@@ -22,8 +22,9 @@ def main() -> None:
     runtime = setup(params, "layer_importance")
     key = fingerprint(settings.model_dump(), params.harmonizer.model_dump(), params.seed, params.dtype, MODEL, CORPUS)
     checkpoint = Checkpoint(scratch(f"layer_importance-{key}"), params.checkpoint_seconds)
-    with cost(Path("costs/layer_importance.json"), runtime):
+    with cost(Path("costs/layer_importance.json"), runtime) as meter:
         model = load_model(MODEL, device=runtime.device, dtype=runtime.dtype)
+        meter.count(model)
         blocks = read_tensors(CORPUS / "train.safetensors")["blocks"]
         harmonizers = importance.new_harmonizers(model, params.harmonizer, params.seed)
         history = importance.fit_locally(

@@ -25,8 +25,9 @@ def main() -> None:
     runtime = setup(params, f"offsite_tune@{task}")
     key = fingerprint(params.tuning.model_dump(), params.data.block_size, params.seed, params.dtype, EMULATOR, private)
     checkpoint = Checkpoint(scratch(f"offsite_tune-{task}-{key}"), params.checkpoint_seconds)
-    with cost(Path(f"costs/offsite_tune-{task}.json"), runtime):
+    with cost(Path(f"costs/offsite_tune-{task}.json"), runtime) as meter:
         model, plan = emulator.load(EMULATOR, device=runtime.device)
+        meter.count(model)
         size, rows = params.data.block_size, read_jsonl(private)
         data = examples.from_task(model, load_tokenizer(EMULATOR), task, rows, block_size=size)
         parameters = adapter.trainable(model, plan, params.tuning, params.seed)

@@ -26,8 +26,9 @@ def main() -> None:
     settings = params.dlr.model_dump(exclude={"after_src"})
     key = fingerprint(settings, form.model_dump(), params.seed, params.dtype, MODEL, CORPUS, PRIOR)
     checkpoint = Checkpoint(scratch(f"train_harmonizers-{key}"), params.checkpoint_seconds)
-    with cost(Path("costs/train_harmonizers.json"), runtime):
+    with cost(Path("costs/train_harmonizers.json"), runtime) as meter:
         model = load_model(MODEL, device=runtime.device, dtype=runtime.dtype)
+        meter.count(model)
         harmonizers = importance.new_harmonizers(model, form, params.seed)
         prior = torch.zeros(len(harmonizers))
         if params.dlr.init == "prior":

@@ -16,9 +16,10 @@ def main() -> None:
     params = load_params()
     task = named_task(params)
     runtime = setup(params, f"zero_shot@{task}")
-    with cost(Path(f"costs/zero_shot-{task}.json"), runtime):
+    with cost(Path(f"costs/zero_shot-{task}.json"), runtime) as meter:
         questions = {task: read_jsonl(Path("artifacts/tasks") / task / "eval.jsonl")}
         model = load_model(MODEL, device=runtime.device, dtype=runtime.dtype)
+        meter.count(model)
         size = params.evaluate.batch_size
         results = evaluate(model, load_tokenizer(MODEL), questions, batch_size=size, label="zero_shot")
         write_json(Path(f"artifacts/baselines/zero_shot-{task}.json"), results[task])

@@ -150,20 +150,20 @@ def test_distillation_moves_the_kept_layers_alone_and_towards_the_model(owner, b
     moved = {name for name, p in done.model.named_parameters() if not torch.equal(p, start.model.get_parameter(name))}
     assert moved and moved <= layer_parameters(done.model, plan, "compressed").keys()
     real = tiny_model("llama", num_hidden_layers=LAYERS)
-    after = LAYERS - 1
-    teacher = distilled._forward(real, blocks, after)[1]
-    before, now = (distilled.loss(who.model, blocks, teacher, after, 30.0).item() for who in (start, done))
+    middle = LAYERS - 2
+    teacher = distilled._forward(real, blocks, middle)[1]
+    before, now = (distilled.loss(who.model, blocks, teacher, middle, 30.0).item() for who in (start, done))
     assert now < 0.9 * before
 
 
 def test_distillation_loss_is_the_sources(owner, blocks):
     who = owner(method="uniform")
     METHODS["uniform"](who)
-    real, after = tiny_model("llama", num_hidden_layers=LAYERS), LAYERS - 1
-    teacher, student = (distilled._forward(m, blocks, after)[1] for m in (real, who.model))
+    real, middle = tiny_model("llama", num_hidden_layers=LAYERS), LAYERS - 2
+    teacher, student = (distilled._forward(m, blocks, middle)[1] for m in (real, who.model))
     rms = teacher.pow(2).mean().sqrt()
     expected = block_loss(who.model, blocks) + 30 * ((teacher - student) / rms).pow(2).mean()
-    assert distilled.loss(who.model, blocks, teacher, after, 30.0).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert distilled.loss(who.model, blocks, teacher, middle, 30.0).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 # --- CRaSh -----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from scaleot_core.ending import ends_in_one_line
 from scaleot_core.errors import UserError
 from scaleot_core.files import read_json
 from scaleot_core.params import Params
-from scaleot_core.runtime import DTYPES, Runtime, cost, generator, setup
+from scaleot_core.runtime import DTYPES, Meter, Runtime, cost, generator, setup
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 
@@ -109,8 +109,17 @@ def test_cost_is_written_once_the_work_ended_well(tmp_path, monkeypatch):
     with cost(tmp_path / "costs" / "here.json", CPU):
         assert not (tmp_path / "costs").exists()
     found = read_json(tmp_path / "costs" / "here.json")
-    assert found.keys() == {"seconds", "peak_memory_mib"}
+    assert found.keys() == {"tokens", "seconds", "peak_memory_mib"} and found["tokens"] == 0
     assert found["seconds"] == 2.3 and 50 < found["peak_memory_mib"] < 100_000
+
+
+def test_tokens_through_the_model_are_counted(model):
+    meter = Meter(CPU)
+    meter.count(model)
+    model(input_ids=torch.ones(2, 5, dtype=torch.long))
+    model.base_model(input_ids=torch.ones(3, 4, dtype=torch.long))
+    model(inputs_embeds=model.get_input_embeddings()(torch.ones(1, 7, dtype=torch.long)))
+    assert meter.read()["tokens"] == 2 * 5 + 3 * 4 + 7
 
 
 def test_work_that_failed_has_no_cost(tmp_path):

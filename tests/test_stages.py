@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import chdir, redirect_stderr
 from io import StringIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ from test_evaluation import PAGES
 from test_tasks import GSM8K
 from transformers import PreTrainedTokenizerFast
 
+from scaleot_core.emulator import Kind
 from scaleot_core.files import read_tensors
 
 OUTPUTS = {
@@ -317,6 +318,32 @@ def test_harmonizers_tuned_along_stay_beside_the_adapter(made: Path, owners: Pat
     assert adapter.keys() == read_tensors(made / OUTPUTS["offsite_tune"] / "adapter/adapter.safetensors").keys()
     shipped = read_tensors(owners / "artifacts/emulator/harmonizer.safetensors")
     assert along.keys() == shipped.keys() and any((along[name] != shipped[name]).any() for name in along)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "uniform"},
+        {"method": "distilled", "distill": {"steps": 5}},
+        {"method": "crash"},
+        {"method": "gradot", "gradot": {"calibration_blocks": 4}},
+        {"method": "scaleot", "budget": 0.9},
+        {"tuning": {"method": "lora", "epochs": 1}},
+        {"tuning": {"epsilon": 8.0, "delta": 0.01, "epochs": 1}},
+    ],
+    ids=str,
+)
+def test_every_way_goes_through_the_rest_of_the_pipeline(made: Path, project: Path, changes: dict[str, Any]) -> None:
+    change(project, **{"tuning": {"epochs": 1}, **changes})
+    succeed(project, "zero_shot", "full_finetune", "compress", "offsite_tune", "evaluate")
+    metrics = json.loads((project / "metrics.json").read_text())
+    measured, emulator = metrics["tasks"]["piqa"], metrics["emulator"]
+    assert all(math.isfinite(measured[name]["answer_nll"]) for name in ("emulator_zero_shot", "plug_in"))
+    assert sum(emulator[f"{kind}_layers"] for kind in get_args(Kind)) == 4 and emulator["adapter_layers"] == 1
+    assert metrics["cost"]["offsite_tune-piqa"]["tokens"] > 1000
+    size = sum(file.stat().st_size for file in (made / OUTPUTS["compress"]).glob("*.safetensors"))
+    if changes.get("method", "scaleot") != "scaleot":
+        assert emulator["bytes"] <= size + 10_000  # of headers
 
 
 @pytest.mark.parametrize("arguments", [[], ["other"], ["piqa", "piqa"]], ids=["none", "unknown", "two"])

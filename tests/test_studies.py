@@ -165,6 +165,76 @@ def test_sweep_is_drawn_and_no_setting_runs_twice(tmp_path: Path) -> None:
     assert (tmp_path / "dial.png").read_bytes().startswith(b"\x89PNG")
 
 
+# --- methods against each other --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compare_study() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "studies/compare.py"))
+
+
+def measured_by(gap: float, recovery: float | None, tokens: int = 7) -> dict[str, Any]:
+    """metrics.json of a run, with the figures that matter; each stage costs 1 s more than the one before."""
+    figures = {"acc": 0.5, "answer_nll": 3.0}
+    task = {name: figures for name in MEASUREMENTS} | {
+        "gap": {"acc": gap, "answer_nll": gap},
+        "recovery": {"acc": recovery, "answer_nll": recovery},
+    }
+    cost = {
+        stage: {"tokens": tokens, "seconds": float(i), "peak_memory_mib": 100 * i}
+        for i, stage in enumerate(("layer_importance", "train_harmonizers", "compress"), start=1)
+    }
+    return {
+        "tasks": {"a": task, "b": task},
+        "emulator": {"share_of_model": 0.7},
+        "corpus_perplexity": {"emulator": 90.0},
+        "cost": cost,
+    }
+
+
+def test_comparison_has_means_errors_costs_and_the_best(compare_study: dict[str, Any]) -> None:
+    runs = {
+        "uniform": [measured_by(0.1, 0.5), measured_by(0.2, 0.7)],
+        "scaleot": [measured_by(0.3, 0.5), measured_by(0.3, None)],
+    }
+    rows = compare_study["rows_of"](runs)
+    assert rows["uniform"]["gap acc"] == pytest.approx((0.15, 0.05)) and rows["scaleot"]["gap acc"] == (0.3, 0.0)
+    assert rows["scaleot"]["recovery acc"] is None  # full fine-tuning gained nothing with one seed
+    assert (rows["uniform"]["seconds"][0], rows["scaleot"]["seconds"][0]) == (3.0, 6.0)
+    assert (rows["uniform"]["tokens"][0], rows["scaleot"]["tokens"][0]) == (7, 21)
+    assert rows["scaleot"]["MiB"][0] == 300
+    best = compare_study["best"]
+    assert best(rows, "gap acc") == "scaleot" and best(rows, "seconds") == "uniform"
+    assert best(rows, "recovery acc") == "uniform" and best(rows, "share of bytes") is None
+
+
+def test_comparison_runs_all_methods_with_all_seeds_and_writes_its_table(
+    compare_study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[dict[str, Any]] = []
+    around = compare_study["main"].__globals__
+    monkeypatch.setitem(around, "run", lambda name, changes: made.append(changes) or {"rev": name})
+    monkeypatch.setitem(around, "read_metrics", lambda row: measured_by(0.1, 0.5))
+    monkeypatch.setattr("sys.argv", ["compare.py", "data.eval_questions=20"])
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/results.md").write_text("before\n<!-- compare -->\nold\n<!-- end of compare -->\nafter\n")
+    compare_study["main"]()
+    log = (tmp_path / "docs/results.md").read_text()
+    assert log.startswith("before\n<!-- compare -->\n| means of piqa") and log.endswith(
+        "<!-- end of compare -->\nafter\n"
+    )
+    assert "old" not in log and "| gap acc | **0.100 ± 0.000** |" in log
+    assert {(c["method"], c["seed"]) for c in made} == {
+        (m, s) for m in ("uniform", "distilled", "crash", "gradot", "scaleot") for s in (0, 1, 2)
+    }
+    assert all(c["data.eval_questions"] == 20 and c["tuning.lr"] == [1e-4, 3e-4] for c in made)
+    (tmp_path / "docs/results.md").write_text("no marks")
+    with pytest.raises(UserError, match="marks"):
+        compare_study["write_log"]({}, "x")
+
+
 # --- presets and the table -------------------------------------------------------------------------------
 
 

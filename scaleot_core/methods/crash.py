@@ -20,7 +20,7 @@ from scaleot_core.decomposition import plain
 from scaleot_core.emulator import Kind, Plan
 from scaleot_core.families import decoder_layers
 from scaleot_core.methods.budget import Owner, largest
-from scaleot_core.models import hooked
+from scaleot_core.models import hooked, run_stack
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def representations(model: PreTrainedModel, blocks: Tensor, batch_blocks: int = 
 
     with hooked(*(layer.register_forward_hook(keep(i)) for i, layer in enumerate(layers))):
         for batch in blocks.split(batch_blocks):
-            model.base_model(input_ids=batch.to(model.device).long(), use_cache=False)
+            run_stack(model, batch)
     return [torch.cat(parts) for parts in kept]
 
 

@@ -19,23 +19,23 @@ from scaleot_core.emulator import Plan
 from scaleot_core.families import decoder_layers
 from scaleot_core.methods import uniform
 from scaleot_core.methods.budget import Owner
-from scaleot_core.models import hooked, replaced
+from scaleot_core.models import hooked, replaced, run_stack
 from scaleot_core.runtime import generator, keep_freed_memory
 from scaleot_core.training import Optimizer, run_steps, warmup_then_linear
 
 
-def _forward(model: PreTrainedModel, blocks: Tensor, after: int) -> tuple[Tensor, Tensor]:
-    """Last hidden states, and those that enter decoder layer `after`, both (B, T, D)."""
-    entered: list[Tensor] = []
-    layer = decoder_layers(model)[after]
-    with hooked(layer.register_forward_pre_hook(lambda module, args: entered.append(args[0]))):
-        last = model.base_model(input_ids=blocks.to(model.device).long(), use_cache=False).last_hidden_state
-    return last, entered[0]
+def _forward(model: PreTrainedModel, blocks: Tensor, middle: int) -> tuple[Tensor, Tensor]:
+    """Last hidden states, and those that leave decoder layer `middle`, both (B, T, D)."""
+    left: list[Tensor] = []
+    layer = decoder_layers(model)[middle]
+    with hooked(layer.register_forward_hook(lambda module, args, out: left.append(out))):
+        last = run_stack(model, blocks)
+    return last, left[0]
 
 
-def loss(model: PreTrainedModel, blocks: Tensor, teacher: Tensor, after: int, weight: float) -> Tensor:
-    """Cross-entropy (nats) + weight · the normalised error against the teacher's states (B, T, D) before `after`."""
-    last, student = _forward(model, blocks, after)
+def loss(model: PreTrainedModel, blocks: Tensor, teacher: Tensor, middle: int, weight: float) -> Tensor:
+    """Cross-entropy (nats) + weight · the normalised error against the teacher's states (B, T, D) after a layer."""
+    last, student = _forward(model, blocks, middle)
     logits = model.get_output_embeddings()(last[:, :-1]).float()
     targets = blocks[:, 1:].to(model.device).long()
     entropy = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -59,13 +59,13 @@ def make(owner: Owner) -> Plan:
     for parameter in trained.values():
         parameter.requires_grad_(True)
     optimizer = Optimizer(trained)
-    after = max(originals) + 1
+    middle = max(originals)
 
     def step(i: int) -> dict[str, Any]:
         at = torch.randint(len(owner.blocks), (distill.batch_blocks,), generator=generator(seed, "distill", i))
         with torch.no_grad(), replaced(model, originals):
-            teacher = _forward(model, owner.blocks[at], after)[1]
-        value = loss(model, owner.blocks[at], teacher, after, distill.hidden_weight)
+            teacher = _forward(model, owner.blocks[at], middle)[1]
+        value = loss(model, owner.blocks[at], teacher, middle, distill.hidden_weight)
         value.backward()
         optimizer.step(distill.lr * warmup_then_linear(i, distill.steps, 0.1))
         return {"loss": value.item(), "tokens": at.numel() * owner.blocks.shape[1]}

@@ -1,0 +1,146 @@
+"""Compare: all methods on the same model, tasks, seeds, bytes and tuning, as DVC experiments; a table.
+
+Utility is what the plug-in has, privacy what the tuned emulator lacks of it; cost is what preparing the emulator took:
+for ScaleOT layer importance, DLR and compression, for the others compression. Experiments that are there already, of
+this commit, are not run again, so that a stopped comparison goes on. `make compare` runs it; on a GPU
+`make compare SET="data.train_questions=4000"` runs it larger.
+"""
+
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.table import Table
+
+from scaleot_core.ending import ends_in_one_line
+from scaleot_core.errors import UserError
+from scaleot_core.experiments import experiment_name, read_metrics, run
+from scaleot_core.files import whole_file
+from scaleot_core.params import changed, load_params
+from scaleot_core.progress import console
+from scaleot_core.report import write_csv
+
+SETTINGS = Path(__file__).with_suffix(".yaml")
+OUT, LOG = Path("docs/studies/compare.csv"), Path("docs/results.md")
+BEGIN, END = "<!-- compare -->\n", "<!-- end of compare -->\n"
+PREPARED = {"scaleot": ("layer_importance", "train_harmonizers", "compress")}  # the others: compress alone
+
+Figures = Callable[[dict[str, Any], str], float | None]
+
+
+def over_tasks(*path: str) -> Figures:
+    """The mean over tasks of a figure in metrics.json, None where a task has none."""
+
+    def mean(metrics: dict[str, Any], method: str) -> float | None:
+        values = [measured[path[0]][path[1]] for measured in metrics["tasks"].values()]
+        return None if None in values else statistics.fmean(values)
+
+    return mean
+
+
+def prepared(figure: str, total: Callable[..., float] = sum) -> Figures:
+    """What preparing the emulator cost, over its stages."""
+    return lambda metrics, method: total(
+        metrics["cost"][stage][figure] for stage in PREPARED.get(method, ("compress",))
+    )
+
+
+# Columns: where a figure comes from, and whether more of it is better; None for what isn't a race.
+COLUMNS: dict[str, tuple[Figures, bool | None]] = {
+    "recovery acc": (over_tasks("recovery", "acc"), True),
+    "recovery nll": (over_tasks("recovery", "answer_nll"), True),
+    "plug-in acc": (over_tasks("plug_in", "acc"), True),
+    "plug-in nll": (over_tasks("plug_in", "answer_nll"), False),
+    "emulator acc": (over_tasks("emulator_zero_shot", "acc"), False),
+    "tuned emulator acc": (over_tasks("emulator_finetune", "acc"), False),
+    "tuned emulator nll": (over_tasks("emulator_finetune", "answer_nll"), True),
+    "gap acc": (over_tasks("gap", "acc"), True),
+    "gap nll": (over_tasks("gap", "answer_nll"), True),
+    "share of bytes": (lambda metrics, method: metrics["emulator"]["share_of_model"], None),
+    "perplexity": (lambda metrics, method: metrics["corpus_perplexity"]["emulator"], None),
+    "tokens": (prepared("tokens"), False),
+    "seconds": (prepared("seconds"), False),
+    "MiB": (prepared("peak_memory_mib", max), False),
+}
+
+
+def summary(values: list[float | None]) -> tuple[float, float] | None:
+    """Mean and its standard error over seeds; None where a seed has no figure."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return None
+    return statistics.fmean(known), statistics.stdev(known) / len(known) ** 0.5 if len(known) > 1 else 0.0
+
+
+def rows_of(found: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, tuple[float, float] | None]]:
+    """Every method's columns from its runs' metrics."""
+    return {
+        method: {name: summary([figure(run, method) for run in runs]) for name, (figure, _) in COLUMNS.items()}
+        for method, runs in found.items()
+    }
+
+
+def best(rows: dict[str, dict[str, tuple[float, float] | None]], column: str) -> str | None:
+    """The method that wins a column."""
+    more, means = COLUMNS[column][1], {m: cells[column] for m, cells in rows.items()}
+    known = {method: cell[0] for method, cell in means.items() if cell is not None}
+    if more is None or not known:
+        return None
+    return (max if more else min)(known, key=known.__getitem__)
+
+
+def shown(cell: tuple[float, float] | None) -> str:
+    """A cell for a person."""
+    if cell is None:
+        return "–"
+    mean, error = cell
+    if mean >= 100:
+        return f"{mean:,.0f} ± {error:,.0f}"
+    return f"{mean:.3f} ± {error:.3f}" if mean < 3 else f"{mean:.2f} ± {error:.2f}"
+
+
+def write_log(rows: dict[str, dict[str, tuple[float, float] | None]], about: str) -> None:
+    """Put the table between the two marks in the results log."""
+    lines = [f"| {about} | {' | '.join(rows)} |", "| --- |" + " --- |" * len(rows)]
+    for column in COLUMNS:
+        winner = best(rows, column)
+        cells = [f"**{shown(cells[column])}**" if m == winner else shown(cells[column]) for m, cells in rows.items()]
+        lines.append(f"| {column} | {' | '.join(cells)} |")
+    text = LOG.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise UserError(
+            f"{LOG}: the marks {BEGIN.strip()} and {END.strip()} are missing; put them where the table goes"
+        )
+    text = text.partition(BEGIN)[0] + BEGIN + "\n".join(lines) + "\n" + END + text.partition(END)[2]
+    with whole_file(LOG) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    settings = yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
+    changes = {**settings["changes"], **{k: yaml.safe_load(v) for k, _, v in (s.partition("=") for s in sys.argv[1:])}}
+    changed(load_params(), changes)  # a mistake is found before the first run
+    found: dict[str, list[dict[str, Any]]] = {method: [] for method in settings["methods"]}
+    for seed in settings["seeds"]:
+        for method in settings["methods"]:
+            name = experiment_name("compare", method, "seed", seed, *sys.argv[1:])
+            row = run(name, {**changes, "method": method, "seed": seed})
+            found[method].append(read_metrics(row))
+    rows = rows_of(found)
+    header = ["method", *(f"{column}{suffix}" for column in COLUMNS for suffix in ("", " ±"))]
+    write_csv(OUT, header, ([m, *(v for cell in c.values() for v in (cell or ("", "")))] for m, c in rows.items()))
+    about = f"means of {', '.join(changes['tasks'])}; {len(settings['seeds'])} seeds"
+    write_log(rows, about)
+    table = Table("", *rows, title=about)
+    for column in COLUMNS:
+        winner = best(rows, column)
+        cells = (f"[bold]{shown(c[column])}[/]" if m == winner else shown(c[column]) for m, c in rows.items())
+        table.add_row(column, *cells)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    ends_in_one_line(main)
