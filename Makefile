@@ -4,7 +4,7 @@ PRESET ?= nine-tasks
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: help repro test lint check-default studies ablations sweep compare table
+.PHONY: help repro test lint check-default studies ablations sweep compare report table
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -35,6 +35,9 @@ ablations: repro  ## the open questions of the method, one run each; hours
 
 sweep: repro  ## the dial: alpha by beta, a table and a picture; an hour and a half on 2 cores
 	python studies/sweep.py
+
+report: repro  ## report.html: what was measured on one page
+	python studies/report.py
 
 compare: repro  ## all methods on one model, three tasks, three seeds: about four hours on 2 cores
 	python studies/compare.py $(SET)

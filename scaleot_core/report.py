@@ -1,24 +1,17 @@
-"""The five measurements put together: metrics, the table a person reads, plots for DVC, pictures for offline."""
+"""The five measurements put together: gap and recovery, the table a person reads, CSV for DVC's plots."""
 
 import csv
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from scaleot_core.errors import UserError
 from scaleot_core.files import whole_file
 from scaleot_core.progress import console
 
 MEASUREMENTS = ("zero_shot", "full_finetune", "emulator_zero_shot", "emulator_finetune", "plug_in")
-KIND_COLOURS = {
-    "adapter": "#d1495b",
-    "compressed": "#00798c",
-    "harmonizer": "#edae49",
-    "shared": "#9aa5b1",
-    "removed": "#d8d8d8",
-}
 Measured = Mapping[str, Any]
 """Of one task the five measurements, each with its figures, and what they are: `metrics` and `less_is_better`."""
 
@@ -44,7 +37,7 @@ def utility(measured: Measured) -> dict[str, dict[str, float | None]]:
     return found
 
 
-def _shown(measured: Measured) -> list[str]:
+def judged_by(measured: Measured) -> list[str]:
     """The metrics that a task is judged by: its first, and the last, which is the least noisy."""
     return list(dict.fromkeys([measured["metrics"][0], measured["metrics"][-1]]))
 
@@ -52,7 +45,7 @@ def _shown(measured: Measured) -> list[str]:
 def misordered(measured: Measured) -> list[str]:
     """What is not as the method promises, in the metrics that count; an empty list is the promise kept."""
     wrong = []
-    for metric in _shown(measured):
+    for metric in judged_by(measured):
         value = _values(measured, metric)
         for lower in ("zero_shot", "emulator_finetune"):
             if value["plug_in"] <= value[lower]:
@@ -104,6 +97,22 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) 
         writer.writerows(rows)
 
 
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    """Rows of a CSV by its header, numbers as numbers; UserError if it is missing."""
+
+    def value(text: str) -> Any:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+    try:
+        with path.open(newline="") as stream:
+            return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(stream)]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run `dvc repro` to make it") from None
+
+
 def write_curves(folder: Path, histories: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
     """Loss curves as one CSV a stage, `<folder>/<stage>.csv`: step, loss."""
     for stage, history in histories.items():
@@ -114,75 +123,3 @@ def write_layers(path: Path, prior: Sequence[float], scores: Sequence[float], ki
     """Per-layer scores as one CSV: layer, prior, score, kind."""
     rows = zip(range(len(scores)), prior, scores, kinds, strict=True)
     write_csv(path, ["layer", "prior", "score", "kind"], rows)
-
-
-def pyplot() -> Any:
-    """matplotlib's pyplot, drawing to files and in our style."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 120})
-    return plt
-
-
-def draw(folder: Path, metrics: Mapping[str, Any], histories: Mapping[str, Any], layers: Mapping[str, Any]) -> None:
-    """Draw measurements.png, layers.png and curves.png into a folder."""
-    plt = pyplot()
-    _draw_measurements(plt, folder / "measurements.png", metrics["tasks"])
-    _draw_layers(plt, folder / "layers.png", layers)
-    _draw_curves(plt, folder / "curves.png", histories)
-
-
-def save_figure(plt: Any, figure: Any, path: Path) -> None:
-    """Write a figure as PNG, whatever the file's name, and close it."""
-    figure.tight_layout()
-    figure.savefig(path, format="png", metadata={"Software": None})
-    plt.close(figure)
-
-
-def _draw_measurements(plt: Any, path: Path, tasks: Mapping[str, Measured]) -> None:
-    colours = ["#9aa5b1", "#3e4c59", "#edae49", "#e07b39", "#d1495b"]
-    figure, rows = plt.subplots(2, len(tasks), figsize=(4.2 * len(tasks), 6.4), squeeze=False)
-    for column, (task, measured) in enumerate(tasks.items()):
-        for axis in rows[len(_shown(measured)) :, column]:
-            axis.axis("off")
-        for axis, metric in zip(rows[:, column], _shown(measured), strict=False):
-            values = [measured[name][metric] for name in MEASUREMENTS]
-            errors = [measured[name][f"{metric}_stderr"] for name in MEASUREMENTS]
-            axis.bar(range(5), values, yerr=errors, color=colours, capsize=3)
-            low, high = min(values) - 2 * max(errors), max(values) + 2 * max(errors) or 1.0
-            axis.set_ylim(max(0, low - 0.3 * (high - low)), high)
-            axis.set_xticks(range(5), [name.replace("_", "\n") for name in MEASUREMENTS], fontsize=7)
-            better = "less" if metric in measured["less_is_better"] else "more"
-            axis.set_title(f"{task}\n{metric} ({better} is better)", fontsize=9)
-    save_figure(plt, figure, path)
-
-
-def _draw_layers(plt: Any, path: Path, layers: Mapping[str, Any]) -> None:
-    figure, axis = plt.subplots(figsize=(8.4, 3.2))
-    for kind, colour in KIND_COLOURS.items():
-        members = [i for i, k in enumerate(layers["kinds"]) if k == kind]
-        if members:
-            axis.bar(members, [layers["scores"][i] for i in members], color=colour, label=kind)
-    axis.plot(range(len(layers["prior"])), layers["prior"], "k.", markersize=4, label="prior")
-    axis.axhline(0, color="black", linewidth=0.6)
-    axis.set_xlabel("decoder layer")
-    axis.set_ylabel("score")
-    axis.legend(fontsize=8, ncols=4, frameon=False)
-    save_figure(plt, figure, path)
-
-
-def _draw_curves(plt: Any, path: Path, histories: Mapping[str, Any]) -> None:
-    columns = min(3, len(histories))
-    count = math.ceil(len(histories) / columns)
-    figure, axes = plt.subplots(count, columns, figsize=(4 * columns, 2.6 * count), squeeze=False)
-    for axis in axes.flat[len(histories) :]:
-        axis.axis("off")
-    for axis, (stage, history) in zip(axes.flat, histories.items(), strict=False):
-        axis.plot([row["step"] for row in history], [row["loss"] for row in history], linewidth=0.9)
-        axis.set_title(stage, fontsize=9)
-        axis.set_xlabel("step", fontsize=8)
-        axis.set_ylabel("loss", fontsize=8)
-    save_figure(plt, figure, path)

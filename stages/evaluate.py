@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
-from scaleot_core import adapter, emulator, handover, report
+from scaleot_core import adapter, emulator, handover, pictures, report
 from scaleot_core.ending import ends_in_one_line
 from scaleot_core.evaluation import evaluate
 from scaleot_core.files import (
@@ -112,7 +112,9 @@ def main() -> None:
     with whole_folder(Path("plots")) as out:
         report.write_curves(out / "loss", histories)
         report.write_layers(out / "layers.csv", layers["prior"], layers["scores"], layers["kinds"])
-        report.draw(out, metrics, histories, layers)
+        pictures.save_png(pictures.measurements(tasks), out / "measurements.png")
+        pictures.save_png(pictures.layers(layers), out / "layers.png")
+        pictures.save_png(pictures.curves(histories), out / "curves.png")
     write_json(Path("metrics.json"), metrics)
     report.show(metrics)
     shutil.rmtree(done)

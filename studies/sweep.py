@@ -12,12 +12,13 @@ from typing import Any
 
 from rich.table import Table
 
+from scaleot_core import pictures
 from scaleot_core.ending import ends_in_one_line
 from scaleot_core.experiments import Row, experiment_name, run
 from scaleot_core.files import whole_file
 from scaleot_core.params import load_params
 from scaleot_core.progress import console
-from scaleot_core.report import pyplot, save_figure, write_csv
+from scaleot_core.report import write_csv
 
 ALPHAS, BETAS = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.5, 0.8, 0.95)
 OUT = Path("docs/studies")
@@ -59,26 +60,13 @@ def turns(rows: list[dict[str, float]], dial: str, other: str) -> list[str]:
     return found
 
 
-def draw(path: Path, rows: list[dict[str, float]]) -> None:
+def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     """The picture: gap against recovery, in accuracy and in answer nll, one line a β along α."""
-    plt = pyplot()
-    colours = plt.get_cmap("viridis")
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4))
-    for axis, (metric, title) in zip(axes, METRICS.items(), strict=True):
-        for k, beta in enumerate(BETAS):
-            line = [row for row in rows if row["beta"] == beta]
-            x, y = ([row[f"{name} {metric}"] for row in line] for name in ("recovery", "gap"))
-            colour = colours(k / len(BETAS))
-            axis.errorbar(x, y, [row[f"gap {metric} ±"] for row in line], color=colour, marker="o", label=f"β = {beta}")
-            for row, at, height in zip(line, x, y, strict=True):
-                axis.annotate(f"{row['alpha']:g}", (at, height), (3, 4), textcoords="offset points", fontsize=7)
-        axis.axhline(0, color="black", linewidth=0.6)
-        axis.set_xlabel("recovery: how much of full fine-tuning's gain the plug-in has")
-        axis.set_ylabel("gap: plug-in minus tuned emulator")
-        axis.set_title(f"{title}; the number beside a point is α", fontsize=9)
-        axis.legend(fontsize=8, frameon=False)
+    points = [row | {"label": f"{row['alpha']:g}"} for row in rows]
+    lines = {f"β = {beta}": [point for point in points if point["beta"] == beta] for beta in BETAS}
+    titles = {metric: f"{title}; the number beside a point is α" for metric, title in METRICS.items()}
     with whole_file(path) as temporary:
-        save_figure(plt, figure, temporary)
+        pictures.save_png(pictures.frontier(lines, titles), temporary)
 
 
 def main() -> None:

@@ -2,10 +2,7 @@
 
 import csv
 
-import matplotlib.image
-import numpy as np
 import pytest
-from matplotlib.colors import to_rgb
 
 from scaleot_core import report
 
@@ -105,29 +102,3 @@ def test_layers_have_a_row_each_and_must_be_of_one_length(tmp_path):
     with pytest.raises(ValueError):
         report.write_layers(tmp_path / "short.csv", LAYERS["prior"][:2], LAYERS["scores"], LAYERS["kinds"])
     assert not (tmp_path / "short.csv").exists()
-
-
-def share(path, colour) -> float:
-    """How much of a picture is of one colour."""
-    pixels = matplotlib.image.imread(path)[..., :3]
-    return float((np.abs(pixels - to_rgb(colour)).max(-1) < 0.01).mean())
-
-
-def test_pictures_show_what_was_measured(tmp_path):
-    report.draw(
-        tmp_path, {"tasks": {"piqa": GOOD, "text": perplexity([30.0, 20.0, 60.0, 40.0, 25.0])}}, HISTORIES, LAYERS
-    )
-    assert {file.name for file in tmp_path.iterdir()} == {"measurements.png", "layers.png", "curves.png"}
-    for file in tmp_path.iterdir():
-        assert 0.3 < share(file, "white") < 0.99
-    assert share(tmp_path / "measurements.png", "#d1495b") > 0.01  # the plug-in's bars
-    assert all(share(tmp_path / "layers.png", colour) > 0.01 for colour in report.KIND_COLOURS.values())
-    assert share(tmp_path / "curves.png", "C0") > 1e-4
-
-
-def test_pictures_of_the_same_figures_are_the_same_bytes(tmp_path):
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        report.draw(tmp_path / name, {"tasks": {"piqa": GOOD}}, HISTORIES, LAYERS)
-    for file in (tmp_path / "one").iterdir():
-        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()

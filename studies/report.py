@@ -1,0 +1,55 @@
+"""The report: report.html from the last run, and from the sweep and the comparison where they were made.
+
+`make report` runs it. The page opens from the disk, with no network.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from scaleot_core import page
+from scaleot_core.ending import ends_in_one_line
+from scaleot_core.files import read_json
+from scaleot_core.params import load_params
+from scaleot_core.progress import say
+from scaleot_core.report import read_csv
+
+PLOTS, STUDIES, OUT = Path("plots"), Path("docs/studies"), Path("report.html")
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested parameters by names such as `dlr.steps`."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
+def main() -> None:
+    params, metrics = load_params(), read_json(Path("metrics.json"))
+    rows = read_csv(PLOTS / "layers.csv")
+    layers = {
+        name: [row[column] for row in rows]
+        for name, column in (("prior", "prior"), ("scores", "score"), ("kinds", "kind"))
+    }
+    histories = {file.stem: read_csv(file) for file in sorted((PLOTS / "loss").glob("*.csv"))}
+    sweep, compared = (
+        read_csv(STUDIES / name) if (STUDIES / name).exists() else [] for name in ("sweep.csv", "compare.csv")
+    )
+    parts = page.sections(metrics, layers, histories, sweep=sweep, compared=compared)
+    settings = [{"parameter": name, "value": str(value)} for name, value in flat(params.model_dump()).items()]
+    versions = [{"library": name, "version": version} for name, version in metrics["versions"].items()]
+    parts.append(page.Section("Parameters and versions", tables=[page.table(settings), page.table(versions)]))
+    emulator, perplexity = metrics["emulator"], metrics["corpus_perplexity"]
+    summary = {
+        "model": params.model,
+        "method": params.method,
+        "α, β": f"{params.alpha:g}, {params.beta:g}",
+        "emulator": f"{emulator['share_of_model']:.0%} of the model's bytes",
+        "corpus perplexity": f"{perplexity['emulator']:.1f}, the model's {perplexity['model']:.1f}",
+    }
+    page.write(OUT, f"ScaleOT on {', '.join(params.tasks)}", summary, parts)
+    say(f"{OUT}: {OUT.stat().st_size:,} bytes; open it in a browser")
+
+
+if __name__ == "__main__":
+    ends_in_one_line(main)
