@@ -5,13 +5,18 @@ all that the change doesn't touch. One that was stopped is run again; one that i
 """
 
 import json
+import os
 import re
 import subprocess
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from scaleot_core.errors import UserError
-from scaleot_core.progress import say
+from scaleot_core.progress import progress, say
+
+WAITING = {"Queued", "Running"}
+POLL_SECONDS = 10.0
 
 Row = dict[str, Any]
 """Metrics and parameters of one experiment, by names such as `tasks.piqa.gap.acc` and `dlr.steps`."""
@@ -22,14 +27,20 @@ def experiment_name(*parts: object) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", " ".join(map(str, parts))).strip("-")
 
 
-def finished() -> dict[str, Row]:
-    """Experiments of the commit at hand that ended well, by name."""
+def _rows() -> list[Row]:
+    """All experiments of the commit at hand, those that wait, run or failed too."""
     import dvc.api
 
-    unfinished = {"Failed", "Queued", "Running"}
-    return {
-        row["Experiment"]: row for row in dvc.api.exp_show() if row["Experiment"] and row.get("State") not in unfinished
-    }
+    return [row for row in dvc.api.exp_show() if row["Experiment"]]
+
+
+def finished() -> dict[str, Row]:
+    """Experiments of the commit at hand that ended well, by name."""
+    return {row["Experiment"]: row for row in _rows() if row.get("State") not in {"Failed", *WAITING}}
+
+
+def _set(changes: Mapping[str, Any]) -> list[str]:
+    return [f"--set-param={key}={json.dumps(value)}" for key, value in changes.items()]
 
 
 def run(name: str, changes: Mapping[str, Any]) -> Row:
@@ -37,11 +48,57 @@ def run(name: str, changes: Mapping[str, Any]) -> Row:
     found = finished()
     if name not in found:
         say(f"experiment {name}", style="bold")
-        settings = [f"--set-param={key}={json.dumps(value)}" for key, value in changes.items()]
-        if subprocess.run(["dvc", "exp", "run", "--temp", f"--name={name}", *settings]).returncode:
+        if subprocess.run(["dvc", "exp", "run", "--temp", f"--name={name}", *_set(changes)]).returncode:
             raise UserError(f"experiment {name}: it failed; see above, mend it, then run again: what is done is kept")
         found = finished()
     return found[name]
+
+
+def workers() -> int:
+    """How many experiments this machine runs at once: one for every four cores and eight GiB of memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return max(1, min(len(os.sched_getaffinity(0)) // 4, int(memory // 8)))
+
+
+def run_all(wanted: Mapping[str, Mapping[str, Any]], label: str) -> dict[str, Row]:
+    """Rows of many experiments, by name: what isn't there is put into DVC's queue, which as many work off as fit.
+
+    Interrupted, what runs ends and the queue stays: the same command goes on. UserError names one that failed.
+    """
+    done = finished()
+    waiting = {row["Experiment"] for row in _rows() if row.get("State") in WAITING}
+    jobs = workers()
+    shared = {"threads": len(os.sched_getaffinity(0)) // jobs} if jobs > 1 else {}
+    for name in wanted.keys() - done.keys() - waiting:
+        _dvc("exp", "run", "--queue", f"--name={name}", *_set({**wanted[name], **shared}))
+    if wanted.keys() <= done.keys():
+        return {name: done[name] for name in wanted}
+    _dvc("queue", "start", f"--jobs={jobs}")
+    say(f"{label}: {jobs} at once; `dvc queue logs NAME` shows one")
+    try:
+        with progress(label, len(wanted), len(wanted.keys() & done.keys())) as tick:
+            while not wanted.keys() <= done.keys():
+                time.sleep(POLL_SECONDS)
+                now, rows = finished(), _rows()
+                for _ in (now.keys() - done.keys()) & wanted.keys():
+                    tick()
+                done = now
+                pending = {row["Experiment"] for row in rows if row.get("State") in WAITING}
+                if failed := sorted(wanted.keys() - done.keys() - pending):
+                    raise UserError(
+                        f"experiment {failed[0]}: it failed; `dvc queue logs {failed[0]}` says why; mend it, then run "
+                        "again: what is done is kept"
+                    )
+    except KeyboardInterrupt:
+        _dvc("queue", "stop")
+        raise
+    return {name: done[name] for name in wanted}
+
+
+def _dvc(*arguments: str) -> None:
+    done = subprocess.run(["dvc", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"dvc {arguments[0]} {arguments[1]}: {' '.join((done.stdout + done.stderr).split())[-300:]}")
 
 
 def read_metrics(row: Row) -> Any:

@@ -1,7 +1,8 @@
 """Sweep: the dial, α × β, as DVC experiments: what utility and privacy each setting gives, as a table and a picture.
 
-Experiments that are there already, of this commit, are not run again, so that a stopped sweep goes on. `make sweep`
-runs it; what isn't swept is as params.yaml has it.
+The grid goes into DVC's queue, and as many settings run at once as the machine has room for. What is there already, of
+this commit, is not run again, so that a stopped sweep goes on. `make sweep` runs it; what isn't swept is as params.yaml
+has it.
 """
 
 import itertools
@@ -14,7 +15,7 @@ from rich.table import Table
 
 from scaleot_core import pictures
 from scaleot_core.ending import ends_in_one_line
-from scaleot_core.experiments import Row, experiment_name, run
+from scaleot_core.experiments import Row, experiment_name, run_all
 from scaleot_core.files import whole_file
 from scaleot_core.params import load_params
 from scaleot_core.progress import console
@@ -25,10 +26,14 @@ OUT = Path("docs/studies")
 METRICS = {"acc": "accuracy", "answer_nll": "answer nll (nats)"}
 
 
-def point(alpha: float, beta: float) -> Row:
-    """One setting's experiment. With α = 1 no layer is left for β, so that one run serves all."""
-    beta = BETAS[0] if alpha == 1 else beta
-    return run(experiment_name("sweep alpha", alpha, "beta", beta), {"alpha": alpha, "beta": beta})
+def setting(alpha: float, beta: float) -> dict[str, float]:
+    """What one setting changes. With α = 1 no layer is left for β, so that one run serves all."""
+    return {"alpha": alpha, "beta": BETAS[0] if alpha == 1 else beta}
+
+
+def name_of(changes: dict[str, float]) -> str:
+    """The name of a setting's experiment."""
+    return experiment_name("sweep alpha", changes["alpha"], "beta", changes["beta"])
 
 
 def figures(row: Row, tasks: list[str]) -> dict[str, float]:
@@ -71,8 +76,10 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     tasks = load_params().tasks
+    grid = [(alpha, beta) for alpha in ALPHAS for beta in BETAS]
+    found = run_all({name_of(changes): changes for changes in itertools.starmap(setting, grid)}, "sweep")
     rows: list[dict[str, Any]] = [
-        {"alpha": alpha, "beta": beta, **figures(point(alpha, beta), tasks)} for alpha in ALPHAS for beta in BETAS
+        {"alpha": alpha, "beta": beta, **figures(found[name_of(setting(alpha, beta))], tasks)} for alpha, beta in grid
     ]
     write_csv(OUT / "sweep.csv", list(rows[0]), (list(row.values()) for row in rows))
     draw(OUT / "sweep.png", rows)

@@ -302,3 +302,64 @@ def test_experiment_that_fails_is_told_and_is_not_there(sweep: Sweep, monkeypatc
     with pytest.raises(UserError, match="experiment too-much: it failed"):
         experiments.run("too-much", {"adapter_layers": 99})
     assert "too-much" not in experiments.finished()
+
+
+def test_queued_experiments_are_worked_off_and_made_once(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in sweep.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(sweep.folder)
+    monkeypatch.setattr(experiments, "POLL_SECONDS", 1.0)
+    wanted = {"half-of-beta": {"beta": 0.4}, "queued-one": {"alpha": 0.6}, "queued-two": {"alpha": 0.9}}
+    before = (sweep.folder / "params.yaml").read_bytes()
+    rows = experiments.run_all(wanted, "test")
+    assert (sweep.folder / "params.yaml").read_bytes() == before
+    assert [rows[name]["alpha"] for name in wanted] == [0.25, 0.6, 0.9]
+    assert rows["queued-two"]["emulator.bytes"] < rows["half-of-beta"]["emulator.bytes"]
+    monkeypatch.setattr(experiments, "_dvc", lambda *arguments: pytest.fail("it ran again"))
+    assert experiments.run_all(wanted, "test") == rows
+
+
+def test_queued_experiment_that_fails_is_told(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in sweep.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(sweep.folder)
+    monkeypatch.setattr(experiments, "POLL_SECONDS", 1.0)
+    with pytest.raises(UserError, match="experiment much-too-much: it failed; `dvc queue logs much-too-much`"):
+        experiments.run_all({"much-too-much": {"adapter_layers": 99}}, "test")
+    with pytest.raises(UserError, match="dvc exp run"):
+        experiments.run_all({"no such name": {"no-block.no-key": 1}}, "test")
+
+
+def test_two_clones_share_finished_stages_and_experiments(sweep: Sweep, tmp_path: Path) -> None:
+    """Through a remote for DVC and one for git, as the README says; the second clone runs nothing that was run."""
+
+    def call(folder: Path, *command: str) -> str:
+        environment = sweep.environment | {"DVC_SITE_CACHE_DIR": str(tmp_path / "site")}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
+        return done.stdout + done.stderr
+
+    one, two = Path(shutil.copytree(sweep.folder, tmp_path / "one")), tmp_path / "two"
+    call(tmp_path, "git", "init", "--bare", "--quiet", "remote.git")
+    call(one, "git", "checkout", "--quiet", "--force", "HEAD")
+    call(one, "git", "remote", "add", "origin", str(tmp_path / "remote.git"))
+    call(one, "dvc", "remote", "add", "--default", "shared", str(tmp_path / "store"))
+    call(one, "git", "commit", "--quiet", "--all", "--message", "a remote")
+    call(one, "git", "push", "--quiet", "origin", "HEAD:main")
+    call(one, "dvc", "checkout")
+    call(one, "dvc", "push", "--run-cache")
+    call(one, "dvc", "exp", "run", "--temp", "--name", "shared-alpha", "--set-param", "alpha=0.5")
+    call(one, "dvc", "push", "--run-cache")
+    call(one, "dvc", "exp", "push", "origin", "shared-alpha")
+
+    call(tmp_path, "git", "clone", "--quiet", "--branch", "main", str(tmp_path / "remote.git"), "two")
+    call(two, "git", "config", "user.name", "other")
+    call(two, "git", "config", "user.email", "other@example.com")
+    call(two, "dvc", "pull", "--run-cache")
+    assert not stages_that("ran", call(two, "dvc", "repro"))
+    call(two, "dvc", "exp", "pull", "origin", "shared-alpha")
+    assert "shared-alpha" in call(two, "dvc", "exp", "list")
+    again = call(two, "dvc", "exp", "run", "--set-param", "alpha=0.5")
+    assert stages_that("ran", again) == ["evaluate"]  # metrics.json is in git, not in the cache
+    assert set(stages_that("cached", again)) == {*DOWNSTREAM} - {"evaluate"}
+    assert read_metrics(two)["emulator"] == read_metrics(sweep.at_changed)["emulator"]

@@ -141,25 +141,25 @@ def test_dial_that_turns_back_is_told() -> None:
 
 
 def test_sweep_is_drawn_and_no_setting_runs_twice(tmp_path: Path) -> None:
-    made: list[str] = []
     study = runpy.run_path(str(ROOT / "studies/sweep.py"))
 
-    def run(name: str, changes: dict[str, float]) -> dict[str, float]:
-        made.append(name)
+    def row(changes: dict[str, float]) -> dict[str, float]:
         figures = {f"{n}.{m}": 0.5 - 0.1 * changes["alpha"] for n in ("gap", "recovery") for m in ("acc", "answer_nll")}
         for name in ("plug_in", "emulator_finetune"):
             figures |= {f"{name}.{m}{e}": 0.1 for m in ("acc", "answer_nll") for e in ("", "_stderr")}
         row = {f"tasks.{task}.{key}": value for task in ("a", "b") for key, value in figures.items()}
         return row | {"emulator.share_of_model": 0.7, "corpus_perplexity.emulator": 50.0}
 
-    study["point"].__globals__["run"] = run
     grid = [(alpha, beta) for alpha in study["ALPHAS"] for beta in study["BETAS"]]
-    rows = [{"alpha": a, "beta": b, **study["figures"](study["point"](a, b), ["a", "b"])} for a, b in grid]
-    assert len(set(made)) == len(grid) - len(study["BETAS"]) + 1
+    settings = [study["setting"](*at) for at in grid]
+    assert len({study["name_of"](changes) for changes in settings}) == len(grid) - len(study["BETAS"]) + 1
+    rows = [
+        {"alpha": a, "beta": b, **study["figures"](row(changes), ["a", "b"])}
+        for (a, b), changes in zip(grid, settings, strict=True)
+    ]
     assert rows[0]["gap acc"] == pytest.approx(0.5) and rows[0]["gap acc ±"] == pytest.approx((4 * 0.01) ** 0.5 / 2)
     unfit = {"tasks.a.recovery.acc": None}  # full fine-tuning gained nothing
-    study["point"].__globals__["run"] = lambda name, changes: run(name, changes) | unfit
-    none = study["figures"](study["point"](0.0, 0.0), ["a", "b"])
+    none = study["figures"](row(settings[0]) | unfit, ["a", "b"])
     assert math.isnan(none["recovery acc"]) and none["gap acc"] == 0.5
     study["draw"](tmp_path / "dial.png", [*rows[1:], {**rows[0], **none}])
     assert (tmp_path / "dial.png").read_bytes().startswith(b"\x89PNG")
