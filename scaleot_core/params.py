@@ -190,6 +190,21 @@ class OffsiteTuning(Tuning):
     """δ of differential privacy: less than one over the number of questions."""
 
 
+class Attack(_Block):
+    """The attacker's budget, where stage `attack` is run."""
+
+    steps: Annotated[int, Field(ge=1)]
+    """Updates of every weight in the package."""
+    batch_blocks: Positive
+    """Corpus blocks in a step."""
+    lr: Rate
+    """AdamW's peak learning rate."""
+    points: Positive
+    """Measurements on the way."""
+    records: Annotated[int, Field(ge=2)]
+    """Most private training questions, and as many held-out ones, that membership is told for."""
+
+
 class Evaluate(_Block):
     """Evaluation by lm-eval."""
 
@@ -239,6 +254,7 @@ class Params(_Block):
     tuning: OffsiteTuning
     full_finetune: Tuning
     evaluate: Evaluate
+    attack: Attack
 
 
 B = TypeVar("B", bound=_Block)

@@ -45,6 +45,11 @@ class FusedProjection(nn.Module):
         return torch.stack([part(x).unflatten(-1, (self.runs, -1)) for part in self.parts], dim=-2).flatten(-3)
 
 
+def dense(module: LowRankLinear) -> nn.Linear:
+    """The same map as one matrix."""
+    return _linear(module.left @ module.right, module.bias)
+
+
 def kept_rank(full: int, beta: float, semantics: str) -> int:
     """The rank that is left of `full` = min(rows, columns): max(1, round((1 − β) · full)), β the share removed.
 
@@ -59,7 +64,7 @@ def part_rows(out: int, fused: int, runs: int) -> list[Tensor]:
     return [part.flatten() for part in torch.arange(out).unflatten(0, (runs, fused, -1)).unbind(1)]
 
 
-def _matrices(module: nn.Linear | Conv1D, fused: int, runs: int) -> list[tuple[Tensor, Tensor | None]]:
+def matrices(module: nn.Linear | Conv1D, fused: int, runs: int) -> list[tuple[Tensor, Tensor | None]]:
     """A projection's matrices (out, in) and biases, cut apart where several are fused."""
     weight, bias = weight_of(module)
     if fused == 1:
@@ -127,7 +132,7 @@ def compress_layer(
         where = projection_name(model.config, index, name)
         parts = [
             _compressed(weight, bias, rank, partial(decompose, where, k))
-            for k, (rank, (weight, bias)) in enumerate(zip(ranks[name], _matrices(module, fused, runs), strict=True))
+            for k, (rank, (weight, bias)) in enumerate(zip(ranks[name], matrices(module, fused, runs), strict=True))
         ]
         setattr(block, name, parts[0] if fused == 1 else FusedProjection(parts, runs))
 

@@ -235,7 +235,8 @@ def test_scientific_notation_is_a_number(tmp_path, written):
 
 def test_every_parameter_is_a_dependency_of_the_stages_that_read_it():
     """A key that dvc.yaml forgets could change and nothing would run again."""
-    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    files = [yaml.safe_load((ROOT / name).read_text()) for name in ("dvc.yaml", "studies/dvc.yaml")]
+    stages = {name: stage for file in files for name, stage in file["stages"].items()}
     watched = {name for stage in stages.values() for name in stage["params"]}
     assert watched <= fields().keys()
     keys = {key for key in fields() if not any(other.startswith(f"{key}.") for other in fields())}

@@ -346,6 +346,27 @@ def test_every_way_goes_through_the_rest_of_the_pipeline(made: Path, project: Pa
         assert emulator["bytes"] <= size + 10_000  # of headers
 
 
+def test_attack_tells_recovery_weights_and_membership(project: Path) -> None:
+    change(project, attack={"steps": 8, "points": 2, "records": 20})
+    before = files(project / "artifacts")
+    succeed(project, "attack")
+    told = json.loads((project / "attack.json").read_text())
+    assert told["recovery"].keys() == {"package", "widened", "without_weights", "uniform"}
+    for row in told["recovery"].values():
+        assert row["tokens"] == 8 * 4 * 32 and math.isfinite(row["recovered"]) and 0 <= row["tasks"]["piqa"]["acc"] <= 1
+    assert sum(told["weights"].values()) == pytest.approx(1) and all(told["weights"].values())
+    member = told["membership"]["piqa"]
+    assert all(0 <= member[name]["auc"] <= 1 for name in ("loss", "calibrated")) and "curve" not in member["loss"]
+    after = files(project / "artifacts")
+    assert before.items() <= after.items()
+    assert {name for name in after if name not in before} == {
+        f"attack/{name}" for name in ("recovery.csv", "weights.csv", "membership.json")
+    }
+    assert len((project / "artifacts/attack/recovery.csv").read_text().splitlines()) == 1 + 4 * 3
+    succeed(project, "attack")
+    assert json.loads((project / "attack.json").read_text()) == told and files(project / "artifacts") == after
+
+
 @pytest.mark.parametrize("arguments", [[], ["other"], ["piqa", "piqa"]], ids=["none", "unknown", "two"])
 @pytest.mark.parametrize("stage", PER_TASK)
 def test_stage_of_a_task_needs_one_of_params(project: Path, stage: str, arguments: list[str]) -> None:

@@ -1,0 +1,144 @@
+"""The recovery attack: whoever has the package and a public corpus trains everything in it to win the model back.
+
+The attacker may also build on it first (`widen`): every harmonizer gets a whole layer behind it, and every matrix that
+was cut its full rank back. Two references say what the package itself is worth: the same shapes without its weights
+(`forget`), and an emulator of equal bytes by another method.
+"""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from scaleot_core.emulator import Plan
+from scaleot_core.families import attention, decoder_layers, family
+from scaleot_core.files import once
+from scaleot_core.harmonizer import Harmonizer
+from scaleot_core.models import block_loss, mean_loss
+from scaleot_core.params import Attack
+from scaleot_core.rank_compression import FusedProjection, LowRankLinear, dense
+from scaleot_core.runtime import generator, keep_freed_memory
+from scaleot_core.training import Checkpoint, Optimizer, run_steps, warmup_then_linear
+
+
+class Widened(nn.Module):
+    """A harmonizer with a whole decoder layer behind it."""
+
+    def __init__(self, harmonizer: Harmonizer, layer: nn.Module) -> None:
+        super().__init__()
+        self.harmonizer = harmonizer
+        self.layer = layer
+
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        output: Tensor = self.layer(self.harmonizer(hidden_states), *args, **kwargs)
+        return output
+
+
+@torch.no_grad()
+def widen(model: PreTrainedModel, plan: Plan) -> None:
+    """Give the emulator back what it can hold, in place: layers behind harmonizers, full rank.
+
+    A new layer is a copy of the nearest one that is there, with zeros where it would write, so that nothing changes at
+    the start (where norms come before, as they do in all but OPT-350m).
+    """
+    layers, names = decoder_layers(model), family(model.config)
+    there = [i for i, kind in enumerate(plan.kinds) if kind in ("adapter", "compressed", "shared")]
+    for i in plan.layers("compressed"):
+        block = attention(model.config, layers[i])
+        for name in names.projections:
+            module = block.get_submodule(name)
+            if isinstance(module, LowRankLinear):
+                setattr(block, name, dense(module))
+            elif isinstance(module, FusedProjection):
+                module.parts = nn.ModuleList(dense(p) if isinstance(p, LowRankLinear) else p for p in module.parts)
+    for i in plan.layers("harmonizer"):
+        layer = copy.deepcopy(layers[min(there, key=lambda k: abs(k - i))])
+        for written in (f"{names.attention}.{list(names.projections)[-1]}", names.feed_forward_out):
+            for parameter in layer.get_submodule(written).parameters():
+                parameter.zero_()
+        layers[i] = Widened(layers[i], layer)  # type: ignore[arg-type]
+    number = 0
+    for layer in layers:
+        for inner in (layer.layer if isinstance(layer, Widened) else layer,):
+            if not isinstance(inner, Harmonizer):
+                attention(model.config, inner).layer_idx = number  # type: ignore[assignment]
+                number += 1
+
+
+@torch.no_grad()
+def forget(model: PreTrainedModel, plan: Plan, seed: int) -> None:
+    """Draw the weights of all but the adapter layers anew, in place, as a fresh model's; embeddings and head stay."""
+    deviation = getattr(model.config, "initializer_range", 0.02)
+    for i, kind in enumerate(plan.kinds):
+        if kind == "adapter":
+            continue
+        for name, parameter in decoder_layers(model)[i].named_parameters():
+            if parameter.ndim > 1:
+                drawn = torch.empty(parameter.shape).normal_(0, deviation, generator=generator(seed, "forget", i, name))
+                parameter.copy_(drawn)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.fill_(1.0)
+
+
+def recover(
+    model: PreTrainedModel,
+    blocks: Tensor,
+    heldout: Tensor,
+    attack: Attack,
+    *,
+    seed: int,
+    label: str,
+    checkpoint: Checkpoint,
+) -> list[dict[str, Any]]:
+    """Train every weight in place on blocks (N, T) by cross-entropy; the loss on held-out ones by tokens seen.
+
+    `attack.points` measurements lie at even distances behind that of the start.
+    """
+    keep_freed_memory()
+    parameters = dict(model.requires_grad_(True).named_parameters())
+    optimizer = Optimizer(parameters)
+
+    def step(i: int) -> dict[str, Any]:
+        at = torch.randint(len(blocks), (attack.batch_blocks,), generator=generator(seed, "attack", i))
+        loss = block_loss(model, blocks[at])
+        loss.backward()
+        optimizer.step(attack.lr * warmup_then_linear(i, attack.steps, 0.1))
+        return {"loss": loss.item(), "tokens": at.numel() * blocks.shape[1]}
+
+    curve = []
+    for point in range(attack.points + 1):
+        end = round(attack.steps * point / attack.points)
+        file = checkpoint.folder / f"loss-{end}.json"
+        if end and not file.exists():
+            run_steps(step, optimizer, label=label, steps=end, checkpoint=checkpoint)
+            checkpoint.save(optimizer, end)
+        loss = once(file, partial(mean_loss, model, heldout))
+        curve.append({"tokens": end * attack.batch_blocks * blocks.shape[1], "loss": loss})
+    model.requires_grad_(False)
+    return curve
+
+
+def curves(found: Mapping[str, Sequence[Mapping[str, float]]], whole: float) -> list[dict[str, Any]]:
+    """Rows of all targets' curves: perplexity, and the share of the way from the package to the model that it is.
+
+    `whole` is the model's loss (nats); the way is that from the first target's first loss, in log-perplexity.
+    """
+    start = next(iter(found.values()))[0]["loss"]
+    return [
+        {
+            "target": name,
+            "tokens": point["tokens"],
+            "perplexity": math.exp(point["loss"]),
+            "recovered": (start - point["loss"]) / (start - whole),
+        }
+        for name, curve in found.items()
+        for point in curve
+    ]

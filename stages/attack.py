@@ -1,0 +1,96 @@
+"""Stage attack, off the main path: what an attacker makes of the package, and of the adapters that came back.
+
+Reads everything, as only a study can. Each finished attack is kept until the stage ends, so that a stopped one goes on.
+"""
+
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from scaleot_core import adapter, emulator, examples, handover
+from scaleot_core.attacks import exposure, membership, recovery
+from scaleot_core.ending import ends_in_one_line
+from scaleot_core.evaluation import evaluate
+from scaleot_core.files import fingerprint, once, read_jsonl, read_tensors, whole_folder, write_json
+from scaleot_core.methods import METHODS, Owner
+from scaleot_core.models import load_model, load_tokenizer, mean_loss
+from scaleot_core.params import changed, load_params
+from scaleot_core.report import write_csv
+from scaleot_core.runtime import cost, setup
+from scaleot_core.training import Checkpoint, scratch
+
+ARTIFACTS, OUT = Path("artifacts"), Path("artifacts/attack")
+MODEL, PACKAGE = ARTIFACTS / "model", ARTIFACTS / "emulator"
+
+
+def main() -> None:
+    params = load_params()
+    runtime = setup(params, "attack")
+    inputs = [ARTIFACTS / name for name in ("model", "emulator", "adapters", "tasks", "corpus", "harmonizers")]
+    checkpoint = Checkpoint(scratch(f"attack-{fingerprint(params.model_dump(), *inputs)}"), params.checkpoint_seconds)
+    blocks, heldout = (
+        read_tensors(ARTIFACTS / "corpus" / f"{part}.safetensors")["blocks"] for part in ("train", "heldout")
+    )
+    rows = {
+        task: [read_jsonl(ARTIFACTS / "tasks" / task / f"{part}.jsonl") for part in ("train", "eval")]
+        for task in params.tasks
+    }
+    tokenizer = load_tokenizer(MODEL)
+
+    def package(change: Callable[[PreTrainedModel, emulator.Plan], None] | None = None) -> PreTrainedModel:
+        loaded, plan = emulator.load(PACKAGE, device=runtime.device)
+        if change:
+            change(loaded, plan)
+        return loaded
+
+    def by_uniform() -> PreTrainedModel:
+        made = load_model(MODEL, device=runtime.device, dtype=runtime.dtype)
+        uniform = changed(params, {"method": "uniform"})
+        METHODS["uniform"](Owner(made, blocks, uniform, ARTIFACTS / "harmonizers", checkpoint.folder, checkpoint))
+        return made
+
+    def attacked(name: str, target: Callable[[], PreTrainedModel]) -> dict[str, Any]:
+        victim, own, label = target(), checkpoint.within(name), f"attack {name}"
+        curve = recovery.recover(victim, blocks, heldout, params.attack, seed=params.seed, label=label, checkpoint=own)
+        questions = {task: asked for task, (_, asked) in rows.items()}
+        return {"curve": curve, "tasks": evaluate(victim, tokenizer, questions, batch_size=batch, label=label)}
+
+    batch, size = params.evaluate.batch_size, params.data.block_size
+    targets: dict[str, Callable[[], PreTrainedModel]] = {
+        "package": package,
+        "widened": partial(package, recovery.widen),
+        "without_weights": partial(package, partial(recovery.forget, seed=params.seed)),
+        "uniform": by_uniform,
+    }
+    with cost(Path("costs/attack.json"), runtime):
+        found = {
+            name: once(checkpoint.folder / f"{name}.json", partial(attacked, name, target))
+            for name, target in targets.items()
+        }
+        model = load_model(MODEL, device=runtime.device, dtype=runtime.dtype)
+        shipped, plan = emulator.load(PACKAGE, device=runtime.device)
+        curves = recovery.curves({name: result["curve"] for name, result in found.items()}, mean_loss(model, heldout))
+        weights = exposure.exposure(model, shipped, plan)
+        originals, identity = emulator.layer_parameters(shipped, plan, "adapter"), handover.identity(PACKAGE)
+        members = {}
+        for task in params.tasks:
+            folder = ARTIFACTS / "adapters" / task / "adapter"
+            tuned = adapter.read(folder, shipped, plan, originals, package=identity).tensors
+            data = [examples.from_task(model, tokenizer, task, part, block_size=size) for part in rows[task]]
+            members[task] = membership.attack(model, plan, tuned, *(part[: params.attack.records] for part in data))
+        with whole_folder(OUT) as out:
+            write_csv(out / "recovery.csv", list(curves[0]), (list(row.values()) for row in curves))
+            write_csv(out / "weights.csv", list(weights[0]), (list(row.values()) for row in weights))
+            write_json(out / "membership.json", members)
+    ends = {row["target"]: {**row, "tasks": found[row["target"]]["tasks"]} for row in curves}  # the last row stays
+    told = {task: {name: membership.told(figures) for name, figures in each.items()} for task, each in members.items()}
+    write_json(Path("attack.json"), {"recovery": ends, "weights": exposure.shares(weights), "membership": told})
+    shutil.rmtree(checkpoint.folder)
+
+
+if __name__ == "__main__":
+    ends_in_one_line(main)
