@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import resource
 import runpy
 import shutil
@@ -211,6 +212,49 @@ def test_stopped_stage_goes_on_to_the_same_bytes(
     assert saved <= int(line.split()[-1]) < STEPS[stage]
     assert files(output) == files(made / OUTPUTS[stage])
     assert not [left.name for left in (folder / ".scaleot" / "scratch").iterdir() if stage in left.name]
+
+
+KILLED = {  # what a stage writes, and what is there of it in a project that was made
+    **OUTPUTS,
+    "full_finetune": "artifacts/baselines/full_finetune-piqa",
+}
+
+
+@pytest.fixture(scope="module")
+def finetuned(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = Path(shutil.copytree(made, tmp_path_factory.mktemp("finetuned") / "project"))
+    change(folder, full_finetune={"epochs": 8})
+    succeed(folder, "full_finetune")
+    return folder
+
+
+@pytest.mark.parametrize("moment", range(4))
+@pytest.mark.parametrize("stage", KILLED)
+def test_stage_that_is_killed_at_any_moment_goes_on_to_the_same_bytes(
+    finetuned: Path, tmp_path: Path, stage: str, moment: int
+) -> None:
+    """Twenty moments, drawn from the seconds that the stage takes, its last writes among them."""
+    folder = Path(shutil.copytree(finetuned, tmp_path / "project"))
+    expected = files(folder / KILLED[stage])
+    shutil.rmtree(folder / KILLED[stage])
+    change(folder, checkpoint_seconds=0.05)
+    name = f"{stage}-piqa" if stage in PER_TASK else stage
+    seconds = json.loads((finetuned / f"costs/{name}.json").read_text())["seconds"]
+    process = subprocess.Popen(
+        [sys.executable, *command(stage)],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    process.stderr.readline()  # its first word comes after the imports
+    time.sleep(random.Random(f"{stage} {moment}").uniform(0, 1.2 * seconds + 0.2))
+    process.kill()
+    process.communicate()
+    assert not files(folder / KILLED[stage]) or files(folder / KILLED[stage]) == expected  # whole or not at all
+    succeed(folder, stage)
+    assert files(folder / KILLED[stage]) == expected
 
 
 def refused(folder: Path, stage: str, *parts: str, arguments: list[str] | None = None) -> None:

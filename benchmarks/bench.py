@@ -1,0 +1,211 @@
+"""Benchmarks: what we do against the plain thing a user would do otherwise, as ratios of seconds in one run.
+
+Ours and the baseline alternate, so that a noisy machine disturbs both. `make bench` runs all on what the default run
+left, prints one table and appends it to docs/benchmarks.md; `python benchmarks/bench.py tune evaluate` runs some.
+"""
+
+import datetime
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from scaleot_core import emulator, examples
+from scaleot_core.ending import ends_in_one_line
+from scaleot_core.errors import UserError
+from scaleot_core.evaluation import evaluate
+from scaleot_core.files import read_json, read_jsonl, read_tensors
+from scaleot_core.methods import METHODS, Owner
+from scaleot_core.models import load_model, load_tokenizer, mean_loss
+from scaleot_core.params import Params, changed, load_params
+from scaleot_core.progress import console, say
+from scaleot_core.runtime import DTYPES, setup
+from scaleot_core.tasks import load_task
+from scaleot_core.training import Checkpoint
+from scaleot_core.tuning import train
+
+ARTIFACTS, LOG = Path("artifacts"), Path("docs/benchmarks.md")
+ROUNDS = 3
+CPU = torch.device("cpu")
+
+Row = dict[str, str]
+
+
+def seconds(action: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def alternating(ours: Callable[[], Any], baseline: Callable[[], Any]) -> tuple[float, float]:
+    """Median seconds of both over some rounds, one after the other in each."""
+    pairs = [(seconds(ours), seconds(baseline)) for _ in range(ROUNDS)]
+    return statistics.median(pair[0] for pair in pairs), statistics.median(pair[1] for pair in pairs)
+
+
+def row(what: str, ours: float, baseline: float, note: str = "") -> Row:
+    return {
+        "what": what,
+        "ours": f"{ours:.1f} s",
+        "baseline": f"{baseline:.1f} s",
+        "times faster": f"{baseline / ours:.2f}",
+        "note": note,
+    }
+
+
+def tune(params: Params, device: torch.device) -> list[Row]:
+    """Tuning the adapter layers for one epoch, against a loop as in OT's scripts: shuffled batches, all logits."""
+    task = params.tasks[0]
+    rows = read_jsonl(ARTIFACTS / "tasks" / task / "train.jsonl")[:160]
+    model, plan = emulator.load(ARTIFACTS / "emulator", device=device)
+    data = examples.from_task(
+        model, load_tokenizer(ARTIFACTS / "emulator"), task, rows, block_size=params.data.block_size
+    )
+    adapters = emulator.layer_parameters(model, plan, "adapter")
+    start = {name: p.detach().clone() for name, p in adapters.items()}
+    size, lr = params.tuning.batch_size, params.tuning.lr[0]
+    losses: dict[str, list[float]] = {}
+
+    def ours() -> None:
+        emulator.plug_in(model, plan, start)
+        settings = params.tuning.model_copy(update={"epochs": 1, "max_steps": 0})
+        losses["ours"] = [step["loss"] for step in train(model, adapters, data, settings, lr=lr, seed=0, label="tune")]
+
+    def baseline() -> None:
+        emulator.plug_in(model, plan, start)
+        for parameter in adapters.values():
+            parameter.requires_grad_(True)
+        optimizer = torch.optim.AdamW(adapters.values(), lr=lr)
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()
+        found = losses["baseline"] = []
+        for at in range(0, len(order), size):
+            inputs, targets = examples.collate([data[i] for i in order[at : at + size]])
+            logits = model(input_ids=inputs.to(device), use_cache=False).logits.float()
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten().to(device))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(adapters.values(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        model.requires_grad_(False)
+
+    found = alternating(ours, baseline)
+    ends = {name: statistics.fmean(values[-5:]) for name, values in losses.items()}
+    return [
+        row("tuning an epoch of 160 questions", *found, f"last losses {ends['ours']:.2f} and {ends['baseline']:.2f}")
+    ]
+
+
+def evaluation(params: Params, device: torch.device) -> list[Row]:
+    """Evaluation of 100 questions a task, against lm-eval's own model at batch size 8 on the same requests."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer = (
+        load_model(ARTIFACTS / "model", device=device, dtype=DTYPES[params.dtype]),
+        load_tokenizer(ARTIFACTS / "model"),
+    )
+    questions = {task: read_jsonl(ARTIFACTS / "tasks" / task / "eval.jsonl")[:100] for task in params.tasks}
+    figures: dict[str, dict[str, float]] = {}
+
+    def ours() -> None:
+        results = evaluate(model, tokenizer, questions, batch_size=params.evaluate.batch_size, label="bench")
+        figures["ours"] = {task: results[task]["acc"] for task in questions}
+
+    def baseline() -> None:
+        view = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
+        tasks = [load_task(task, rows, rows) for task, rows in questions.items()]
+        results = simple_evaluate(model=view, tasks=tasks, bootstrap_iters=0)["results"]
+        figures["baseline"] = {task: results[task]["acc,none"] for task in questions}
+
+    found = alternating(ours, baseline)
+    same = "the same accuracies" if figures["ours"] == figures["baseline"] else f"accuracies differ: {figures}"
+    return [row(f"evaluating 100 questions of {len(questions)} tasks", *found, same)]
+
+
+def prepare(params: Params, device: torch.device) -> list[Row]:
+    """Preparing the emulator, against OT's distillation until the same held-out perplexity at the same bytes."""
+    costs = read_json(Path("metrics.json"))["cost"]
+    ours = sum(costs[stage]["seconds"] for stage in ("layer_importance", "train_harmonizers", "compress"))
+    corpus = {
+        name: read_tensors(ARTIFACTS / "corpus" / f"{name}.safetensors")["blocks"] for name in ("train", "heldout")
+    }
+    target = mean_loss(emulator.load(ARTIFACTS / "emulator", device=device)[0], corpus["heldout"])
+    took, steps, reached = 0.0, 25, False
+    scratch = Path(".scaleot/scratch/bench")
+    while not reached and took < 8 * ours:
+        model = load_model(ARTIFACTS / "model", device=device, dtype=DTYPES[params.dtype])
+        made = changed(params, {"method": "distilled", "distill.steps": steps})
+        owner = Owner(
+            model, corpus["train"], made, ARTIFACTS / "harmonizers", scratch, Checkpoint(scratch / "none", 1e9)
+        )
+        took = seconds(lambda owner=owner: METHODS["distilled"](owner))  # type: ignore[misc]
+        loss = mean_loss(model, corpus["heldout"])
+        reached = loss <= target
+        say(f"distillation of {steps} steps: {took:.0f} s, held-out loss {loss:.2f}, ours {target:.2f}")
+        steps *= 2
+    note = f"until perplexity {torch.tensor(target).exp():.0f}" if reached else "not reached in that time"
+    return [row("preparing the emulator", ours, took, note)]
+
+
+def pipeline(params: Params, device: torch.device) -> list[Row]:
+    """The pipeline with nothing to do, and what a stage spends on imports and loading."""
+    idle = statistics.median(
+        seconds(lambda: subprocess.run(["dvc", "repro"], capture_output=True)) for _ in range(ROUNDS)
+    )
+    code = "from scaleot_core import emulator, tuning, evaluation, models; import pathlib, torch;"
+    code += "models.load_model(pathlib.Path('artifacts/model'), device=torch.device('cpu'), dtype=torch.bfloat16)"
+    overhead = statistics.median(seconds(lambda: subprocess.run([sys.executable, "-c", code])) for _ in range(ROUNDS))
+    return [
+        {
+            "what": "dvc repro with nothing to do",
+            "ours": f"{idle:.1f} s",
+            "baseline": "",
+            "times faster": "",
+            "note": "limit 5 s",
+        },
+        {
+            "what": "a stage's imports and loading",
+            "ours": f"{overhead:.1f} s",
+            "baseline": "",
+            "times faster": "",
+            "note": "limit 10 s",
+        },
+    ]
+
+
+BENCHES = {"tune": tune, "evaluate": evaluation, "prepare": prepare, "pipeline": pipeline}
+
+
+def main() -> None:
+    chosen = sys.argv[1:] or list(BENCHES)
+    if unknown := set(chosen) - BENCHES.keys():
+        raise UserError(f"no benchmark is named {min(unknown)!r}; there are {', '.join(BENCHES)}")
+    params = load_params()
+    runtime = setup(params, "bench")
+    rows = [line for name in chosen for line in BENCHES[name](params, runtime.device)]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    machine = f"{len(os.sched_getaffinity(0))} cores of {platform.machine()}, {runtime.device.type}, {params.dtype}"
+    table = Table(*rows[0], title=f"{machine}, torch {torch.__version__}")
+    for line in rows:
+        table.add_row(*line.values())
+    console.print(table)
+    lines = [
+        f"| {' | '.join(rows[0])} |",
+        "| --- " * len(rows[0]) + "|",
+        *(f"| {' | '.join(r.values())} |" for r in rows),
+    ]
+    with LOG.open("a", encoding="utf-8") as log:
+        log.write(f"\n## {datetime.date.today()}, {machine}, commit {commit}\n\n" + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    ends_in_one_line(main)
