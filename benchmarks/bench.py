@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from scaleot_core import emulator, examples
+from scaleot_core import emulator, examples, package
 from scaleot_core.ending import ends_in_one_line
 from scaleot_core.errors import UserError
 from scaleot_core.evaluation import evaluate
@@ -65,7 +65,7 @@ def tune(params: Params, device: torch.device) -> list[Row]:
     """Tuning the adapter layers for one epoch, against a loop as in OT's scripts: shuffled batches, all logits."""
     task = params.tasks[0]
     rows = read_jsonl(ARTIFACTS / "tasks" / task / "train.jsonl")[:160]
-    model, plan = emulator.load(ARTIFACTS / "emulator", device=device)
+    model, plan = package.load(ARTIFACTS / "emulator", device=device)
     data = examples.from_task(
         model, load_tokenizer(ARTIFACTS / "emulator"), task, rows, block_size=params.data.block_size
     )
@@ -138,7 +138,7 @@ def prepare(params: Params, device: torch.device) -> list[Row]:
     corpus = {
         name: read_tensors(ARTIFACTS / "corpus" / f"{name}.safetensors")["blocks"] for name in ("train", "heldout")
     }
-    target = mean_loss(emulator.load(ARTIFACTS / "emulator", device=device)[0], corpus["heldout"])
+    target = mean_loss(package.load(ARTIFACTS / "emulator", device=device)[0], corpus["heldout"])
     took, steps, reached = 0.0, 25, False
     scratch = Path(".scaleot/scratch/bench")
     while not reached and took < 8 * ours:

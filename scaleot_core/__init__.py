@@ -1,9 +1,10 @@
 """ScaleOT: offsite tuning with Dynamic LayerReplace and Selective Rank Compression (AAAI 2025).
 
-Each module is one idea. From what a stage or a party calls to what all stand on: `cli`; `report`; `adapter` over
-`tuning`, `examples` and `privacy`; `evaluation` over `tasks`; `emulator` over `handover`, `rank_compression` and
-`harmonizer`; `dlr` and `importance`; `models` over `families`; `embedded`, `questions` and `corpus` for the data;
-`training`, `runtime`, `params`, `progress`, `files`, `errors`.
+Each module is one idea. From what a stage or a party calls to what all stand on: `cli`; `page` and `pictures` over
+`report`; `attacks`; `methods`; `adapter` over `tuning`, `examples` and `privacy`; `evaluation` over `tasks`; `package`
+over `handover` and `emulator`, which stands on `plan`, `rank_compression` and `harmonizer`; `dlr` and `importance`;
+`models` over `families`; `embedded`, `questions` and `corpus` for the data; `experiments`; `training`, `runtime`,
+`params`, `progress`, `files`, `errors`.
 """
 
 import os

@@ -17,11 +17,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from scaleot_core import handover
-from scaleot_core.emulator import PackageManifest, Plan, layer_parameters, outline, plan_of
+from scaleot_core.emulator import layer_parameters
 from scaleot_core.errors import UserError
 from scaleot_core.families import decoder_layers, family
 from scaleot_core.files import write_json, write_tensors
+from scaleot_core.package import PackageManifest, outline, plan_of
 from scaleot_core.params import OffsiteTuning, Positive
+from scaleot_core.plan import Plan
 from scaleot_core.runtime import generator
 from scaleot_core.tuning import Tuned
 

@@ -48,15 +48,17 @@ def pack(
 
     Beside it comes OUT.private.json, with the layers' scores and the parameters, which stays with you.
     """
-    from scaleot_core import emulator, handover
+    from scaleot_core import handover
     from scaleot_core.files import read_json, write_json
+    from scaleot_core.package import read_manifest
     from scaleot_core.params import load_params
+    from scaleot_core.plan import DECIDED_BY
 
     made = project / "artifacts" / "emulator"
     known = read_json(made.with_name(f"{made.name}.private.json"))
-    if known["params"] != load_params(project / "params.yaml").model_dump(include=emulator.DECIDED_BY):
+    if known["params"] != load_params(project / "params.yaml").model_dump(include=DECIDED_BY):
         raise UserError(f"{made}: it was made with other parameters than params.yaml has now; run `dvc repro` first")
-    manifest = emulator.read_manifest(made)
+    manifest = read_manifest(made)
     with _new(out) as folder:
         handover.copy(made, folder, manifest, licence=licence)
         identity = handover.identity(folder)
@@ -71,7 +73,8 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Either party: what a package or an adapter is, and whether it is sound. No weights are loaded."""
-    from scaleot_core import adapter, emulator, handover
+    from scaleot_core import adapter, handover
+    from scaleot_core.package import outline
 
     with handover.opened(path) as folder:
         found: dict[str, Any] = {"path": str(path)}
@@ -86,7 +89,7 @@ def inspect(
                 **{f"tuning: {key}": value for key, value in given.tuning.model_dump(exclude_none=True).items()},
             }
         else:
-            manifest, model, expected = emulator.outline(folder)
+            manifest, model, expected = outline(folder)
             handover.check_tensors(expected)
             found |= {
                 "format": f"{manifest.format} {manifest.format_version}",
@@ -164,9 +167,10 @@ def tune(
     The same command goes on where it was stopped. Beside the adapter comes OUT.private.json, with the losses, which
     stays with you.
     """
-    from scaleot_core import adapter, emulator, examples, handover
+    from scaleot_core import adapter, examples, handover
     from scaleot_core.files import fingerprint, read_jsonl, write_json
     from scaleot_core.models import check_tokenizer, load_tokenizer
+    from scaleot_core.package import load, read_manifest
     from scaleot_core.params import OffsiteTuning, checked
     from scaleot_core.questions import training
     from scaleot_core.runtime import setup
@@ -197,10 +201,10 @@ def tune(
         },
     )
     with handover.opened(package) as folder, _new(out) as target:
-        manifest = emulator.read_manifest(folder)
+        manifest = read_manifest(folder)
         identity = handover.identity(folder)
         runtime = setup(_Settings(device, manifest.dtype, threads), "tune")
-        model, plan = emulator.load(folder, device=runtime.device)
+        model, plan = load(folder, device=runtime.device)
         tokenizer = load_tokenizer(folder)
         check_tokenizer(tokenizer, model.config)
         if task is None:

@@ -137,17 +137,20 @@ def compress_layer(
         setattr(block, name, parts[0] if fused == 1 else FusedProjection(parts, runs))
 
 
+def channels_of(model: PreTrainedModel, index: int) -> int:
+    """How many channels one layer's feed-forward part has."""
+    return len(weight_of(decoder_layers(model)[index].get_submodule(family(model.config).feed_forward_in[0]))[0])
+
+
 @torch.no_grad()
 def keep_channels(model: PreTrainedModel, index: int, kept: Tensor) -> None:
     """Leave some channels of one layer's feed-forward part, in place; `kept` are their numbers, ascending.
 
-    Works on the meta device too. ValueError for more than there are.
+    Works on the meta device too.
     """
     layer, names = decoder_layers(model)[index], family(model.config)
     for into in names.feed_forward_in:
         weight, bias = weight_of(layer.get_submodule(into))
-        if len(kept) > len(weight):
-            raise ValueError(f"layer {index} has {len(weight)} feed-forward channels, not {len(kept)}")
         at = kept.to(weight.device)
         layer.set_submodule(into, _linear(weight[at], None if bias is None else bias[at]))
     weight, bias = weight_of(layer.get_submodule(names.feed_forward_out))

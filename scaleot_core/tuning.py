@@ -202,7 +202,7 @@ def tune(
         say(f"{label}: of the learning rates {tuning.lr}, {lr} has the lowest held-out loss")
     if tuning.patience:
         history, steps, epochs = _until_no_better(model, parameters, rest, validation, tuning, lr=lr, **how)
-        return Tuned(history, lr, steps, {f"epoch {epoch + 1}": loss for epoch, loss in enumerate(epochs, start=1)})
+        return Tuned(history, lr, steps, {f"epoch {epoch}": loss for epoch, loss in enumerate(epochs, start=1)})
     history = train(model, parameters, data, tuning, lr=lr, **how)
     return Tuned(history, lr, len(history), {str(rate): loss for rate, loss in losses.items()})
 

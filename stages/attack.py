@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from scaleot_core import adapter, emulator, examples, handover
+from scaleot_core import adapter, emulator, examples, handover, package
 from scaleot_core.attacks import exposure, membership, recovery
 from scaleot_core.ending import ends_in_one_line
 from scaleot_core.evaluation import evaluate
@@ -19,6 +19,7 @@ from scaleot_core.files import fingerprint, once, read_jsonl, read_tensors, whol
 from scaleot_core.methods import METHODS, Owner
 from scaleot_core.models import load_model, load_tokenizer, mean_loss
 from scaleot_core.params import changed, load_params
+from scaleot_core.plan import Plan
 from scaleot_core.report import write_csv
 from scaleot_core.runtime import cost, setup
 from scaleot_core.training import Checkpoint, scratch
@@ -41,8 +42,8 @@ def main() -> None:
     }
     tokenizer = load_tokenizer(MODEL)
 
-    def package(change: Callable[[PreTrainedModel, emulator.Plan], None] | None = None) -> PreTrainedModel:
-        loaded, plan = emulator.load(PACKAGE, device=runtime.device)
+    def shipped_model(change: Callable[[PreTrainedModel, Plan], None] | None = None) -> PreTrainedModel:
+        loaded, plan = package.load(PACKAGE, device=runtime.device)
         if change:
             change(loaded, plan)
         return loaded
@@ -61,9 +62,9 @@ def main() -> None:
 
     batch, size = params.evaluate.batch_size, params.data.block_size
     targets: dict[str, Callable[[], PreTrainedModel]] = {
-        "package": package,
-        "widened": partial(package, recovery.widen),
-        "without_weights": partial(package, partial(recovery.forget, seed=params.seed)),
+        "package": shipped_model,
+        "widened": partial(shipped_model, recovery.widen),
+        "without_weights": partial(shipped_model, partial(recovery.forget, seed=params.seed)),
         "uniform": by_uniform,
     }
     with cost(Path("costs/attack.json"), runtime):
@@ -72,7 +73,7 @@ def main() -> None:
             for name, target in targets.items()
         }
         model = load_model(MODEL, device=runtime.device, dtype=runtime.dtype)
-        shipped, plan = emulator.load(PACKAGE, device=runtime.device)
+        shipped, plan = package.load(PACKAGE, device=runtime.device)
         curves = recovery.curves({name: result["curve"] for name, result in found.items()}, mean_loss(model, heldout))
         weights = exposure.exposure(model, shipped, plan)
         originals, identity = emulator.layer_parameters(shipped, plan, "adapter"), handover.identity(PACKAGE)

@@ -7,12 +7,13 @@ and β.
 
 from pathlib import Path
 
-from scaleot_core import emulator
+from scaleot_core import package
 from scaleot_core.ending import ends_in_one_line
 from scaleot_core.files import fingerprint, read_tensors, whole_folder, write_json
 from scaleot_core.methods import METHODS, Owner
 from scaleot_core.models import load_model, load_tokenizer
 from scaleot_core.params import load_params
+from scaleot_core.plan import DECIDED_BY
 from scaleot_core.runtime import cost, setup
 from scaleot_core.training import Checkpoint, scratch
 
@@ -30,10 +31,10 @@ def main() -> None:
         meter.count(model)
         blocks = read_tensors(CORPUS)["blocks"]
         owner = Owner(model, blocks, params, HARMONIZERS, scratch("decompositions"), checkpoint)
-        private = {"scores": owner.scores(), "params": params.model_dump(include=emulator.DECIDED_BY)}
+        private = {"scores": owner.scores(), "params": params.model_dump(include=DECIDED_BY)}
         plan = METHODS[params.method](owner)
         with whole_folder(OUT) as out:
-            emulator.save(out, model, load_tokenizer(MODEL), plan)
+            package.save(out, model, load_tokenizer(MODEL), plan)
         write_json(OUT.with_name(f"{OUT.name}.private.json"), private)
     checkpoint.remove()
 

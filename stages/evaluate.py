@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
-from scaleot_core import adapter, emulator, handover, pictures, report
+from scaleot_core import adapter, emulator, handover, package, pictures, report
 from scaleot_core.ending import ends_in_one_line
 from scaleot_core.evaluation import evaluate
 from scaleot_core.files import (
@@ -25,6 +25,7 @@ from scaleot_core.files import (
 )
 from scaleot_core.models import load_model, load_tokenizer, mean_loss
 from scaleot_core.params import load_params
+from scaleot_core.plan import Kind
 from scaleot_core.runtime import Meter, setup
 from scaleot_core.tasks import load_task
 from scaleot_core.tasks import metrics as metrics_of
@@ -45,10 +46,10 @@ def main() -> None:
     tokenizer = load_tokenizer(ARTIFACTS / "model")
     size = params.evaluate.batch_size
 
-    model, plan = emulator.load(ARTIFACTS / "emulator", device=runtime.device)
-    shipped, package = emulator.layer_parameters(model, plan, "adapter"), handover.identity(ARTIFACTS / "emulator")
+    model, plan = package.load(ARTIFACTS / "emulator", device=runtime.device)
+    shipped, identity = emulator.layer_parameters(model, plan, "adapter"), handover.identity(ARTIFACTS / "emulator")
     adapters = {
-        task: adapter.read(ARTIFACTS / "adapters" / task / "adapter", model, plan, shipped, package=package).tensors
+        task: adapter.read(ARTIFACTS / "adapters" / task / "adapter", model, plan, shipped, package=identity).tensors
         for task in params.tasks
     }
     emulator_loss = once(done / "emulator_loss.json", partial(mean_loss, model, heldout))
@@ -93,7 +94,7 @@ def main() -> None:
             "bytes": emulator_bytes,
             "model_bytes": model_bytes,
             "share_of_model": emulator_bytes / model_bytes,
-            **{f"{kind}_layers": len(plan.layers(kind)) for kind in get_args(emulator.Kind)},
+            **{f"{kind}_layers": len(plan.layers(kind)) for kind in get_args(Kind)},
         },
         "corpus_perplexity": {"model": math.exp(model_loss), "emulator": math.exp(emulator_loss)},
         "cost": {file.stem: read_json(file) for file in sorted(COSTS.glob("*.json"))} | {"evaluate": meter.read()},

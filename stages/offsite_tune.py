@@ -6,7 +6,7 @@ adapter layers, which is all that goes back. `python stages/offsite_tune.py TASK
 
 from pathlib import Path
 
-from scaleot_core import adapter, emulator, examples, handover
+from scaleot_core import adapter, emulator, examples, handover, package
 from scaleot_core.ending import ends_in_one_line
 from scaleot_core.files import fingerprint, read_jsonl, whole_folder, write_json, write_tensors
 from scaleot_core.models import load_tokenizer
@@ -26,7 +26,7 @@ def main() -> None:
     key = fingerprint(params.tuning.model_dump(), params.data.block_size, params.seed, params.dtype, EMULATOR, private)
     checkpoint = Checkpoint(scratch(f"offsite_tune-{task}-{key}"), params.checkpoint_seconds)
     with cost(Path(f"costs/offsite_tune-{task}.json"), runtime) as meter:
-        model, plan = emulator.load(EMULATOR, device=runtime.device)
+        model, plan = package.load(EMULATOR, device=runtime.device)
         meter.count(model)
         size, rows = params.data.block_size, read_jsonl(private)
         data = examples.from_task(model, load_tokenizer(EMULATOR), task, rows, block_size=size)
@@ -36,8 +36,8 @@ def main() -> None:
         tuned = tune(model, parameters | beside, data, tuning, seed=params.seed, label=label, checkpoint=checkpoint)
         with whole_folder(Path("artifacts/adapters") / task) as out:
             (out / "adapter").mkdir()
-            package = handover.identity(EMULATOR)
-            adapter.save(out / "adapter", model, plan, parameters, package=package, tuning=tuning, tuned=tuned)
+            identity = handover.identity(EMULATOR)
+            adapter.save(out / "adapter", model, plan, parameters, package=identity, tuning=tuning, tuned=tuned)
             if beside:  # stays with the data owner; only the measurement of the tuned emulator reads it
                 write_tensors(out / "harmonizers.safetensors", beside)
             write_json(out / "tuning.json", {"lr": tuned.lr, "validation_loss": tuned.validation_loss})

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scaleot_core import dlr, importance
-from scaleot_core.emulator import choose_layers
 from scaleot_core.ending import ends_in_one_line
 from scaleot_core.files import fingerprint, once, read_tensors
 from scaleot_core.harmonizer import Harmonizers
 from scaleot_core.models import hidden_states, load_model, mean_loss, replaced
 from scaleot_core.params import Params, changed, load_params
+from scaleot_core.plan import choose_layers
 from scaleot_core.progress import console
 from scaleot_core.report import write_csv
 from scaleot_core.runtime import setup

@@ -11,8 +11,9 @@ from test_files import refusal, snapshot
 from transformers import AutoModelForCausalLM
 
 from scaleot_core import adapter, handover
-from scaleot_core.emulator import layer_parameters, load, plug_in
+from scaleot_core.emulator import layer_parameters, plug_in
 from scaleot_core.files import read_tensors
+from scaleot_core.package import load
 from scaleot_core.tuning import Tuned
 
 each_family = pytest.mark.parametrize("name", sorted(CONFIGS))

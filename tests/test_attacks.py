@@ -9,10 +9,11 @@ from sklearn.metrics import roc_auc_score
 from test_emulator import IDS, PLAN, emulator_of
 
 from scaleot_core.attacks import exposure, membership, recovery
-from scaleot_core.emulator import Plan, layer_parameters
+from scaleot_core.emulator import layer_parameters
 from scaleot_core.examples import from_task
 from scaleot_core.families import decoder_layers, family
 from scaleot_core.models import mean_loss
+from scaleot_core.plan import Plan
 from scaleot_core.rank_compression import LowRankLinear
 from scaleot_core.runtime import generator
 from scaleot_core.training import Checkpoint

@@ -18,9 +18,10 @@ from test_files import snapshot
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scaleot_core import cli, tuning
-from scaleot_core.emulator import DECIDED_BY, plug_in
+from scaleot_core.emulator import plug_in
 from scaleot_core.files import read_tensors, write_json, write_tensors
 from scaleot_core.params import load_params
+from scaleot_core.plan import DECIDED_BY
 
 COMMANDS = ["pack", "inspect", "tune", "check", "plug"]
 

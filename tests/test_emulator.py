@@ -12,11 +12,13 @@ from test_families import SHAPES
 from test_files import refusal, snapshot
 
 from scaleot_core.decomposition import plain
-from scaleot_core.emulator import Plan, build, choose_layers, layer_parameters, load, plug_in, save
+from scaleot_core.emulator import build, layer_parameters, plug_in
 from scaleot_core.families import attention, decoder_layers, family
 from scaleot_core.files import read_json, read_tensors, sha256, write_tensors
 from scaleot_core.importance import new_harmonizers
 from scaleot_core.models import load_model, load_tokenizer, replaced
+from scaleot_core.package import load, save
+from scaleot_core.plan import Plan, choose_layers
 
 CPU = torch.device("cpu")
 PLAN = Plan(

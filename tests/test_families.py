@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConf
 from transformers.pytorch_utils import Conv1D
 
 from scaleot_core.decomposition import shapes
-from scaleot_core.emulator import Plan, build, choose_layers, layer_parameters
+from scaleot_core.emulator import build, layer_parameters
 from scaleot_core.errors import UserError
 from scaleot_core.families import FAMILIES, attention, decoder_layers, family, projections
 from scaleot_core.importance import new_harmonizers
 from scaleot_core.params import changed
+from scaleot_core.plan import Plan, choose_layers
 
 SQUARE = (32, 32)
 GROUPED = {"q_proj": [SQUARE], "k_proj": [(16, 32)], "v_proj": [(16, 32)], "o_proj": [SQUARE]}

@@ -22,8 +22,8 @@ from test_emulator import CPU, change_manifest, list_again, write
 from test_files import snapshot
 
 from scaleot_core import handover
-from scaleot_core.emulator import load
 from scaleot_core.files import read_json, read_tensors, write_json, write_tensors
+from scaleot_core.package import load
 
 SECONDS = 2.0  # within which a refusal comes
 ADAPTER = "adapter.safetensors"
@@ -211,6 +211,7 @@ def lora_states(**changes):
     return damage
 
 
+RANKS = {f"{name}_proj": [4] for name in "qkvo"}
 DEEP = "[" * 100_000 + "]" * 100_000
 MANIFESTS = {
     "empty manifest": raw(""),
@@ -291,6 +292,16 @@ PACKAGES = {
     ),
     "layer too many": states(layers=["harmonizer", "adapter", "compressed", "compressed", "adapter"]),
     "β above one": states(beta=1.5),
+    "shared with nothing": states(layers=["harmonizer", "adapter", "compressed", "shared"]),
+    "shared with a harmonizer": states(layers=["harmonizer", "adapter", "compressed", "shared"], like={"3": 0}),
+    "shared with itself": states(layers=["harmonizer", "adapter", "compressed", "shared"], like={"3": 3}),
+    "like that is no number": states(like={"x": 1}),
+    "cut of an adapter layer": states(cuts={"1": {"ranks": RANKS, "channels": 8}}),
+    "cut of other projections": states(cuts={"2": {"ranks": {"evil": [1]}, "channels": 8}}),
+    "cut to nothing": states(cuts={"2": {"ranks": RANKS, "channels": 0}}),
+    "cut to more channels than memory has": states(cuts={"2": {"ranks": RANKS, "channels": 10**13}}),
+    "cut to other channels": states(cuts={"2": {"ranks": RANKS, "channels": 8}}),
+    "a removed layer": states(layers=["removed", "adapter", "compressed", "compressed"]),
     "another β": states(beta=0.1),
     "another semantics": states(rank_semantics="kept"),
     "huge harmonizers": states(harmonizer={"rank": 10**9, "residual": True, "norm": False}),

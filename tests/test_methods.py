@@ -9,15 +9,16 @@ from test_emulator import CPU, IDS
 from test_files import refusal
 from torch import nn
 
-from scaleot_core import emulator
 from scaleot_core.decomposition import decompose
-from scaleot_core.emulator import Plan, layer_parameters, load, plan_bytes, plug_in, save
+from scaleot_core.emulator import layer_parameters, plug_in
 from scaleot_core.families import decoder_layers, family
 from scaleot_core.files import folder_bytes, write_json, write_tensors
 from scaleot_core.importance import new_harmonizers
 from scaleot_core.methods import METHODS, Owner, budget, crash, distilled, gradot, uniform
 from scaleot_core.models import block_loss
+from scaleot_core.package import load, plan_bytes, save
 from scaleot_core.params import changed
+from scaleot_core.plan import Plan, plan_for
 from scaleot_core.training import Checkpoint
 
 LAYERS = 8
@@ -307,13 +308,13 @@ def test_what_stays_is_the_models_own(name, owner):
 
 def test_without_a_budget_alpha_and_beta_decide(owner):
     who = owner(alpha=0.5, beta=0.5)
-    assert METHODS["scaleot"](who) == emulator.plan(who.params, who.scores())
+    assert METHODS["scaleot"](who) == plan_for(who.params, who.scores())
 
 
 def test_with_a_budget_alpha_is_the_least_that_keeps_to_it(owner):
     who = owner(budget=0.8)
     plan = METHODS["scaleot"](who)
-    more = emulator.plan(changed(who.params, {"alpha": (len(plan.layers("harmonizer")) - 1) / 6}), who.scores())
+    more = plan_for(changed(who.params, {"alpha": (len(plan.layers("harmonizer")) - 1) / 6}), who.scores())
     assert plan_bytes(who.model.config, more) > 0.8 * budget.model_bytes(who) >= plan_bytes(who.model.config, plan)
 
 

@@ -18,7 +18,7 @@ from conftest import write_project
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from scaleot_core import emulator, experiments
+from scaleot_core import experiments, package
 from scaleot_core.errors import UserError
 from scaleot_core.evaluation import evaluate
 from scaleot_core.files import read_jsonl
@@ -162,8 +162,8 @@ def test_perplexity_of_both_on_held_out_text(sweep: Sweep, metrics: dict[str, An
     artifacts = sweep.at_first / "artifacts"
     blocks = load_file(artifacts / "corpus" / "heldout.safetensors")["blocks"].long()
     whole = load_model(artifacts / "model", device=CPU, dtype=torch.float32)
-    package, _ = emulator.load(artifacts / "emulator", device=CPU)
-    for name, model in (("model", whole), ("emulator", package)):
+    shipped, _ = package.load(artifacts / "emulator", device=CPU)
+    for name, model in (("model", whole), ("emulator", shipped)):
         loss = model(input_ids=blocks, labels=blocks).loss
         assert metrics["corpus_perplexity"][name] == pytest.approx(loss.exp().item(), rel=1e-4)
     assert metrics["corpus_perplexity"]["model"] != metrics["corpus_perplexity"]["emulator"]
@@ -246,7 +246,7 @@ def test_first_alpha_again_comes_out_of_the_cache(sweep: Sweep) -> None:
 
 def test_adapter_layers_and_nothing_else_come_back_changed(sweep: Sweep) -> None:
     artifacts = sweep.at_first / "artifacts"
-    manifest = emulator.read_manifest(artifacts / "emulator")  # raises where any file isn't as compress wrote it
+    manifest = package.read_manifest(artifacts / "emulator")  # raises where any file isn't as compress wrote it
     shipped = tensors(artifacts / "emulator")
     returned = load_file(artifacts / "adapters" / "piqa" / "adapter" / "adapter.safetensors")
     whole = tensors(artifacts / "model")
@@ -262,10 +262,10 @@ def test_evaluated_models_are_the_tuned_ones(sweep: Sweep, metrics: dict[str, An
     artifacts = sweep.at_first / "artifacts"
     returned = load_file(artifacts / "adapters" / "piqa" / "adapter" / "adapter.safetensors")
     questions = {"piqa": read_jsonl(artifacts / "tasks" / "piqa" / "eval.jsonl")}
-    package, _ = emulator.load(artifacts / "emulator", device=CPU)
+    shipped, _ = package.load(artifacts / "emulator", device=CPU)
     whole = load_model(artifacts / "model", device=CPU, dtype=torch.float32)
     parts: dict[str, tuple[PreTrainedModel, Path]] = {
-        "emulator_finetune": (package, artifacts / "emulator"),
+        "emulator_finetune": (shipped, artifacts / "emulator"),
         "plug_in": (whole, artifacts / "model"),
     }
     for name, (model, folder) in parts.items():

@@ -15,10 +15,11 @@ import yaml
 from conftest import LAB, ROOT, form
 
 from scaleot_core import embedded, questions
-from scaleot_core.emulator import Plan, layer_parameters, plug_in
+from scaleot_core.emulator import layer_parameters, plug_in
 from scaleot_core.evaluation import evaluate
 from scaleot_core.files import write_jsonl
 from scaleot_core.models import load_model, load_tokenizer
+from scaleot_core.plan import Plan
 from scaleot_core.runtime import generator
 from scaleot_core.tasks import Rows, task_config
 

@@ -27,8 +27,8 @@ from test_evaluation import PAGES
 from test_tasks import GSM8K
 from transformers import PreTrainedTokenizerFast
 
-from scaleot_core.emulator import Kind
 from scaleot_core.files import read_tensors
+from scaleot_core.plan import Kind
 
 OUTPUTS = {
     "layer_importance": "artifacts/importance",

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from scaleot_core.emulator import Plan
 from scaleot_core.families import attention, decoder_layers, family, fused_runs
+from scaleot_core.plan import Plan
 from scaleot_core.rank_compression import FusedProjection, LowRankLinear, matrices
 
 Row = dict[str, Any]

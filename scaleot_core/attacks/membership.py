@@ -15,9 +15,10 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from scaleot_core.emulator import Plan, layer_parameters, plug_in
+from scaleot_core.emulator import layer_parameters, plug_in
 from scaleot_core.examples import IGNORED, Example, collate
 from scaleot_core.models import run_stack
+from scaleot_core.plan import Plan
 from scaleot_core.tuning import answer_loss
 
 FALSE_POSITIVES = 0.01  # at which true positives are reported

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from scaleot_core.emulator import Plan
 from scaleot_core.families import attention, decoder_layers, family
 from scaleot_core.files import once
 from scaleot_core.harmonizer import Harmonizer
 from scaleot_core.models import block_loss, mean_loss
 from scaleot_core.params import Attack
+from scaleot_core.plan import Plan
 from scaleot_core.rank_compression import FusedProjection, LowRankLinear, dense
 from scaleot_core.runtime import generator, keep_freed_memory
 from scaleot_core.training import Checkpoint, Optimizer, run_steps, warmup_then_linear

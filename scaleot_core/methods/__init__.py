@@ -6,9 +6,9 @@ Each turns the owner's model into the emulator, in place, and says what became o
 
 from collections.abc import Callable
 
-from scaleot_core.emulator import Plan
 from scaleot_core.methods import crash, distilled, gradot, scaleot, uniform
 from scaleot_core.methods.budget import Owner
+from scaleot_core.plan import Plan
 
 METHODS: dict[str, Callable[[Owner], Plan]] = {
     "scaleot": scaleot.make,

@@ -7,11 +7,11 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from scaleot_core import emulator
-from scaleot_core.emulator import Plan
+from scaleot_core import package
 from scaleot_core.errors import UserError
 from scaleot_core.importance import read_scores
 from scaleot_core.params import Params
+from scaleot_core.plan import Kind, Plan, plan_for
 from scaleot_core.training import Checkpoint
 
 
@@ -34,21 +34,21 @@ class Owner:
         """The layers' scores."""
         return read_scores(self.harmonizers / "scores.json", self.model.config.num_hidden_layers)
 
-    def plan(self, kinds: tuple[emulator.Kind, ...], **cuts: object) -> Plan:
+    def plan(self, kinds: tuple[Kind, ...], **cuts: object) -> Plan:
         """A plan with these kinds, and nothing cut but what `cuts` say."""
         return Plan(kinds, 0.0, "removed", self.params.harmonizer, **cuts)  # type: ignore[arg-type]
 
 
 def model_bytes(owner: Owner) -> int:
     """Bytes of the whole model's weights."""
-    return emulator.plan_bytes(owner.model.config, owner.plan(("compressed",) * owner.model.config.num_hidden_layers))
+    return package.plan_bytes(owner.model.config, owner.plan(("compressed",) * owner.model.config.num_hidden_layers))
 
 
 def target_bytes(owner: Owner) -> int:
     """Most bytes that an emulator may have: `budget`, or, where that is 0, those of ScaleOT's at α and β."""
     if owner.params.budget:
         return int(owner.params.budget * model_bytes(owner))
-    return emulator.plan_bytes(owner.model.config, emulator.plan(owner.params, owner.scores()))
+    return package.plan_bytes(owner.model.config, plan_for(owner.params, owner.scores()))
 
 
 def largest(owner: Owner, sizes: range, plan: Callable[[int], Plan]) -> int:
@@ -59,7 +59,7 @@ def largest(owner: Owner, sizes: range, plan: Callable[[int], Plan]) -> int:
     target = target_bytes(owner)
 
     def fits(size: int) -> bool:
-        return emulator.plan_bytes(owner.model.config, plan(size)) <= target
+        return package.plan_bytes(owner.model.config, plan(size)) <= target
 
     low, high = sizes.start, sizes.stop - 1
     if not fits(low):

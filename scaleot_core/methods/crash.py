@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 
 from scaleot_core import emulator
 from scaleot_core.decomposition import plain
-from scaleot_core.emulator import Kind, Plan
 from scaleot_core.families import decoder_layers
 from scaleot_core.methods.budget import Owner, largest
 from scaleot_core.models import hooked, run_stack
+from scaleot_core.plan import Kind, Plan
 
 
 @torch.no_grad()

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from scaleot_core import emulator
 from scaleot_core.decomposition import plain
-from scaleot_core.emulator import Plan
 from scaleot_core.families import decoder_layers
 from scaleot_core.methods import uniform
 from scaleot_core.methods.budget import Owner
 from scaleot_core.models import hooked, replaced, run_stack
+from scaleot_core.plan import Plan
 from scaleot_core.runtime import generator, keep_freed_memory
 from scaleot_core.training import Optimizer, run_steps, warmup_then_linear
 

@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 
 from scaleot_core import emulator
 from scaleot_core.decomposition import Factors, decompose
-from scaleot_core.emulator import Cut, Plan, choose_layers
-from scaleot_core.families import decoder_layers, family, fused_runs, projection_name
+from scaleot_core.families import family, fused_runs, projection_name
 from scaleot_core.methods.budget import Owner, largest
 from scaleot_core.models import hooked
-from scaleot_core.rank_compression import matrix_shapes, part_rows, weight_of
+from scaleot_core.plan import Cut, Plan, choose_layers
+from scaleot_core.rank_compression import channels_of, matrix_shapes, part_rows, weight_of
 
 ALWAYS = 0.05  # share of the singular values that stay whatever their score
 STEPS = 1000  # of the share of parameters that is searched
@@ -111,19 +111,17 @@ def plan(owner: Owner) -> Plan:
     total = owner.model.config.num_hidden_layers
     kinds = choose_layers([0.0] * total, adapter_layers=owner.params.adapter_layers, alpha=0.0, placement="ends")
     middle = [i for i, kind in enumerate(kinds) if kind != "adapter"]
-    names = family(owner.model.config)
 
     def keeping(size: int) -> Plan:
         share, cuts = size / STEPS, {}
         for i in middle:
             shapes = matrix_shapes(owner.model, i)
-            channels = len(weight_of(decoder_layers(owner.model)[i].get_submodule(names.feed_forward_in[0]))[0])
             cuts[i] = Cut(
                 ranks={
                     name: tuple(max(1, int(share * out * into / (out + into))) for out, into in each)
                     for name, each in shapes.items()
                 },
-                channels=max(1, round(share * channels)),
+                channels=max(1, round(share * channels_of(owner.model, i))),
             )
         return owner.plan(kinds, cuts=cuts)
 

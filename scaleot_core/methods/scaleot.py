@@ -1,10 +1,10 @@
 """ScaleOT: harmonizers for the layers of least importance, Selective Rank Compression of the others (method 1 to 4)."""
 
 from scaleot_core import decomposition, dlr, emulator, importance
-from scaleot_core.emulator import Plan
 from scaleot_core.files import fingerprint, read_tensors, tensor_hash, write_tensors
 from scaleot_core.methods.budget import Owner, largest
 from scaleot_core.params import changed
+from scaleot_core.plan import Plan, plan_for
 from scaleot_core.progress import say
 
 
@@ -12,11 +12,11 @@ def plan(owner: Owner) -> Plan:
     """What α and β make of the layers; with a `budget` the least α that keeps to it."""
     params, scores = owner.params, owner.scores()
     if not params.budget:
-        return emulator.plan(params, scores)
+        return plan_for(params, scores)
     others = len(scores) - params.adapter_layers
 
     def keeping(kept: int) -> Plan:
-        return emulator.plan(changed(params, {"alpha": (others - kept) / others}), scores)
+        return plan_for(changed(params, {"alpha": (others - kept) / others}), scores)
 
     return keeping(largest(owner, range(0, others + 1), keeping))
 

@@ -5,8 +5,8 @@ Source: Xiao et al. 2023 (arXiv 2302.04870), as in `uniform_choose_layers` of gi
 
 from scaleot_core import emulator
 from scaleot_core.decomposition import plain
-from scaleot_core.emulator import Kind, Plan, choose_layers
 from scaleot_core.methods.budget import Owner, largest
+from scaleot_core.plan import Kind, Plan, choose_layers
 
 
 def evenly(layers: list[int], count: int) -> list[int]:

@@ -1,0 +1,203 @@
+"""The emulator package: how it is written, checked and read back.
+
+A folder of safetensors, the tokenizer's files and one manifest.json. It holds everything that the data owner needs, and
+it is all that the data owner needs.
+"""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import torch
+from accelerate import init_empty_weights
+from pydantic import Field
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from scaleot_core import handover
+from scaleot_core.decomposition import shapes
+from scaleot_core.emulator import part_of, stand_in
+from scaleot_core.errors import UserError, one_line
+from scaleot_core.families import FAMILIES, family
+from scaleot_core.files import write_tensors
+from scaleot_core.handover import MANIFEST, TOKENIZER_FILES, Shapes
+from scaleot_core.params import HarmonizerForm, Share
+from scaleot_core.plan import Cut, Kind, Plan
+from scaleot_core.runtime import DTYPES
+
+FORMAT: Final = "scaleot-emulator"
+FORMAT_VERSION: Final = 2
+UNSTATED = "not stated: ask the model owner"
+LARGEST_BUFFERS = 2**24  # numbers: those that a model computes for itself, as rotary frequencies
+PARTS = ("base", "adapter", "harmonizer", "compressed")  # a package's files of tensors
+FILES = (*(f"{part}.safetensors" for part in PARTS), *TOKENIZER_FILES)
+
+
+class PackageManifest(handover.Manifest):
+    """A package's manifest: what tuning needs to know, and no more."""
+
+    format: Literal["scaleot-emulator"] = FORMAT
+    format_version: Literal[2] = FORMAT_VERSION
+    licence: Annotated[str, Field(max_length=1000)]
+    """Under which the package is shipped."""
+    architecture: dict[str, Any]
+    """The model's configuration, as transformers has it."""
+    dtype: Literal["float32", "bfloat16", "float16"]
+    """Of every tensor."""
+    layers: Annotated[tuple[Kind, ...], Field(min_length=1, max_length=1024)]
+    """What became of each decoder layer."""
+    beta: Share
+    """β, which says with `rank_semantics` the ranks of the compressed layers."""
+    rank_semantics: Literal["removed", "kept"]
+    harmonizer: HarmonizerForm
+    like: Annotated[dict[int, int], Field(max_length=1024, default_factory=dict)]
+    """Whose weights each shared layer has."""
+    cuts: Annotated[dict[int, Cut], Field(max_length=1024, default_factory=dict)]
+    """How far layers are cut that β doesn't cut."""
+
+
+def _untied(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The model's tensors without second names for the same storage, as a tied head has."""
+    state = model.state_dict()
+    seen: dict[int, str] = {}
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if tensor.is_meta or seen.setdefault(tensor.data_ptr(), name) == name or tensor.numel() == 0
+    }
+
+
+def save(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, licence: str = UNSTATED
+) -> None:
+    """Write an emulator as a package into an existing, empty folder."""
+    path = family(model.config).layers
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in _untied(model).items():
+        if (part := part_of(name, path, plan)) in PARTS:
+            parts.setdefault(part, {})[name] = tensor
+    for part, tensors in parts.items():
+        write_tensors(folder / f"{part}.safetensors", tensors)
+    tokenizer.save_pretrained(folder)
+    known = _settings(model.config.model_type)
+    manifest = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "licence": licence,
+        "architecture": {key: value for key, value in model.config.to_dict().items() if key in known},
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "layers": list(plan.kinds),
+        "beta": plan.beta,
+        "rank_semantics": plan.rank_semantics,
+        "harmonizer": plan.harmonizer.model_dump(),
+        "like": {str(i): other for i, other in plan.like.items()},
+        "cuts": {str(i): cut.model_dump(mode="json") for i, cut in plan.cuts.items()},
+    }
+    handover.write(folder, manifest)
+
+
+def read_manifest(folder: Path) -> PackageManifest:
+    """The manifest of a package, after every file that it lists was found whole; UserError otherwise."""
+    return handover.read(folder, PackageManifest, FILES)
+
+
+def plan_of(manifest: PackageManifest) -> Plan:
+    """The layer plan that a manifest states."""
+    form, beta = manifest.harmonizer, manifest.beta
+    return Plan(manifest.layers, beta, manifest.rank_semantics, form, manifest.like, manifest.cuts)
+
+
+def _settings(model_type: str) -> set[str]:
+    """What a configuration of an architecture may say: what transformers' own class has, but where it came from."""
+    return set(AutoConfig.for_model(model_type).to_dict()) - {"_name_or_path"}
+
+
+def _config(manifest: PackageManifest) -> PretrainedConfig:
+    """The configuration that a manifest states: plain settings of a supported architecture and no others.
+
+    What would make transformers fetch or run something, such as `auto_map`, `attn_implementation` or
+    `quantization_config`, is none of them.
+    """
+    fields = dict(manifest.architecture)
+    name = fields.pop("model_type", None)
+    if name not in FAMILIES:
+        raise ValueError(f"architecture {name!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
+    foreign = sorted(fields.keys() - _settings(name))
+    if foreign:
+        raise ValueError(f"`{foreign[0]}` is no setting of {name}")
+    config = AutoConfig.for_model(name, **fields)
+    if config.num_hidden_layers != len(manifest.layers):
+        raise ValueError(f"`layers` has {len(manifest.layers)} kinds, the architecture {config.num_hidden_layers}")
+    return config
+
+
+def _tensors(model: PreTrainedModel, plan: Plan) -> dict[str, Shapes]:
+    """What each file of a package has of an emulator without weights: names, shapes and dtypes of its tensors."""
+    path, tied = family(model.config).layers, set(model.all_tied_weights_keys)
+    found: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {}
+    for name, tensor in model.state_dict().items():
+        if name not in tied and (part := part_of(name, path, plan)) in PARTS:
+            found.setdefault(part, {})[name] = (tuple(tensor.shape), tensor.dtype)
+    return dict(found)
+
+
+def plan_bytes(config: PretrainedConfig, plan: Plan) -> int:
+    """Bytes of the tensors that a package of a model with this plan has."""
+    with init_empty_weights(include_buffers=True):
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+        stand_in(model, plan, shapes)
+    parts = _tensors(model, plan).values()
+    return sum(math.prod(shape) * dtype.itemsize for part in parts for shape, dtype in part.values())
+
+
+def _empty(manifest: PackageManifest, *, buffers_too: bool) -> PreTrainedModel:
+    """The package's model without weights; buffers are computed, unless they too are to take no memory."""
+    with init_empty_weights(include_buffers=buffers_too):
+        model = AutoModelForCausalLM.from_config(_config(manifest), dtype=DTYPES[manifest.dtype])
+        stand_in(model, plan_of(manifest), shapes)
+    return model
+
+
+def outline(folder: Path) -> tuple[PackageManifest, PreTrainedModel, dict[Path, Shapes]]:
+    """A package's manifest, its model without weights, and the tensors that each of its files must have.
+
+    UserError where the manifest describes no model. Of the files nothing but hashes was read.
+    """
+    manifest = read_manifest(folder)
+    try:
+        plan = plan_of(manifest)
+        model = _empty(manifest, buffers_too=True)
+        buffers = sum(buffer.numel() for buffer in model.buffers())
+        if buffers > LARGEST_BUFFERS:
+            raise ValueError(f"its buffers would have {buffers:,} numbers")
+    except Exception as error:  # whatever a manifest that makes no sense leads to
+        raise UserError(f"{folder}/{MANIFEST}: it describes no model ({one_line(error)}); fetch it again") from error
+    expected: dict[Path, Shapes] = {folder / name: {} for name in manifest.files if name.endswith(".safetensors")}
+    expected |= {folder / f"{part}.safetensors": tensors for part, tensors in _tensors(model, plan).items()}
+    return manifest, model, expected
+
+
+def load(folder: Path, *, device: torch.device) -> tuple[PreTrainedModel, Plan]:
+    """Read a package as a model, frozen, and its plan.
+
+    The model is built from the manifest's configuration with no weights, its layers are replaced as the plan says,
+    and every tensor must then be in the files, by name, shape and dtype, and nothing else.
+    """
+    manifest, _, expected = outline(folder)
+    tensors = handover.read_tensors(expected)
+    model, plan = _empty(manifest, buffers_too=False), plan_of(manifest)
+    path = family(model.config).layers
+    for i, other in plan.like.items():
+        own = f"{path}.{other}."
+        copies = {name: t.clone() for name, t in tensors.items() if name.startswith(own)}  # an adapter's will move
+        tensors |= {name.replace(own, f"{path}.{i}.", 1): t for name, t in copies.items()}
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    model.to(device)  # type: ignore[arg-type]
+    return model.eval().requires_grad_(False), plan
