@@ -3,11 +3,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from scaleot_core import parallel
 from scaleot_core.errors import UserError
 from scaleot_core.harmonizer import Harmonizers
 from scaleot_core.models import block_loss, check_layers, hooked, mean_loss, replaced, run_stack
@@ -151,15 +153,17 @@ def train(
         draw = generator(seed, "dlr", i)
         kept = sample_kept(state.scores, dlr.group_size, dlr.settled, draw)
         sampled = _batch(blocks, dlr.batch_blocks, draw)
-        whole = None
-        if dlr.hidden_weight:
-            with torch.no_grad():
-                whole = run_stack(model, sampled)
-        with replaced(model, network(kept)):
-            loss = network_loss(model, sampled, hidden_weight=dlr.hidden_weight, whole=whole)
-            loss.backward()
+
+        def loss(part: Tensor) -> Tensor:
+            whole = None
+            if dlr.hidden_weight:
+                with torch.no_grad():
+                    whole = run_stack(model, part)
+            with replaced(model, network(kept)):
+                return network_loss(model, part, hidden_weight=dlr.hidden_weight, whole=whole)
+
+        figures = {"loss": parallel.backward(sampled, loss), "tokens": sampled.numel()}
         state.optimizer.step(dlr.lr * warmup_then_linear(i, dlr.steps, 0.1))
-        figures = {"loss": loss.item(), "tokens": sampled.numel()}
         return figures | (update_scores(i) if (i + 1) % dlr.score_every == 0 else {})
 
     history = run_steps(step, state, label="DLR", steps=dlr.steps, checkpoint=checkpoint)
@@ -186,10 +190,9 @@ def make_up(
 
     def step(i: int) -> dict[str, float]:
         sampled = _batch(blocks, dlr.batch_blocks, generator(seed, "after src", i))
-        loss = block_loss(emulator, sampled)
-        loss.backward()
+        loss = parallel.backward(sampled, partial(block_loss, emulator))
         optimizer.step(dlr.lr * warmup_then_linear(i, dlr.after_src, 0.1))
-        return {"loss": loss.item(), "tokens": sampled.numel()}
+        return {"loss": loss, "tokens": sampled.numel()}
 
     run_steps(step, optimizer, label="after SRC", steps=dlr.after_src, checkpoint=checkpoint)
     emulator.requires_grad_(False)

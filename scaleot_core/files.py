@@ -16,11 +16,16 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 
 from scaleot_core.errors import UserError, one_line
+from scaleot_core.parallel import is_first
 
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `target` when the block ends well and vanishes when it doesn't."""
+    if not is_first():
+        with tempfile.TemporaryDirectory() as name:
+            yield Path(name)
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     old = temporary.with_name(f"{temporary.name}.old")
@@ -41,6 +46,10 @@ def whole_folder(target: Path) -> Iterator[Path]:
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside `target` that replaces it when the block ends well."""
+    if not is_first():
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / target.name
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     os.close(handle)
@@ -72,9 +81,11 @@ def read_json(path: Path) -> Any:
 
 def once(file: Path, measure: Callable[[], Any]) -> Any:
     """What `measure` gives, as JSON in `file`: measured if the file isn't there yet, else read back."""
-    if not file.exists():
-        write_json(file, measure())
-    return read_json(file)
+    if file.exists():
+        return read_json(file)
+    value = measure()
+    write_json(file, value)
+    return json.loads(json.dumps(value))
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -235,6 +235,8 @@ class Params(_Block):
     """What the models compute in; trained weights keep a float32 copy."""
     threads: Annotated[int, Field(ge=0)]
     """CPU threads; 0 for all."""
+    launch: Name
+    """What starts the stages that train by gradients: `python`, or what starts several processes of one."""
     checkpoint_seconds: Annotated[float, Field(ge=0)]
     """Time between two checkpoints of a long stage."""
     adapter_layers: Positive

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from scaleot_core import parallel
 from scaleot_core.errors import UserError
 from scaleot_core.families import family
 from scaleot_core.files import write_json
@@ -65,13 +66,18 @@ def setup(settings: Settings, label: str) -> Runtime:
     """Set threads and deterministic kernels, pick the device, say so; UserError if the GPU asked for isn't there."""
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device = 'cuda': no GPU is visible here; use auto or cpu")
-    device = torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
+    if parallel.size() > 1:
+        device = parallel.join(cpu=settings.device == "cpu" or not torch.cuda.is_available())
+    else:
+        device = torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(settings.threads or max(1, len(os.sched_getaffinity(0)) // parallel.size()))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU
     torch.use_deterministic_algorithms(True)
     transformers_logging.set_verbosity_error()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    say(f"{label}: on {device.type} in {settings.dtype}, {torch.get_num_threads()} threads", style="bold")
+    processes = f"{parallel.size()} processes, each with " if parallel.size() > 1 else ""
+    threads = torch.get_num_threads()
+    say(f"{label}: on {device.type} in {settings.dtype}, {processes}{threads} threads", style="bold")
     return Runtime(device, DTYPES[settings.dtype])
 
 

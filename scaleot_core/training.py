@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from scaleot_core import parallel
 from scaleot_core.errors import UserError
 from scaleot_core.files import read_json, read_tensors, whole_folder, write_json, write_tensors
 from scaleot_core.progress import progress, say
@@ -57,6 +58,7 @@ class Optimizer:
     def step(self, lr: float) -> None:
         """One update from the gradients at hand, clipped by their common norm; then they are dropped."""
         self.gather()
+        parallel.sum_gradients(self.masters.values())
         nn.utils.clip_grad_norm_(self.masters.values(), self.clip)
         self.update(self.adamw, lr)
 
@@ -136,9 +138,11 @@ class Checkpoint:
         with whole_folder(new) as folder:
             write_tensors(folder / "state.safetensors", state.tensors())
             write_json(folder / "progress.json", {"step": step, "history": self.history})
-        for old in new.parent.iterdir():
-            if old != new:
-                shutil.rmtree(old, ignore_errors=True)
+        if parallel.is_first():
+            for old in new.parent.iterdir():
+                if old != new:
+                    shutil.rmtree(old, ignore_errors=True)
+        parallel.wait()
 
     def within(self, name: str) -> "Checkpoint":
         """A checkpoint for a smaller loop that is part of the same work, removed with this one."""
@@ -146,6 +150,7 @@ class Checkpoint:
 
     def remove(self) -> None:
         """Forget the checkpoint, once the stage's outputs stand."""
+        parallel.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -194,11 +199,11 @@ def run_steps(
                 )
             tick(tokens=int(figures.pop("tokens", 0)), loss=figures["loss"])
             checkpoint.history.append({"step": i, **figures})
-            due = time.monotonic() - saved >= checkpoint.seconds
-            if due or interrupted():
+            stop = parallel.anywhere(interrupted())
+            if stop or parallel.anywhere(time.monotonic() - saved >= checkpoint.seconds):
                 if math.isfinite(checkpoint.seconds):
                     checkpoint.save(state, i + 1)
                 saved = time.monotonic()
-            if interrupted():
+            if stop:
                 raise KeyboardInterrupt
     return checkpoint.history

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from scaleot_core import privacy
+from scaleot_core import parallel, privacy
 from scaleot_core.errors import UserError
 from scaleot_core.examples import IGNORED, Example, collate
 from scaleot_core.files import once, read_tensors, write_tensors
@@ -42,6 +42,24 @@ def epoch_batches(lengths: list[int], batch_size: int, draw: torch.Generator) ->
     return [batches[i] for i in torch.randperm(len(batches), generator=draw).tolist()]
 
 
+def _backward(model: PreTrainedModel, batch: list[Example]) -> tuple[float, int]:
+    """Backpropagate the mean loss over a batch's answer tokens, each process that of its share; loss and tokens."""
+
+    def answers(part: list[Example]) -> int:
+        return sum(target != IGNORED for _, goal in part for target in goal)
+
+    mine = parallel.share(batch)
+    loss, tokens = 0.0, 0
+    if mine:
+        inputs, targets = collate(mine)
+        own = answer_loss(model, inputs.to(model.device), targets.to(model.device))
+        if len(mine) < len(batch):
+            own = own * (answers(mine) / answers(batch))
+        own.backward()
+        loss, tokens = own.item(), inputs.numel()
+    return parallel.total(loss), int(parallel.total(tokens))
+
+
 def train(
     model: PreTrainedModel,
     parameters: dict[str, nn.Parameter],
@@ -70,11 +88,10 @@ def train(
 
     def step(i: int) -> dict[str, float]:
         batches = epoch_batches(lengths, tuning.batch_size, generator(seed, "tuning", i // an_epoch))
-        inputs, targets = collate([data[k] for k in batches[i % an_epoch]])
-        loss = answer_loss(model, inputs.to(model.device), targets.to(model.device))
-        loss.backward()
+        batch = [data[k] for k in batches[i % an_epoch]]
+        loss, tokens = _backward(model, batch)
         optimizer.step(lr * warmup_then_linear(i, steps, tuning.warmup))
-        return {"loss": loss.item(), "tokens": inputs.numel()}
+        return {"loss": loss, "tokens": tokens}
 
     ends = range(an_epoch, steps + an_epoch, an_epoch) if after_epoch else [steps]
     history: list[dict[str, float]] = []

@@ -1,8 +1,9 @@
 """Stage full_finetune, one per task: all weights of the real model tuned, the ceiling. α and β don't touch it."""
 
+from functools import partial
 from pathlib import Path
 
-from scaleot_core import examples
+from scaleot_core import examples, parallel
 from scaleot_core.ending import ends_in_one_line
 from scaleot_core.evaluation import evaluate
 from scaleot_core.files import fingerprint, read_jsonl, whole_folder, write_json
@@ -34,7 +35,8 @@ def main() -> None:
         tuned = tune(model, weights, data, settings, seed=params.seed, label=label, checkpoint=checkpoint)
         questions = {task: read_jsonl(folder / "eval.jsonl")}
         batch = params.evaluate.batch_size
-        results = evaluate(model, tokenizer, questions, batch_size=batch, label="full_finetune")
+        measure = partial(evaluate, model, tokenizer, questions, batch_size=batch, label="full_finetune")
+        results = parallel.from_first(measure)
         with whole_folder(Path(f"artifacts/baselines/full_finetune-{task}")) as out:
             write_json(out / "results.json", results[task])
             write_json(out / "tuning.json", {"lr": tuned.lr, "validation_loss": tuned.validation_loss})

@@ -241,6 +241,6 @@ def test_every_parameter_is_a_dependency_of_the_stages_that_read_it():
     assert watched <= fields().keys()
     keys = {key for key in fields() if not any(other.startswith(f"{key}.") for other in fields())}
     missed = {key for key in keys if key not in watched and key.partition(".")[0] not in watched}
-    assert missed == {"device", "threads", "checkpoint_seconds"}  # where and how a run happens
+    assert missed == {"device", "threads", "launch", "checkpoint_seconds"}  # where and how a run happens
     dlr = {key for key in keys if key.startswith("dlr.")}
     assert dlr - {"dlr.after_src"} == dlr & set(stages["train_harmonizers"]["params"])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from scaleot_core import parallel
 from scaleot_core.families import attention, decoder_layers, family
 from scaleot_core.files import once
 from scaleot_core.harmonizer import Harmonizer
@@ -108,10 +109,9 @@ def recover(
 
     def step(i: int) -> dict[str, Any]:
         at = torch.randint(len(blocks), (attack.batch_blocks,), generator=generator(seed, "attack", i))
-        loss = block_loss(model, blocks[at])
-        loss.backward()
+        loss = parallel.backward(blocks[at], lambda part: block_loss(model, part))
         optimizer.step(attack.lr * warmup_then_linear(i, attack.steps, 0.1))
-        return {"loss": loss.item(), "tokens": at.numel() * blocks.shape[1]}
+        return {"loss": loss, "tokens": at.numel() * blocks.shape[1]}
 
     curve = []
     for point in range(attack.points + 1):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from scaleot_core import emulator
+from scaleot_core import emulator, parallel
 from scaleot_core.decomposition import plain
 from scaleot_core.families import decoder_layers
 from scaleot_core.methods import uniform
@@ -63,12 +63,15 @@ def make(owner: Owner) -> Plan:
 
     def step(i: int) -> dict[str, Any]:
         at = torch.randint(len(owner.blocks), (distill.batch_blocks,), generator=generator(seed, "distill", i))
-        with torch.no_grad(), replaced(model, originals):
-            teacher = _forward(model, owner.blocks[at], middle)[1]
-        value = loss(model, owner.blocks[at], teacher, middle, distill.hidden_weight)
-        value.backward()
+
+        def of(part: Tensor) -> Tensor:
+            with torch.no_grad(), replaced(model, originals):
+                teacher = _forward(model, part, middle)[1]
+            return loss(model, part, teacher, middle, distill.hidden_weight)
+
+        value = parallel.backward(owner.blocks[at], of)
         optimizer.step(distill.lr * warmup_then_linear(i, distill.steps, 0.1))
-        return {"loss": value.item(), "tokens": at.numel() * owner.blocks.shape[1]}
+        return {"loss": value, "tokens": at.numel() * owner.blocks.shape[1]}
 
     run_steps(step, optimizer, label="distillation", steps=distill.steps, checkpoint=owner.checkpoint)
     model.requires_grad_(False)

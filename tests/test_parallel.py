@@ -1,0 +1,124 @@
+"""Two processes on the CPU, as torchrun starts them, and `accelerate launch` by it, do what one does."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_project
+from test_stages import change, settings, succeed
+from transformers import PreTrainedTokenizerFast
+
+from scaleot_core import parallel
+from scaleot_core.files import read_tensors
+
+__all__ = ["settings"]  # a fixture
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]  # what accelerate calls
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    folder = tmp_path_factory.mktemp("parallel") / "project"
+    folder.mkdir()
+    write_project(folder, tokenizer)
+    change(folder, dlr={"steps": 10, "score_every": 5, "batch_blocks": 3}, tuning={"epochs": 2, "batch_size": 7})
+    succeed(
+        folder, "prepare_data", "layer_importance", "train_harmonizers", "compress", "offsite_tune", "full_finetune"
+    )
+    return folder
+
+
+def launched(folder: Path, *command: str) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "home")}
+    done = subprocess.run(
+        [*LAUNCH, *command],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def close(one: Path, two: Path) -> None:
+    first, second = read_tensors(one), read_tensors(two)
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-5)
+
+
+OUTPUTS = {
+    "train_harmonizers": ("artifacts/harmonizers", "harmonizers.safetensors"),
+    "offsite_tune": ("artifacts/adapters/piqa", "adapter/adapter.safetensors"),
+    "full_finetune": ("artifacts/baselines/full_finetune-piqa", None),
+}
+
+
+@pytest.mark.parametrize("stage", OUTPUTS)
+def test_two_processes_give_one_processs_losses_and_weights(alone: Path, tmp_path: Path, stage: str) -> None:
+    two = Path(shutil.copytree(alone, tmp_path / "project"))
+    output, tensors = OUTPUTS[stage]
+    shutil.rmtree(two / output)
+    task = ["piqa"] if stage != "train_harmonizers" else []
+    said = launched(two, f"stages/{stage}.py", *task)
+    assert said.count("2 processes, each with") == 1  # the first one speaks
+    losses = [[row["loss"] for row in json.loads((f / output / "history.json").read_text())] for f in (alone, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and len(losses[0]) > 3
+    if tensors:
+        close(alone / output / tensors, two / output / tensors)
+    if stage == "train_harmonizers":
+        scores = [json.loads((f / output / "scores.json").read_text())["scores"] for f in (alone, two)]
+        assert scores[1] == pytest.approx(scores[0], rel=1e-4, abs=1e-7)
+    names = [sorted(str(f.relative_to(x)) for f in (x / output).rglob("*")) for x in (alone, two)]
+    assert names[0] == names[1]
+    scratch = two / ".scaleot" / "scratch"
+    assert not [f for f in scratch.iterdir() if stage in f.name]
+
+
+def test_interrupted_together_and_resumed_together(alone: Path, tmp_path: Path) -> None:
+    two = Path(shutil.copytree(alone, tmp_path / "project"))
+    output = OUTPUTS["offsite_tune"][0]
+    shutil.rmtree(two / output)
+    change(two, checkpoint_seconds=0, tuning={"max_steps": 5, "epochs": 2})
+    script = two / "stop.py"
+    script.write_text(
+        "import os, runpy, signal, sys\n"
+        "from scaleot_core import tuning\n"
+        "measure, seen = tuning._backward, []\n"
+        "def step(*args):\n"
+        "    seen.append(1)\n"
+        "    if len(seen) == 3 and os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return measure(*args)\n"
+        "tuning._backward = step\n"
+        "sys.argv = ['stages/offsite_tune.py', 'piqa']\n"
+        "try: runpy.run_path('stages/offsite_tune.py', run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 130, end\n"
+    )
+    launched(two, "stop.py")
+    assert not (two / output).exists()
+    said = launched(two, "stages/offsite_tune.py", "piqa")
+    assert "resuming after step 3" in said
+    assert len(json.loads((two / output / "history.json").read_text())) == 5
+
+
+def test_alone_everything_is_ones_own() -> None:
+    batch = torch.arange(5)
+    assert parallel.size() == 1 and parallel.is_first() and torch.equal(parallel.share(batch), batch)
+    assert parallel.total(2.5) == 2.5 and parallel.anywhere(True) and not parallel.anywhere(False)
+    weight = torch.nn.Parameter(torch.tensor(2.0))
+    assert parallel.backward(batch.float(), lambda part: weight * part.mean()) == 4.0
+    parallel.sum_gradients([weight])
+    assert weight.grad == 2.0
+
+
+@pytest.mark.parametrize(("rank", "mine"), [("0", [0, 2, 4]), ("1", [1, 3])])
+def test_shares_are_disjoint_and_whole(monkeypatch: pytest.MonkeyPatch, rank: str, mine: list[int]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    assert parallel.share([0, 1, 2, 3, 4]) == mine and parallel.share(torch.arange(5)).tolist() == mine
