@@ -43,7 +43,7 @@ class Lora(BaseModel):
 
 
 class Privacy(BaseModel):
-    """The (ε, δ) of differential privacy, as the data owner states it."""
+    """The (ε, δ) of differential privacy that was kept to, as the data owner states it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -159,7 +159,7 @@ def save(
             "lr": tuned.lr,
             "steps": tuned.steps,
             "batch_size": tuning.batch_size,
-            "privacy": None if tuned.epsilon is None else {"epsilon": tuned.epsilon, "delta": tuning.delta},
+            "privacy": None if tuned.epsilon is None else {"epsilon": tuning.epsilon, "delta": tuning.delta},
         },
     }
     handover.write(folder, manifest)
@@ -175,7 +175,11 @@ def _plain(config: Any) -> dict[str, Any]:
 
 def read_manifest(folder: Path) -> AdapterManifest:
     """The manifest of an adapter, after every file that it lists was found whole; UserError otherwise."""
-    return handover.read(folder, AdapterManifest, (FULL, LORA, LORA_CONFIG))
+    manifest = handover.read(folder, AdapterManifest, (FULL, LORA, LORA_CONFIG))
+    expected = {LORA, LORA_CONFIG} if manifest.lora else {FULL}
+    if manifest.files.keys() != expected:
+        raise UserError(f"{folder}: its files are {sorted(manifest.files)}; they should be {sorted(expected)}")
+    return manifest
 
 
 def read(folder: Path, model: PreTrainedModel, plan: Plan, originals: Mapping[str, Tensor], *, package: str) -> Adapter:
@@ -193,9 +197,7 @@ def read(folder: Path, model: PreTrainedModel, plan: Plan, originals: Mapping[st
         )
     if manifest.lora is None:
         expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in originals.items()}
-        _only(folder, manifest, FULL)
         return Adapter(manifest, handover.read_tensors({folder / FULL: expected}))
-    _only(folder, manifest, LORA, LORA_CONFIG)
     _check_lora_config(folder / LORA_CONFIG, _plain(_lora_config(model, plan, manifest.lora)))
     rank, linears = manifest.lora.rank, _linears(model, plan)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
@@ -214,11 +216,6 @@ def read(folder: Path, model: PreTrainedModel, plan: Plan, originals: Mapping[st
         if not tensors[f"{name}.weight"].isfinite().all():
             raise UserError(f"{folder}: {name!r} would have numbers that are not finite; it is of no use")
     return Adapter(manifest, tensors)
-
-
-def _only(folder: Path, manifest: AdapterManifest, *names: str) -> None:
-    if set(manifest.files) != set(names):
-        raise UserError(f"{folder}: its files are {sorted(manifest.files)}; they should be {sorted(names)}")
 
 
 def _check_lora_config(file: Path, expected: dict[str, Any]) -> None:
@@ -247,8 +244,8 @@ def movements(plan: Plan, shipped: Mapping[str, Tensor], tuned: Mapping[str, Ten
     """Every adapter layer's movement; `path` is that of the decoder layers in the model."""
     found = []
     for i in plan.layers("adapter"):
-        before = {name: tensor.float() for name, tensor in shipped.items() if name.startswith(f"{path}.{i}.")}
-        changes = [tuned[name].float() - tensor for name, tensor in before.items()]
+        before = {name: tensor.double() for name, tensor in shipped.items() if name.startswith(f"{path}.{i}.")}
+        changes = [tuned[name].double() - tensor for name, tensor in before.items()]
         size, moved = (math.sqrt(sum(float(t.square().sum()) for t in part)) for part in (before.values(), changes))
         peaks = [float(t.abs().max() / t.square().mean().sqrt()) for t in changes if t.any()]
         found.append(Movement(i, moved / size if size else math.inf if moved else 0.0, max(peaks, default=0.0)))

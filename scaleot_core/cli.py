@@ -50,10 +50,12 @@ def pack(
     """
     from scaleot_core import handover
     from scaleot_core.files import read_json, write_json
-    from scaleot_core.package import read_manifest
+    from scaleot_core.package import LONGEST_LICENCE, read_manifest
     from scaleot_core.params import load_params
     from scaleot_core.plan import DECIDED_BY
 
+    if len(licence) > LONGEST_LICENCE:
+        raise UserError(f"--licence: {len(licence)} characters are too many; {LONGEST_LICENCE} are the most")
     made = project / "artifacts" / "emulator"
     known = read_json(made.with_name(f"{made.name}.private.json"))
     if known["params"] != load_params(project / "params.yaml").model_dump(include=DECIDED_BY):
@@ -72,7 +74,10 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="A package or an adapter: a folder or .zip.")],
     as_json: AsJson = False,
 ) -> None:
-    """Either party: what a package or an adapter is, and whether it is sound. No weights are loaded."""
+    """Either party: what a package or an adapter is, and whether it came whole. No weights are loaded.
+
+    A package is checked to the last shape; an adapter by `scaleot check`, which knows the package it belongs to.
+    """
     from scaleot_core import adapter, handover
     from scaleot_core.package import outline
 
@@ -85,6 +90,7 @@ def inspect(
                 "format": f"{given.format} {given.format_version}",
                 "tuned on package": given.package,
                 "layers": list(given.layers),
+                "whole": True,
                 "tuned": f"LoRA of rank {given.lora.rank}" if given.lora else "in full",
                 **{f"tuning: {key}": value for key, value in given.tuning.model_dump(exclude_none=True).items()},
             }
@@ -100,8 +106,9 @@ def inspect(
                 "layers": list(manifest.layers),
                 "beta": manifest.beta,
                 "harmonizer rank": manifest.harmonizer.rank,
+                "sound": True,
             }
-        found |= {"id": handover.identity(folder), "sound": True}
+        found["id"] = handover.identity(folder)
         _show(found | {"files": {name: entry.model_dump() for name, entry in manifest.files.items()}}, as_json)
 
 
@@ -169,8 +176,8 @@ def tune(
     """
     from scaleot_core import adapter, examples, handover
     from scaleot_core.files import fingerprint, read_jsonl, write_json
-    from scaleot_core.models import check_tokenizer, load_tokenizer
-    from scaleot_core.package import load, read_manifest
+    from scaleot_core.models import check_tokenizer
+    from scaleot_core.package import load, load_tokenizer, read_manifest
     from scaleot_core.params import OffsiteTuning, checked
     from scaleot_core.questions import training
     from scaleot_core.runtime import setup
@@ -209,15 +216,15 @@ def tune(
         check_tokenizer(tokenizer, model.config)
         if task is None:
             assert data is not None
-            made = examples.from_file(model, tokenizer, data, block_size=block_size)
+            made = examples.from_file(model, tokenizer, data, block_size=block_size, packed=not epsilon)
         else:
             rows = training(task) if data is None else read_jsonl(data)
             check_rows(task, rows, tokenizer, context_length=model.config.max_position_embeddings, part="training")
-            made = examples.from_task(model, tokenizer, task, rows, block_size=block_size)
+            made = examples.from_task(model, tokenizer, task, rows, block_size=block_size, packed=not epsilon)
         key = fingerprint(settings.model_dump(), seed, identity, made)
         checkpoint = Checkpoint(out.with_name(f".{out.name}.progress") / key, PROGRESS_SECONDS)
         parameters = adapter.trainable(model, plan, settings, seed)
-        seed = secrets.randbits(63) if epsilon else seed  # whoever could guess it could take the noise off
+        seed = secrets.randbits(256) if epsilon else seed  # whoever could guess it could take the noise off
         try:
             tuned = tune_parameters(model, parameters, made, settings, seed=seed, label="tune", checkpoint=checkpoint)
         except KeyboardInterrupt:
@@ -286,7 +293,7 @@ def plug(
         found = receive(folder, shipped)
     for moved in found.movements:
         for name, limit, value in (("change", max_change, moved.relative), ("outlier", max_outlier, moved.outlier)):
-            if limit is not None and value > limit:
+            if limit is not None and not value <= limit:
                 raise UserError(
                     f"{adapter}: layer {moved.layer} has {name} {value:.3g}, the limit is {limit:g}; "
                     "look at `scaleot check`, then ask for another or raise the limit"

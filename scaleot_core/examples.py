@@ -21,17 +21,24 @@ Example = tuple[list[int], list[int]]
 
 
 def from_task(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, rows: Rows, *, block_size: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    rows: Rows,
+    *,
+    block_size: int,
+    packed: bool = True,
 ) -> list[Example]:
     """Every question of a task, split and cut exactly as lm-eval's scoring does it.
 
     Targets are those of the right answer, `IGNORED` elsewhere; an answer that evaluation generates ends in the
     end-of-text token, so that the model learns to stop. A question that is too long loses its beginning. Texts that are
-    scored as a whole come in blocks of `block_size` tokens, each of which is a target. UserError where there are none.
+    scored as a whole come in blocks of `block_size` tokens, each of which is a target; not `packed`, each is an example
+    of its own. UserError where there are none.
     """
-    view, loaded = lm(model, tokenizer), load_task(task, rows)
+    view, loaded, size = lm(model, tokenizer), load_task(task, rows), block_size if packed else None
     if loaded.OUTPUT_TYPE == "loglikelihood_rolling":
-        made = _packed([view.tok_encode(text) for text in texts(loaded)], _end(tokenizer, task), block_size)
+        made = _texts([view.tok_encode(text) for text in texts(loaded)], _end(tokenizer, task), view.max_length, size)
     else:
         end = [_end(tokenizer, task)] if loaded.OUTPUT_TYPE == "generate_until" else []
         pairs = answer_pairs(loaded, tokenizer, context_length=view.max_length)
@@ -43,13 +50,13 @@ def from_task(
 
 
 def from_file(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path, *, block_size: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path, *, block_size: int, packed: bool = True
 ) -> list[Example]:
     """The records of a .jsonl file, all of one form: `prompt` and `completion`, `messages`, or `text`.
 
     Targets are the completion, or every message of the assistant, each with its end; of texts, packed into blocks,
-    every token. A record that is too long loses its beginning. UserError names the first line that is of no form, of
-    another than the first, or without anything to learn.
+    every token; not `packed`, each text is an example of its own. A record that is too long loses its beginning.
+    UserError names the first line that is of no form, of another than the first, or without anything to learn.
     """
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
@@ -91,7 +98,8 @@ def from_file(
     if not parts:
         raise UserError(f"{file}: there is no record in it")
     if form == "text":
-        return _packed([tokens for found in parts for tokens, _ in found], end, block_size)
+        encoded = [tokens for found in parts for tokens, _ in found]
+        return _texts(encoded, end, view.max_length, block_size if packed else None)
     return [_cut(found, view.max_length) for found in parts]
 
 
@@ -135,7 +143,11 @@ def _cut(parts: list[tuple[list[int], bool]], context_length: int) -> Example:
     return tokens[-(context_length + 1) :][:-1], targets[-(context_length + 1) :][1:]
 
 
-def _packed(encoded: Iterable[list[int]], end: int, block_size: int) -> list[Example]:
+def _texts(encoded: Iterable[list[int]], end: int, context_length: int, block_size: int | None) -> list[Example]:
+    """Texts, each with its end, packed into blocks as long as the context allows, or without a size one by one."""
+    if block_size is None:
+        return [_cut([([*text, end], True)], context_length) for text in encoded]
+    block_size = min(block_size, context_length)
     tokens = list(chain.from_iterable([*text, end] for text in encoded))
     cuts = (tokens[start : start + block_size + 1] for start in range(0, len(tokens) - 1, block_size))
     return [(block[:-1], block[1:]) for block in cuts]

@@ -13,10 +13,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from scaleot_core.errors import UserError
+from scaleot_core.params import changed, load_params
 from scaleot_core.progress import progress, say
 
 WAITING = {"Queued", "Running"}
 POLL_SECONDS = 10.0
+ANYHOW = {"device", "threads", "launch", "checkpoint_seconds"}  # parameters that no figure hangs on
 
 Row = dict[str, Any]
 """Metrics and parameters of one experiment, by names such as `tasks.piqa.gap.acc` and `dlr.steps`."""
@@ -43,6 +45,26 @@ def _set(changes: Mapping[str, Any]) -> list[str]:
     return [f"--set-param={key}={json.dumps(value)}" for key, value in changes.items()]
 
 
+def _check(name: str, row: Row, changes: Mapping[str, Any]) -> Row:
+    """A row that is there; UserError where it was made with other parameters than these changes give now."""
+    expected = flat(changed(load_params(), dict(changes)).model_dump())
+    for key, value in expected.items():
+        if key in row and isinstance(value, int | float | str) and key not in ANYHOW and row[key] != value:
+            raise UserError(
+                f"experiment {name}: it is there with {key} = {row[key]!r}, and would now have {value!r}; "
+                f"commit params.yaml, or `dvc exp remove {name}`"
+            )
+    return row
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested parameters by names such as `dlr.steps`."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
 def run(name: str, changes: Mapping[str, Any]) -> Row:
     """The row of experiment `name`, run now with these parameters if it isn't there; UserError where a run fails."""
     found = finished()
@@ -51,7 +73,7 @@ def run(name: str, changes: Mapping[str, Any]) -> Row:
         if subprocess.run(["dvc", "exp", "run", "--temp", f"--name={name}", *_set(changes)]).returncode:
             raise UserError(f"experiment {name}: it failed; see above, mend it, then run again: what is done is kept")
         found = finished()
-    return found[name]
+    return _check(name, found[name], changes)
 
 
 def workers() -> int:
@@ -72,7 +94,7 @@ def run_all(wanted: Mapping[str, Mapping[str, Any]], label: str) -> dict[str, Ro
     for name in wanted.keys() - done.keys() - waiting:
         _dvc("exp", "run", "--queue", f"--name={name}", *_set({**wanted[name], **shared}))
     if wanted.keys() <= done.keys():
-        return {name: done[name] for name in wanted}
+        return {name: _check(name, done[name], changes) for name, changes in wanted.items()}
     _dvc("queue", "start", f"--jobs={jobs}")
     say(f"{label}: {jobs} at once; `dvc queue logs NAME` shows one")
     try:
@@ -92,7 +114,7 @@ def run_all(wanted: Mapping[str, Mapping[str, Any]], label: str) -> dict[str, Ro
     except KeyboardInterrupt:
         _dvc("queue", "stop")
         raise
-    return {name: done[name] for name in wanted}
+    return {name: _check(name, done[name], changes) for name, changes in wanted.items()}
 
 
 def _dvc(*arguments: str) -> None:

@@ -6,6 +6,7 @@ no pickle, JSON within bounds, hashes before content, shapes before memory, fini
 
 import json
 import shutil
+import struct
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,13 +18,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from scaleot_core.errors import UserError, one_line
+from scaleot_core.errors import UserError, one_line, printable
 from scaleot_core.files import sha256, whole_file, write_json
 
 MANIFEST = "manifest.json"
 LARGEST_JSON = 2**20  # bytes of a manifest, or of a header: those of the largest models have some 100 KB
 LARGEST_TOKENIZER = 2**26  # bytes of one of the tokenizer's files
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+LARGEST_ARCHIVE = 17  # members: sixteen files and the manifest
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -125,7 +127,7 @@ def read(folder: Path, kind: type[M], names: Iterable[str]) -> M:
         manifest = kind.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
+        where = printable(".".join(map(str, first["loc"])))[:200]
         reason = one_line(ValueError(first["msg"]))
         raise UserError(f"{folder}/{MANIFEST}: {where}: {reason}; fetch it again") from None
     there = {file.name: file.is_file() and not file.is_symlink() for file in folder.iterdir()}
@@ -202,6 +204,19 @@ def archive(folder: Path, target: Path) -> None:
                 shutil.copyfileobj(stream, out, 2**20)
 
 
+def _check_directory(path: Path) -> None:
+    """ValueError where an archive's own end names a directory that no archive of ours has: reading it takes memory."""
+    with path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - 2**16 - 22))
+        end = stream.read()
+    at = end.rfind(b"PK\x05\x06")
+    if at < 0 or len(end) - at < 22:
+        raise ValueError("it has no end")
+    entries, size = struct.unpack("<HI", end[at + 10 : at + 16])
+    if entries > LARGEST_ARCHIVE or size > 2**16:
+        raise ValueError(f"{entries:,} members, whose list has {size:,} bytes, are too many")
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[Path]:
     """A folder as it is, or a zip of one unpacked for the length of a block; UserError for what isn't plain.
@@ -215,9 +230,10 @@ def opened(path: Path) -> Iterator[Path]:
         folder = Path(name) / "unpacked"
         folder.mkdir()
         try:
+            _check_directory(path)
             with zipfile.ZipFile(path) as given:
                 members = given.infolist()
-                if len(members) > 17 or sum(member.file_size for member in members) > path.stat().st_size:
+                if len(members) > LARGEST_ARCHIVE or sum(member.file_size for member in members) > path.stat().st_size:
                     raise UserError(f"{path}: its members are more or larger than the archive can hold")
                 if len({member.filename for member in members}) < len(members):
                     raise UserError(f"{path}: a member is there twice")

@@ -84,9 +84,10 @@ def read_model(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTra
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
     """UserError where a tokenizer has tokens that the model has no embedding of."""
-    if len(tokenizer) > config.vocab_size:
+    tokens = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
+    if tokens > config.vocab_size:
         raise UserError(
-            f"its tokenizer has {len(tokenizer)} tokens and the model's embedding {config.vocab_size}, so it "
+            f"its tokenizer has {tokens} tokens and the model's embedding {config.vocab_size}, so it "
             "belongs to another model; put the right one there"
         )
 

@@ -13,20 +13,23 @@ from accelerate import init_empty_weights
 from pydantic import Field
 from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from scaleot_core import handover
 from scaleot_core.decomposition import shapes
 from scaleot_core.emulator import part_of, stand_in
-from scaleot_core.errors import UserError, one_line
+from scaleot_core.errors import UserError, one_line, printable
 from scaleot_core.families import FAMILIES, family
-from scaleot_core.files import write_tensors
+from scaleot_core.files import read_json, write_json, write_tensors
 from scaleot_core.handover import MANIFEST, TOKENIZER_FILES, Shapes
+from scaleot_core.models import run_stack
 from scaleot_core.params import HarmonizerForm, Share
 from scaleot_core.plan import Cut, Kind, Plan
 from scaleot_core.runtime import DTYPES
@@ -34,6 +37,24 @@ from scaleot_core.runtime import DTYPES
 FORMAT: Final = "scaleot-emulator"
 FORMAT_VERSION: Final = 2
 UNSTATED = "not stated: ask the model owner"
+LONGEST_LICENCE = 1000  # characters
+TOKENIZER_SETTINGS = {
+    "add_prefix_space",
+    "additional_special_tokens",
+    "backend",
+    "bos_token",
+    "chat_template",
+    "clean_up_tokenization_spaces",
+    "eos_token",
+    "extra_special_tokens",
+    "mask_token",
+    "model_max_length",
+    "pad_token",
+    "padding_side",
+    "tokenizer_class",
+    "unk_token",
+}  # of a tokenizer_config.json: none names a file, code or a repository
+PROBE = "The 2nd «naïve» test,\n\tof 3.14 words: 你好!  <|x|>"  # on which a tokenizer must be what it was
 LARGEST_BUFFERS = 2**24  # numbers: those that a model computes for itself, as rotary frequencies
 PARTS = ("base", "adapter", "harmonizer", "compressed")  # a package's files of tensors
 FILES = (*(f"{part}.safetensors" for part in PARTS), *TOKENIZER_FILES)
@@ -44,7 +65,7 @@ class PackageManifest(handover.Manifest):
 
     format: Literal["scaleot-emulator"] = FORMAT
     format_version: Literal[2] = FORMAT_VERSION
-    licence: Annotated[str, Field(max_length=1000)]
+    licence: Annotated[str, Field(max_length=LONGEST_LICENCE)]
     """Under which the package is shipped."""
     architecture: dict[str, Any]
     """The model's configuration, as transformers has it."""
@@ -84,7 +105,7 @@ def save(
             parts.setdefault(part, {})[name] = tensor
     for part, tensors in parts.items():
         write_tensors(folder / f"{part}.safetensors", tensors)
-    tokenizer.save_pretrained(folder)
+    _save_tokenizer(folder, tokenizer)
     known = _settings(model.config.model_type)
     manifest = {
         "format": FORMAT,
@@ -108,7 +129,9 @@ def read_manifest(folder: Path) -> PackageManifest:
 
 
 def plan_of(manifest: PackageManifest) -> Plan:
-    """The layer plan that a manifest states."""
+    """The layer plan that a manifest states; ValueError for one that makes no sense."""
+    if "adapter" not in manifest.layers:
+        raise ValueError("no layer is an adapter layer")
     form, beta = manifest.harmonizer, manifest.beta
     return Plan(manifest.layers, beta, manifest.rank_semantics, form, manifest.like, manifest.cuts)
 
@@ -131,10 +154,11 @@ def _config(manifest: PackageManifest) -> PretrainedConfig:
     foreign = sorted(fields.keys() - _settings(name))
     if foreign:
         raise ValueError(f"`{foreign[0]}` is no setting of {name}")
-    config = AutoConfig.for_model(name, **fields)
-    if config.num_hidden_layers != len(manifest.layers):
-        raise ValueError(f"`layers` has {len(manifest.layers)} kinds, the architecture {config.num_hidden_layers}")
-    return config
+    count = CONFIG_MAPPING[name].attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    stated = {fields.get(count), fields.get("num_hidden_layers", fields.get(count))}
+    if stated != {len(manifest.layers)}:  # before a configuration of so many layers is made
+        raise ValueError(f"`layers` has {len(manifest.layers)} kinds, the architecture {fields.get(count)!r}")
+    return AutoConfig.for_model(name, **fields)
 
 
 def _tensors(model: PreTrainedModel, plan: Plan) -> dict[str, Shapes]:
@@ -193,11 +217,47 @@ def load(folder: Path, *, device: torch.device) -> tuple[PreTrainedModel, Plan]:
     tensors = handover.read_tensors(expected)
     model, plan = _empty(manifest, buffers_too=False), plan_of(manifest)
     path = family(model.config).layers
-    for i, other in plan.like.items():
+    for other in set(plan.like.values()):  # one copy for all that share it: an adapter layer's own will move
         own = f"{path}.{other}."
-        copies = {name: t.clone() for name, t in tensors.items() if name.startswith(own)}  # an adapter's will move
-        tensors |= {name.replace(own, f"{path}.{i}.", 1): t for name, t in copies.items()}
+        copies = {name.removeprefix(own): t.clone() for name, t in tensors.items() if name.startswith(own)}
+        for i in (i for i, source in plan.like.items() if source == other):
+            tensors |= {f"{path}.{i}.{name}": tensor for name, tensor in copies.items()}
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     model.to(device)  # type: ignore[arg-type]
-    return model.eval().requires_grad_(False), plan
+    model.eval().requires_grad_(False)
+    try:
+        with torch.no_grad():
+            run_stack(model, torch.zeros(1, 2, dtype=torch.long))
+    except Exception as error:  # whatever settings that don't go together lead to
+        raise UserError(f"{folder}/{MANIFEST}: its model doesn't run ({one_line(error)}); fetch it again") from error
+    return model, plan
+
+
+def _save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a tokenizer so that `load_tokenizer` takes it; UserError where it would not be what it was."""
+    tokenizer.save_pretrained(folder)
+    settings = read_json(folder / "tokenizer_config.json") | {"tokenizer_class": "TokenizersBackend"}
+    write_json(folder / "tokenizer_config.json", {k: v for k, v in settings.items() if k in TOKENIZER_SETTINGS})
+    again = load_tokenizer(folder)
+    if again(PROBE)["input_ids"] != tokenizer(PROBE)["input_ids"] or again.eos_token_id != tokenizer.eos_token_id:
+        raise UserError(
+            "the model's tokenizer is more than its tokenizer.json says, so it can't be shipped; use another"
+        )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a package, from its tokenizer.json; UserError where it isn't sound or asks for more."""
+    settings = handover.read_untrusted_json(folder / "tokenizer_config.json")
+    if not isinstance(settings, dict) or settings.get("tokenizer_class") != "TokenizersBackend":
+        raise UserError(f"{folder}/tokenizer_config.json: not that of a package's tokenizer; fetch it again")
+    if foreign := sorted(settings.keys() - TOKENIZER_SETTINGS):
+        raise UserError(f"{folder}/tokenizer_config.json: `{printable(foreign[0])}` has no place there; fetch it again")
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder}: 'tokenizer.json' is missing; fetch it again")
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except BaseException as error:  # a damaged file may end in a panic of the tokenizers library, which is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise UserError(f"{folder}: the tokenizer can't be loaded ({one_line(error)}); fetch it again") from error

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -71,26 +72,36 @@ class PrivateOptimizer(Optimizer):
         self, parameters: Mapping[str, nn.Parameter], *, weight_decay: float, clip: float, noise: float, batch_size: int
     ) -> None:
         super().__init__(parameters, weight_decay=weight_decay, clip=clip)
-        self.private = _opacus().optimizers.DPOptimizer(
-            self.adamw,
-            noise_multiplier=noise,
-            max_grad_norm=clip,
-            expected_batch_size=batch_size,
-            secure_mode=True,
-        )
+
+        class Noisy(_opacus().optimizers.DPOptimizer):  # type: ignore[misc]
+            draw: np.random.Generator
+
+            def add_noise(self) -> None:
+                """Opacus's noise from our generator: four draws for one, against attacks on rounding, as it does."""
+                for p in self.params:
+                    drawn = sum(self.draw.standard_normal(p.shape) for _ in range(4)) / 2
+                    noise = torch.from_numpy(np.asarray(drawn)).to(p.summed_grad)
+                    p.grad = p.summed_grad + self.noise_multiplier * self.max_grad_norm * noise
+
+        self.private = Noisy(self.adamw, noise_multiplier=noise, max_grad_norm=clip, expected_batch_size=batch_size)
 
     def add(self) -> None:
-        """Take the gradients at hand as those of one example: clip them, and add them to the sum."""
+        """Take the gradients at hand as those of one example: clip them, and add them to the sum.
+
+        An example whose gradient is not finite counts as zero: it must not tell of itself by spoiling all.
+        """
         self.gather()
-        self._take({name: master.grad for name, master in self.masters.items()})
+        gradients = {name: master.grad for name, master in self.masters.items()}
+        finite = all(g is None or bool(g.isfinite().all()) for g in gradients.values())
+        self._take(gradients if finite else {})
         self.private.signal_skip_step(True)
         self.private.step()
         self.private.zero_grad(set_to_none=True)
 
-    def step_with_noise(self, lr: float, draw: torch.Generator) -> None:
-        """One update from the noised sum, also of no example at all; `draw` lives on the parameters' device."""
+    def step_with_noise(self, lr: float, draw: np.random.Generator) -> None:
+        """One update from the noised sum, also of no example at all."""
         self._take({})
-        self.private.generator = draw
+        self.private.draw = draw
         self.update(self.private, lr)
 
     def _take(self, gradients: Mapping[str, Tensor | None]) -> None:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,7 +19,7 @@ from scaleot_core.files import once, read_tensors, write_tensors
 from scaleot_core.models import run_stack
 from scaleot_core.params import OffsiteTuning, Tuning
 from scaleot_core.progress import say
-from scaleot_core.runtime import generator
+from scaleot_core.runtime import generator, secret_draw
 from scaleot_core.training import Checkpoint, Diverged, Optimizer, run_steps, warmup_then_linear
 
 BUCKET = 16  # batches whose questions are sorted by length together, so that little is padded
@@ -133,18 +134,18 @@ def train_privately(
     )
 
     def step(i: int) -> dict[str, float]:
-        coins = torch.rand(len(data), generator=generator(seed, "sampling", i)) < rate
         losses, tokens = [], 0
-        for k in coins.nonzero().flatten().tolist():
+        for k in np.flatnonzero(secret_draw(seed, "sampling", i).random(len(data)) < rate):
             inputs, targets = collate([data[k]])
             loss = answer_loss(model, inputs.to(model.device), targets.to(model.device))
             loss.backward()
             optimizer.add()
             losses.append(loss.item())
             tokens += inputs.numel()
-        draw = generator(seed, "noise", i, device=model.device)
+        draw = secret_draw(seed, "noise", i)
         optimizer.step_with_noise(tuning.lr[0] * warmup_then_linear(i, steps, tuning.warmup), draw)
-        return {"loss": sum(losses) / max(1, len(losses)), "examples": len(losses), "tokens": tokens}
+        known = [loss for loss in losses if math.isfinite(loss)]  # one record must not end the run
+        return {"loss": sum(known) / max(1, len(known)), "examples": len(losses), "tokens": tokens}
 
     history = run_steps(step, optimizer, label=label, steps=steps, checkpoint=checkpoint)
     model.requires_grad_(False)
@@ -276,7 +277,10 @@ def _until_no_better(
 
     def measure(epoch: int) -> float:
         write_tensors(kept(epoch), parameters)
-        return mean_answer_loss(model, validation, tuning.batch_size)
+        loss = mean_answer_loss(model, validation, tuning.batch_size)
+        if not math.isfinite(loss):
+            raise Diverged(f"{label}: the held-out loss is {loss} after epoch {epoch + 1}; lower the learning rate")
+        return loss
 
     def no_better(epoch: int, step: int) -> bool:
         losses.append(once(checkpoint.folder / f"epoch-{epoch}.json", partial(measure, epoch)))

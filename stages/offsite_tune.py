@@ -9,7 +9,6 @@ from pathlib import Path
 from scaleot_core import adapter, emulator, examples, handover, package
 from scaleot_core.ending import ends_in_one_line
 from scaleot_core.files import fingerprint, read_jsonl, whole_folder, write_json, write_tensors
-from scaleot_core.models import load_tokenizer
 from scaleot_core.params import load_params
 from scaleot_core.runtime import cost, named_task, setup
 from scaleot_core.training import Checkpoint, scratch
@@ -29,7 +28,9 @@ def main() -> None:
         model, plan = package.load(EMULATOR, device=runtime.device)
         meter.count(model)
         size, rows = params.data.block_size, read_jsonl(private)
-        data = examples.from_task(model, load_tokenizer(EMULATOR), task, rows, block_size=size)
+        packed = not params.tuning.epsilon  # else a record is no longer one example
+        tokenizer = package.load_tokenizer(EMULATOR)
+        data = examples.from_task(model, tokenizer, task, rows, block_size=size, packed=packed)
         parameters = adapter.trainable(model, plan, params.tuning, params.seed)
         beside = emulator.layer_parameters(model, plan, "harmonizer") if params.tuning.harmonizers == "tuned" else {}
         label, tuning = f"offsite_tune@{task}", params.tuning

@@ -4,24 +4,16 @@
 """
 
 from pathlib import Path
-from typing import Any
 
 from scaleot_core import page
 from scaleot_core.ending import ends_in_one_line
+from scaleot_core.experiments import flat
 from scaleot_core.files import read_json
 from scaleot_core.params import load_params
 from scaleot_core.progress import say
 from scaleot_core.report import read_csv
 
 PLOTS, STUDIES, OUT = Path("plots"), Path("docs/studies"), Path("report.html")
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested parameters by names such as `dlr.steps`."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
 
 
 def main() -> None:

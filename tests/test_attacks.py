@@ -12,7 +12,9 @@ from scaleot_core.attacks import exposure, membership, recovery
 from scaleot_core.emulator import layer_parameters
 from scaleot_core.examples import from_task
 from scaleot_core.families import decoder_layers, family
+from scaleot_core.methods import METHODS, Owner
 from scaleot_core.models import mean_loss
+from scaleot_core.params import changed
 from scaleot_core.plan import Plan
 from scaleot_core.rank_compression import LowRankLinear
 from scaleot_core.runtime import generator
@@ -91,7 +93,10 @@ def test_interrupted_attack_goes_on_to_the_same_figures(blocks, budget, tmp_path
     with pytest.raises(KeyboardInterrupt):
         attacked(emulator_of("llama"), blocks, budget, tmp_path, name="again", seconds=0.0)
     monkeypatch.setattr(recovery, "block_loss", measure)
-    assert attacked(emulator_of("llama"), blocks, budget, tmp_path, name="again") == whole
+    model, done = emulator_of("llama"), emulator_of("llama")
+    assert attacked(model, blocks, budget, tmp_path, name="again") == whole
+    assert attacked(done, blocks, budget, tmp_path, name="again") == whole  # and what is over is there again
+    assert all(torch.equal(p, done.get_parameter(name)) for name, p in model.named_parameters())
 
 
 def test_shares_of_the_way_back_are_in_log_perplexity():
@@ -126,6 +131,27 @@ def test_exposure_tells_every_tensor_of_the_model_once(name):
     assert cut and all(0 < row["error"] < 1 and row["overlap"] == pytest.approx(1, abs=1e-3) for row in cut)
     shares = exposure.shares(rows)
     assert sum(shares.values()) == pytest.approx(1) and all(shares.values())
+
+
+def test_dense_product_of_low_rank_is_at_that_rank(tmp_path):
+    plan = Plan(PLAN.kinds, 0.1, "removed", PLAN.harmonizer)  # two factors would be larger
+    rows = exposure.exposure(tiny_model("llama"), emulator_of("llama", plan), plan)
+    cut = [row for row in rows if row["given"] == "rank"]
+    assert len(cut) == 8 and {row["rank"] for row in cut} == {29, 14} and all(0 < row["error"] < 0.5 for row in cut)
+
+
+def test_kept_channels_count_as_given(params, tokenizer, blocks, tmp_path):
+    from test_methods import LAYERS
+
+    model = tiny_model("llama", num_hidden_layers=LAYERS)
+    values = changed(params, {"method": "gradot", "adapter_layers": 2, "budget": 0.8, "gradot.calibration_blocks": 4})
+    owner = Owner(model, blocks, values, tmp_path, tmp_path, Checkpoint(tmp_path, 1e9))
+    plan = METHODS["gradot"](owner)
+    rows = exposure.exposure(tiny_model("llama", num_hidden_layers=LAYERS), model, plan)
+    kept = [row for row in rows if row["tensor"].endswith("down_proj.weight (kept channels)")]
+    share = plan.cuts[plan.layers("compressed")[0]].channels / 64
+    assert len(kept) == LAYERS - 2 and all(row["bytes"] == round(64 * 32 * 4 * share) for row in kept)
+    assert sum(exposure.shares(rows).values()) == pytest.approx(1)
 
 
 def test_everything_is_given_where_nothing_is_cut():

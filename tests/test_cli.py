@@ -191,6 +191,7 @@ def test_inspect_says_what_a_package_is(package):
 def test_inspect_says_what_an_adapter_is(adapter, package):
     shown = gives("inspect", adapter)
     assert shown["tuned on package"] == gives("inspect", package)["id"] and shown["layers"] == [1]
+    assert shown["whole"] is True and "sound" not in shown
     assert shown["tuned"] == "in full" and shown["tuning: lr"] == 3e-4
 
 
@@ -253,7 +254,7 @@ def test_private_tuning_states_its_epsilon_and_draws_what_no_one_can_guess(tmp_p
     one, two = (gives(*command, "--out", tmp_path / name) for name in ("one", "two"))
     assert 7 < one["epsilon"] <= 8 and one["epsilon"] == two["epsilon"]
     stated = json.loads((tmp_path / "one" / "manifest.json").read_text())["tuning"]["privacy"]
-    assert stated == {"epsilon": one["epsilon"], "delta": 0.01}
+    assert stated == {"epsilon": 8.0, "delta": 0.01}  # what was asked for: what was spent would tell the count
     first, second = (read_tensors(tmp_path / name / "adapter.safetensors") for name in ("one", "two"))
     assert any(not torch.equal(first[name], second[name]) for name in first)
     assert gives("inspect", tmp_path / "one")["tuning: privacy"] == stated
@@ -312,6 +313,24 @@ def test_limits_refuse_an_adapter_that_moved_too_far(tmp_path, base, adapter, pa
     assert "layer 1 has outlier" in refused(*command, "--max-outlier", moved["outlier"] * 0.99)
     assert os.listdir(tmp_path) == []
     gives(*command, "--max-change", moved["relative"] * 1.01, "--max-outlier", moved["outlier"] * 1.01)
+
+
+def test_outlier_that_is_too_large_for_its_square_is_refused(tmp_path, base, adapter, package):
+    from test_emulator import list_again
+
+    shutil.copytree(adapter, tmp_path / "poison")
+    tensors = read_tensors(tmp_path / "poison" / "adapter.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = 1e30
+    write_tensors(tmp_path / "poison" / "adapter.safetensors", tensors)
+    list_again(tmp_path / "poison", "adapter.safetensors")
+    command = ("plug", base, tmp_path / "poison", "--package", package, "--out", tmp_path / "out")
+    for limit in ("--max-change", "--max-outlier"):
+        assert "the limit is 20" in refused(*command, limit, 20)
+
+
+def test_licence_that_no_one_could_read_back(project):
+    said = refused("pack", "--project", project, "--out", project / "out", "--licence", "x" * 1001)
+    assert "1000 are the most" in said and not (project / "out").exists()
 
 
 def test_one_poisoned_weight_is_an_outlier(tmp_path, adapter, package):

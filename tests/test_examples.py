@@ -108,6 +108,22 @@ def test_answer_loss_is_the_cross_entropy_of_the_answer_tokens_whatever_the_padd
     assert answer_loss(model, *batch).item() == pytest.approx(total / count, rel=1e-5)
 
 
+def test_texts_not_packed_are_examples_of_their_own(tokenizer, tmp_path):
+    file = tmp_path / "texts.jsonl"
+    file.write_text("\n".join(json.dumps({"text": text}) for text in ("one", "two three", "far " * 100)))
+    made = from_file(tiny_model("llama"), tokenizer, file, block_size=16, packed=False)
+    end = tokenizer.eos_token_id
+    assert [targets[-1] for _, targets in made] == [end] * 3 and [len(t) for t, _ in made] == [3, 9, 128]
+    assert made[0] == (tokenizer.encode("one"), [*tokenizer.encode("one")[1:], end])
+
+
+def test_packed_blocks_are_no_longer_than_the_context(tokenizer, tmp_path):
+    file = tmp_path / "texts.jsonl"
+    file.write_text(json.dumps({"text": "far " * 100}))
+    made = from_file(tiny_model("llama"), tokenizer, file, block_size=512)
+    assert max(len(tokens) for tokens, _ in made) == 128
+
+
 # --- the data owner's own records ------------------------------------------------------------------------
 
 TEMPLATE = (

@@ -147,6 +147,18 @@ def appends(file, content):
     return damage
 
 
+def gone(name):
+    """A file that is neither there nor listed."""
+
+    def damage(folder):
+        (folder / name).unlink()
+        files = read_json(folder / "manifest.json")["files"]
+        del files[name]
+        change_manifest(folder, files=files)
+
+    return damage
+
+
 def text(file, content, then=list_again):
     def damage(folder):
         (folder / file).write_text(content)
@@ -330,6 +342,30 @@ PACKAGES = {
     "tokenizer's remote code": tokens(
         auto_map={"AutoTokenizer": ["evil--code.Tokenizer", None]}, tokenizer_class="Evil"
     ),
+    "tokenizer's vocabulary from elsewhere": tokens(vocab="/etc/passwd", tokenizer_class="BertTokenizer"),
+    "tokenizer's vocabulary by its setting": tokens(vocab_file="/etc/passwd"),
+    "tokenizer of another class": tokens(tokenizer_class="BertTokenizer"),
+    "tokenizer with a number beyond the model": text(
+        "tokenizer.json",
+        '{"version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": null, "post_processor": null, '
+        '"decoder": null, "truncation": null, "padding": null, '
+        '"model": {"type": "WordLevel", "vocab": {"count": 5000000, "a": 1}, "unk_token": "a"}}',
+    ),
+    "tokenizer that panics": text(
+        "tokenizer.json",
+        '{"version": "1.0", "added_tokens": [], "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, '
+        '"pre_tokenizer": null, "post_processor": null, "decoder": null, "truncation": null, "padding": null, '
+        '"model": {"type": "WordLevel", "vocab": {"a": 1}, "unk_token": "a"}}',
+    ),
+    "tokenizer gone": gone("tokenizer.json"),
+    "no adapter layer": states(layers=["harmonizer", "compressed", "compressed", "compressed"]),
+    "heads that don't go together": architecture(num_key_value_heads=3, head_dim=8),
+    "output that is no output": architecture(return_dict=False),
+    "qwen of very many layers": lambda folder: (
+        states(layers=["adapter"] * 4)(folder),
+        architecture(model_type="qwen2", num_hidden_layers=10**8)(folder),
+    ),
+    "keys that steer a terminal": states(**{"\x1b]0;owned\x07\nok": 1}),
     "tokenizer with more tokens than the model": tokens(
         added_tokens_decoder={}, extra_special_tokens=[f"<{i}>" for i in range(99)]
     ),
@@ -390,7 +426,7 @@ def refuses(folder, *command):
     said = refused(*command)
     took = time.perf_counter() - start
     assert snapshot(folder.parent) == before and took < SECONDS, took
-    assert len(said) < 600, said
+    assert len(said) < 600 and said.isprintable(), said
 
 
 @pytest.fixture(scope="module")
@@ -524,6 +560,9 @@ ARCHIVES = {
     "device": adds((member("evil.json", kind=stat.S_IFCHR), "")),
     "compressed": adds((member("evil.json", compress=zipfile.ZIP_DEFLATED), "x" * 99)),
     "foreign": adds((member("evil.py"), "import os")),
+    "directory that lies": mends(
+        lambda content: content[:-14] + struct.pack("<HHI", 60000, 60000, 2**31) + content[-6:]
+    ),
     "thousand members": adds(*((member(f"{i}"), "") for i in range(1000))),
 }
 

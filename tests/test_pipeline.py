@@ -319,6 +319,16 @@ def test_queued_experiments_are_worked_off_and_made_once(sweep: Sweep, monkeypat
     assert experiments.run_all(wanted, "test") == rows
 
 
+def test_experiment_of_other_parameters_is_not_taken_for_the_one_that_is_asked_for(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in sweep.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(sweep.folder)
+    with pytest.raises(UserError, match=r"half-of-beta: it is there with beta = 0\.4, and would now have 0\.3"):
+        experiments.run("half-of-beta", {"beta": 0.3})
+
+
 def test_queued_experiment_that_fails_is_told(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in sweep.environment.items():
         monkeypatch.setenv(name, value)

@@ -13,7 +13,7 @@ from test_files import refusal
 from scaleot_core import privacy, tuning
 from scaleot_core.emulator import layer_parameters
 from scaleot_core.examples import collate, from_task
-from scaleot_core.runtime import generator
+from scaleot_core.runtime import secret_draw
 from scaleot_core.training import Checkpoint
 from scaleot_core.tuning import answer_loss, train_privately, tune
 
@@ -41,7 +41,7 @@ def sums(made, monkeypatch):
     monkeypatch.setattr(
         made.adamw, "step", lambda: given.update({name: m.grad.clone() for name, m in made.masters.items()})
     )
-    made.step_with_noise(1e-3, generator(0))
+    made.step_with_noise(1e-3, secret_draw(0, "noise"))
     return given
 
 
@@ -78,6 +78,28 @@ def test_step_without_an_example_is_noise_of_the_right_size(monkeypatch):
     made = optimizer({"p": torch.nn.Parameter(torch.zeros(100_000))}, noise=3.0)
     noise = sums(made, monkeypatch)["p"]
     assert float(noise.std()) == pytest.approx(3.0 * CLIP / 4, rel=0.02) and abs(float(noise.mean())) < 0.001
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_record_whose_gradient_is_not_finite_counts_as_nothing(monkeypatch, value):
+    p = torch.nn.Parameter(torch.zeros(3))
+    made = optimizer({"p": p})
+    for gradient in (torch.tensor([value, 1.0, 0.0]), torch.tensor([1.0, 0.0, 0.0])):
+        p.grad = gradient
+        made.add()
+    assert sums(made, monkeypatch)["p"].tolist() == pytest.approx([CLIP / 4, 0, 0], rel=1e-3)
+
+
+def test_record_whose_loss_is_not_finite_doesnt_end_the_run(data, settings, monkeypatch):
+    measure = tuning.answer_loss
+    monkeypatch.setattr(tuning, "answer_loss", lambda m, i, t: measure(m, i, t) * (math.nan if i.shape[1] % 2 else 1.0))
+    history, _, _ = private(data, settings)
+    assert all(math.isfinite(row["loss"]) for row in history)
+
+
+def test_every_bit_of_the_seed_counts():
+    draws = {tuple(secret_draw(5 + 2**bit, "noise", 0).random(3)) for bit in (0, 32, 40, 63, 200)}
+    assert len(draws) == 5
 
 
 def test_nothing_is_left_over_for_the_next_step(monkeypatch):

@@ -9,7 +9,14 @@ from transformers import PreTrainedModel
 
 from scaleot_core.families import attention, decoder_layers, family, fused_runs
 from scaleot_core.plan import Plan
-from scaleot_core.rank_compression import FusedProjection, LowRankLinear, matrices
+from scaleot_core.rank_compression import (
+    FusedProjection,
+    LowRankLinear,
+    channels_of,
+    kept_ranks,
+    matrices,
+    weight_of,
+)
 
 Row = dict[str, Any]
 
@@ -25,47 +32,54 @@ def overlap(whole: Tensor, given: Tensor, rank: int) -> float:
     return float((first.T @ there).square().sum() / rank)
 
 
+def _row(name: str, given: str, tensor: Tensor, share: float = 1.0) -> Row:
+    size = round(tensor.numel() * tensor.element_size() * share)
+    return {"tensor": name, "given": given, "bytes": size, "rank": None, "error": None, "overlap": None}
+
+
 def exposure(model: PreTrainedModel, emulator: PreTrainedModel, plan: Plan) -> list[Row]:
     """Of every tensor of the model: whether the package has it `exact`, at a `rank` or `none` of it, and its bytes.
 
-    Matrices at a rank have their relative error in Frobenius norm and the `overlap` of their leading subspaces.
+    Matrices at a rank have their relative error in Frobenius norm and the `overlap` of their leading subspaces. Of a
+    feed-forward matrix with fewer channels the kept share counts as exact.
     """
     path, names = family(model.config).layers, family(model.config)
     there: Mapping[str, Tensor] = emulator.state_dict()
     rows: list[Row] = []
-    cut: set[str] = set()
+    told: set[str] = set()
     for i in plan.layers("compressed"):
         block, left = (attention(m.config, decoder_layers(m)[i]) for m in (model, emulator))
+        cut = plan.cuts.get(i)
+        ranks = cut.ranks if cut else kept_ranks(model, i, beta=plan.beta, semantics=plan.rank_semantics)
         for name, fused in names.projections.items():
-            module = left.get_submodule(name)
-            if not isinstance(module, LowRankLinear | FusedProjection):
-                continue  # as it is, or a dense product: told below
-            parts: list[Any] = list(module.parts) if isinstance(module, FusedProjection) else [module]
-            originals = matrices(block.get_submodule(name), fused, fused_runs(model.config))  # type: ignore[arg-type]
             where = f"{path}.{i}.{names.attention}.{name}.weight"
-            cut.add(where)
-            for k, ((whole, _), part) in enumerate(zip(originals, parts, strict=True)):
-                given = part.left @ part.right if isinstance(part, LowRankLinear) else part.weight
-                rank = part.left.shape[1] if isinstance(part, LowRankLinear) else min(part.weight.shape)
+            originals = matrices(block.get_submodule(name), fused, fused_runs(model.config))  # type: ignore[arg-type]
+            if all(rank >= min(whole.shape) for rank, (whole, _) in zip(ranks[name], originals, strict=True)):
+                continue  # as it is: told below
+            told.add(where)
+            module = left.get_submodule(name)
+            parts: list[Any] = list(module.parts) if isinstance(module, FusedProjection) else [module]
+            for k, (rank, (whole, _), part) in enumerate(zip(ranks[name], originals, parts, strict=True)):
+                given = part.left @ part.right if isinstance(part, LowRankLinear) else weight_of(part)[0]
+                row = _row(where if fused == 1 else f"{where}[{k}]", "rank", whole)
                 error = float((whole.float() - given.float()).norm() / whole.float().norm())
-                rows.append(
-                    {
-                        "tensor": where if fused == 1 else f"{where}[{k}]",
-                        "given": "exact" if error == 0 else "rank",
-                        "bytes": whole.numel() * whole.element_size(),
-                        "rank": rank,
-                        "error": error,
-                        "overlap": overlap(whole, given, rank),
-                    }
-                )
+                rows.append({**row, "rank": rank, "error": error, "overlap": overlap(whole, given, rank)})
+        if cut:
+            share = cut.channels / channels_of(model, i)
+            for inner in (*names.feed_forward_in, names.feed_forward_out):
+                for part_of_it in ("weight", "bias"):
+                    where = f"{path}.{i}.{inner}.{part_of_it}"
+                    tensor = model.state_dict().get(where)
+                    if tensor is not None and not (part_of_it == "bias" and inner == names.feed_forward_out):
+                        told.add(where)
+                        rows.append(_row(f"{where} (kept channels)", "exact", tensor, share))
+                        rows.append(_row(f"{where} (other channels)", "none", tensor, 1 - share))
     for name, tensor in model.state_dict().items():
-        if name in cut or name in model.all_tied_weights_keys:
+        if name in told or name in model.all_tied_weights_keys:
             continue
         same = there.get(name)
         exact = same is not None and same.shape == tensor.shape and torch.equal(same.to(tensor.device), tensor)
-        size = tensor.numel() * tensor.element_size()
-        row = {"tensor": name, "given": "exact" if exact else "none", "bytes": size}
-        rows.append({**row, "rank": None, "error": None, "overlap": None})
+        rows.append(_row(name, "exact" if exact else "none", tensor))
     return rows
 
 

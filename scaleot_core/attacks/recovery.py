@@ -113,6 +113,7 @@ def recover(
         optimizer.step(attack.lr * warmup_then_linear(i, attack.steps, 0.1))
         return {"loss": loss, "tokens": at.numel() * blocks.shape[1]}
 
+    checkpoint.resume(optimizer)  # also where nothing is left to train
     curve = []
     for point in range(attack.points + 1):
         end = round(attack.steps * point / attack.points)
