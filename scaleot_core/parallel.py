@@ -2,8 +2,7 @@
 
 All hold the model and draw the same batches; gradients are summed before each update, so that all keep the same
 weights, and those of one process alone within float error. The first process writes; what the others would write is
-dropped.
-Started plainly, one process is all there is and nothing here costs anything.
+dropped. Started plainly, one process is all there is and nothing here costs anything.
 """
 
 import json
