@@ -49,7 +49,8 @@ def _check(name: str, row: Row, changes: Mapping[str, Any]) -> Row:
     """A row that is there; UserError where it was made with other parameters than these changes give now."""
     expected = flat(changed(load_params(), dict(changes)).model_dump())
     for key, value in expected.items():
-        if key in row and isinstance(value, int | float | str) and key not in ANYHOW and row[key] != value:
+        shown = str(value) if isinstance(value, bool) else value  # as DVC's rows have it
+        if key in row and isinstance(shown, int | float | str) and key not in ANYHOW and row[key] != shown:
             raise UserError(
                 f"experiment {name}: it is there with {key} = {row[key]!r}, and would now have {value!r}; "
                 f"commit params.yaml, or `dvc exp remove {name}`"
