@@ -67,7 +67,7 @@ def main() -> None:
         "without_weights": partial(shipped_model, partial(recovery.forget, seed=params.seed)),
         "uniform": by_uniform,
     }
-    with cost(Path("costs/attack.json"), runtime):
+    with cost(ARTIFACTS / "attack.cost.json", runtime):
         found = {
             name: once(checkpoint.folder / f"{name}.json", partial(attacked, name, target))
             for name, target in targets.items()

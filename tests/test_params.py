@@ -1,6 +1,7 @@
 """Parameters: the file agrees with its fields, and one line names the key that is wrong, its value and its range."""
 
 import re
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
@@ -231,6 +232,15 @@ def test_scientific_notation_is_a_number(tmp_path, written):
 
 
 # --- dvc.yaml --------------------------------------------------------------------------------------------
+
+
+def test_no_study_lies_on_the_main_path():
+    """DVC runs whatever writes into a folder that a stage reads."""
+    main, studies = (yaml.safe_load((ROOT / name).read_text())["stages"] for name in ("dvc.yaml", "studies/dvc.yaml"))
+    read = {dependency for stage in main.values() for dependency in stage["deps"]}
+    outs = [next(iter(out)) if isinstance(out, dict) else out for s in studies.values() for out in s.get("outs", [])]
+    assert len(outs) > 3
+    assert not [(out, deps) for out in outs for deps in read if Path(out).is_relative_to(deps)]
 
 
 def test_every_parameter_is_a_dependency_of_the_stages_that_read_it():
