@@ -34,7 +34,6 @@ from scaleot_core.tuning import train
 
 ARTIFACTS, LOG = Path("artifacts"), Path("docs/benchmarks.md")
 ROUNDS = 3
-CPU = torch.device("cpu")
 
 Row = dict[str, str]
 
@@ -67,7 +66,7 @@ def tune(params: Params, device: torch.device) -> list[Row]:
     rows = read_jsonl(ARTIFACTS / "tasks" / task / "train.jsonl")[:160]
     model, plan = package.load(ARTIFACTS / "emulator", device=device)
     data = examples.from_task(
-        model, load_tokenizer(ARTIFACTS / "emulator"), task, rows, block_size=params.data.block_size
+        model, package.load_tokenizer(ARTIFACTS / "emulator"), task, rows, block_size=params.data.block_size
     )
     adapters = emulator.layer_parameters(model, plan, "adapter")
     start = {name: p.detach().clone() for name, p in adapters.items()}
@@ -109,10 +108,8 @@ def evaluation(params: Params, device: torch.device) -> list[Row]:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    model, tokenizer = (
-        load_model(ARTIFACTS / "model", device=device, dtype=DTYPES[params.dtype]),
-        load_tokenizer(ARTIFACTS / "model"),
-    )
+    model = load_model(ARTIFACTS / "model", device=device, dtype=DTYPES[params.dtype])
+    tokenizer = load_tokenizer(ARTIFACTS / "model")
     questions = {task: read_jsonl(ARTIFACTS / "tasks" / task / "eval.jsonl")[:100] for task in params.tasks}
     figures: dict[str, dict[str, float]] = {}
 

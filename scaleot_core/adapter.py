@@ -24,6 +24,7 @@ from scaleot_core.files import write_json, write_tensors
 from scaleot_core.package import PackageManifest, outline, plan_of
 from scaleot_core.params import OffsiteTuning, Positive
 from scaleot_core.plan import Plan
+from scaleot_core.rank_compression import weight_of
 from scaleot_core.runtime import generator
 from scaleot_core.tuning import Tuned
 
@@ -76,15 +77,6 @@ class AdapterManifest(handover.Manifest):
     tuning: Record
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """A checked adapter."""
-
-    manifest: AdapterManifest
-    tensors: dict[str, Tensor]
-    """Every weight of the adapter layers as it is to be plugged in, by its name in the model."""
-
-
 def _linears(model: PreTrainedModel, plan: Plan) -> dict[str, nn.Linear | Conv1D]:
     """The matrices of the adapter layers, by their names in the model, whether PEFT has put LoRA around them or not."""
     layers, path = decoder_layers(model), family(model.config).layers
@@ -94,6 +86,10 @@ def _linears(model: PreTrainedModel, plan: Plan) -> dict[str, nn.Linear | Conv1D
         for name, module in layers[i].named_modules()
         if isinstance(module, nn.Linear | Conv1D) and ".lora_" not in name
     }
+
+
+def _lora(tuning: OffsiteTuning) -> Lora | None:
+    return None if tuning.method == "full" else Lora(rank=tuning.lora_rank, alpha=tuning.lora_alpha)
 
 
 def _lora_config(model: PreTrainedModel, plan: Plan, lora: Lora) -> Any:
@@ -115,11 +111,12 @@ def _lora_config(model: PreTrainedModel, plan: Plan, lora: Lora) -> Any:
 
 def trainable(model: PreTrainedModel, plan: Plan, tuning: OffsiteTuning, seed: int) -> dict[str, nn.Parameter]:
     """What offsite tuning trains of the adapter layers, by name: every weight, or LoRA matrices put in here."""
-    if tuning.method == "full":
+    lora = _lora(tuning)
+    if lora is None:
         return layer_parameters(model, plan, "adapter")
     from peft import inject_adapter_in_model
 
-    inject_adapter_in_model(_lora_config(model, plan, Lora(rank=tuning.lora_rank, alpha=tuning.lora_alpha)), model)
+    inject_adapter_in_model(_lora_config(model, plan, lora), model)
     found = {name: p for name, p in model.named_parameters() if ".lora_" in name}
     for name, parameter in sorted(found.items()):
         if ".lora_A." in name:  # B stays at zero, so that the untuned adapter changes nothing
@@ -142,7 +139,7 @@ def save(
     tuned: Tuned,
 ) -> None:
     """Write an adapter into an existing, empty folder: `parameters` as `trainable` gave them, after tuning."""
-    lora = None if tuning.method == "full" else Lora(rank=tuning.lora_rank, alpha=tuning.lora_alpha)
+    lora = _lora(tuning)
     if lora is None:
         write_tensors(folder / FULL, parameters)
     else:
@@ -182,7 +179,9 @@ def read_manifest(folder: Path) -> AdapterManifest:
     return manifest
 
 
-def read(folder: Path, model: PreTrainedModel, plan: Plan, originals: Mapping[str, Tensor], *, package: str) -> Adapter:
+def read(
+    folder: Path, model: PreTrainedModel, plan: Plan, originals: Mapping[str, Tensor], *, package: str
+) -> dict[str, Tensor]:
     """Check an adapter and give all weights of the adapter layers as it would have them; UserError otherwise.
 
     `model` is the emulator or the real model, with or without weights; `originals` are the adapter layers' weights as
@@ -197,12 +196,12 @@ def read(folder: Path, model: PreTrainedModel, plan: Plan, originals: Mapping[st
         )
     if manifest.lora is None:
         expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in originals.items()}
-        return Adapter(manifest, handover.read_tensors({folder / FULL: expected}))
+        return handover.read_tensors({folder / FULL: expected})
     _check_lora_config(folder / LORA_CONFIG, _plain(_lora_config(model, plan, manifest.lora)))
     rank, linears = manifest.lora.rank, _linears(model, plan)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for name, module in linears.items():
-        out, into = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
+        out, into = weight_of(module)[0].shape
         shapes[f"{PEFT_PREFIX}{name}.lora_A.weight"] = ((rank, into), module.weight.dtype)
         shapes[f"{PEFT_PREFIX}{name}.lora_B.weight"] = ((out, rank), module.weight.dtype)
     given = handover.read_tensors({folder / LORA: shapes})
@@ -215,7 +214,7 @@ def read(folder: Path, model: PreTrainedModel, plan: Plan, originals: Mapping[st
         tensors[f"{name}.weight"] = (weight.float() + change).to(weight.dtype)
         if not tensors[f"{name}.weight"].isfinite().all():
             raise UserError(f"{folder}: {name!r} would have numbers that are not finite; it is of no use")
-    return Adapter(manifest, tensors)
+    return tensors
 
 
 def _check_lora_config(file: Path, expected: dict[str, Any]) -> None:
@@ -273,6 +272,6 @@ def receive(folder: Path, package: Path) -> Returned:
     manifest, model, expected = outline(package)
     plan, part = plan_of(manifest), package / "adapter.safetensors"
     shipped = handover.read_tensors({part: expected[part]})
-    tuned = read(folder, model, plan, shipped, package=handover.identity(package)).tensors
+    tuned = read(folder, model, plan, shipped, package=handover.identity(package))
     moved = movements(plan, shipped, tuned, family(model.config).layers)
     return Returned(manifest, plan, shipped, tuned, moved)

@@ -5,8 +5,7 @@ What a command needs is imported when it runs, so that `--help` is quick and the
 
 import json
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -40,7 +39,9 @@ Adapter = Annotated[Path, typer.Argument(help="The adapter that came back: a fol
 @app.command()
 def pack(
     out: Annotated[Path, typer.Option(help="The package to write: a folder, or one file if the name ends in .zip.")],
-    licence: Annotated[str, typer.Option(help="Under which the package is shipped.")] = "not stated: ask the owner",
+    licence: Annotated[
+        str | None, typer.Option(help="Under which the package is shipped; without it the receiver is told to ask you.")
+    ] = None,
     project: Annotated[Path, typer.Option(help="The folder in which the pipeline was run.")] = Path("."),
     as_json: AsJson = False,
 ) -> None:
@@ -50,10 +51,11 @@ def pack(
     """
     from scaleot_core import handover
     from scaleot_core.files import read_json, write_json
-    from scaleot_core.package import LONGEST_LICENCE, read_manifest
+    from scaleot_core.package import LONGEST_LICENCE, UNSTATED, read_manifest
     from scaleot_core.params import load_params
     from scaleot_core.plan import DECIDED_BY
 
+    licence = UNSTATED if licence is None else licence
     if len(licence) > LONGEST_LICENCE:
         raise UserError(f"--licence: {len(licence)} characters are too many; {LONGEST_LICENCE} are the most")
     made = project / "artifacts" / "emulator"
@@ -61,12 +63,11 @@ def pack(
     if known["params"] != load_params(project / "params.yaml").model_dump(include=DECIDED_BY):
         raise UserError(f"{made}: it was made with other parameters than params.yaml has now; run `dvc repro` first")
     manifest = read_manifest(made)
-    with _new(out) as folder:
+    with handover.new(out) as folder:
         handover.copy(made, folder, manifest, licence=licence)
         identity = handover.identity(folder)
-    private = out.with_name(f"{out.name}.private.json")
-    write_json(private, {"package": identity, **known})
-    _show({"package": str(out), "id": identity, "private": str(private)}, as_json)
+    write_json(_private(out), {"package": identity, **known})
+    _show({"package": str(out), "id": identity, "private": str(_private(out))}, as_json)
 
 
 @app.command()
@@ -207,7 +208,7 @@ def tune(
             "delta": delta,
         },
     )
-    with handover.opened(package) as folder, _new(out) as target:
+    with handover.opened(package) as folder, handover.new(out) as target:
         manifest = read_manifest(folder)
         identity = handover.identity(folder)
         runtime = setup(_Settings(device, manifest.dtype, threads), "tune")
@@ -231,8 +232,7 @@ def tune(
             say("interrupted; the same command goes on from here", style="yellow")
             raise
         adapter.save(target, model, plan, parameters, package=identity, tuning=settings, tuned=tuned)
-    private = out.with_name(f"{out.name}.private.json")
-    write_json(private, {"validation_loss": tuned.validation_loss, "history": tuned.history})
+    write_json(_private(out), {"validation_loss": tuned.validation_loss, "history": tuned.history})
     checkpoint.remove()
     with suppress(OSError):  # it isn't there, or another command's progress is in it
         checkpoint.folder.parent.rmdir()
@@ -244,7 +244,7 @@ def tune(
             "steps": tuned.steps,
             "held-out loss": tuned.validation_loss,
             "epsilon": tuned.epsilon,
-            "private": str(private),
+            "private": str(_private(out)),
         },
         as_json,
     )
@@ -288,7 +288,7 @@ def plug(
     from scaleot_core.models import read_model
     from scaleot_core.runtime import DTYPES
 
-    _is_new(out)
+    handover.check_new(out)
     with handover.opened(adapter) as folder, handover.opened(package) as shipped:
         found = receive(folder, shipped)
     for moved in found.movements:
@@ -310,27 +310,9 @@ def plug(
     _show_movements({"model": str(out)}, found.movements, as_json)
 
 
-def _is_new(out: Path) -> None:
-    if out.exists():
-        raise UserError(f"{out}: it is there already; name another, or delete it")
-
-
-@contextmanager
-def _new(out: Path) -> Iterator[Path]:
-    """A folder to fill, that becomes `out` as it is or as a zip when the block ends well; UserError if `out` exists."""
-    import tempfile
-
-    from scaleot_core import handover
-    from scaleot_core.files import whole_folder
-
-    _is_new(out)
-    if out.suffix != ".zip":
-        with whole_folder(out) as folder:
-            yield folder
-        return
-    with tempfile.TemporaryDirectory(prefix="scaleot-") as name:
-        yield Path(name)
-        handover.archive(Path(name), out)
+def _private(out: Path) -> Path:
+    """What stays with whoever wrote `out`, beside it."""
+    return out.with_name(f"{out.name}.private.json")
 
 
 def _show(found: dict[str, Any], as_json: bool) -> None:

@@ -1,7 +1,7 @@
 """The emulator: a model whose layers are what a plan says, in place (method section 3); adapters plugged in."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from scaleot_core.decomposition import Decompose
 from scaleot_core.errors import UserError
 from scaleot_core.families import attention, decoder_layers, family
 from scaleot_core.harmonizer import Harmonizer, Harmonizers
-from scaleot_core.plan import Kind, Plan
+from scaleot_core.plan import WHOLE, Kind, Plan
 from scaleot_core.rank_compression import channels_of, compress_layer, keep_channels, kept_ranks
 
 
@@ -20,12 +20,11 @@ def stand_in(
 ) -> None:
     """Give a model's layers the modules that the plan asks for, in place.
 
-    `channels` are the feed-forward channels that a layer keeps, where it is cut there. Attention layers are numbered
-    anew, since a key-value cache counts the layers that use it. ValueError for a cut that the model has no room for.
+    `channels` are the feed-forward channels that a layer keeps, where it is cut there. ValueError for a cut that the
+    model has no room for.
     """
     layers, channels = decoder_layers(model), channels or {}
     size = model.config.hidden_size
-    numbered = 0
     for i, kind in enumerate(plan.kinds):
         if kind == "harmonizer":
             like = next(layers[i].parameters())
@@ -42,10 +41,13 @@ def stand_in(
                 keep_channels(model, i, channels.get(i, torch.arange(cut.channels)))
     for i, other in plan.like.items():
         layers[i] = copy.deepcopy(layers[other])
-    for i, kind in enumerate(plan.kinds):
-        if kind in ("adapter", "compressed", "shared"):
-            attention(model.config, layers[i]).layer_idx = numbered  # type: ignore[assignment]
-            numbered += 1
+    number_attention(model, [layers[i] for i, kind in enumerate(plan.kinds) if kind in WHOLE])
+
+
+def number_attention(model: PreTrainedModel, layers: Iterable[nn.Module]) -> None:
+    """Number the decoder layers that have attention, in their order: a key-value cache counts those that use it."""
+    for number, layer in enumerate(layers):
+        attention(model.config, layer).layer_idx = number  # type: ignore[assignment]
 
 
 class Removed(nn.Module):

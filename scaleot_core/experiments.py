@@ -9,8 +9,10 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+import yaml
 
 from scaleot_core.errors import UserError
 from scaleot_core.params import changed, load_params
@@ -36,9 +38,16 @@ def _rows() -> list[Row]:
     return [row for row in dvc.api.exp_show() if row["Experiment"]]
 
 
+def _sorted() -> tuple[dict[str, Row], set[str]]:
+    """Experiments of the commit at hand: those that ended well, by name, and the names of those that wait or run."""
+    rows = _rows()
+    done = {row["Experiment"]: row for row in rows if row.get("State") not in {"Failed", *WAITING}}
+    return done, {row["Experiment"] for row in rows if row.get("State") in WAITING}
+
+
 def finished() -> dict[str, Row]:
     """Experiments of the commit at hand that ended well, by name."""
-    return {row["Experiment"]: row for row in _rows() if row.get("State") not in {"Failed", *WAITING}}
+    return _sorted()[0]
 
 
 def _set(changes: Mapping[str, Any]) -> list[str]:
@@ -77,6 +86,17 @@ def run(name: str, changes: Mapping[str, Any]) -> Row:
     return _check(name, found[name], changes)
 
 
+def settings(arguments: Iterable[str]) -> dict[str, Any]:
+    """`KEY=VALUE` arguments as changes to params.yaml; UserError for one that is none."""
+    changes = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise UserError(f"{argument!r}: a setting is KEY=VALUE, such as alpha=0.5")
+        changes[key] = yaml.safe_load(value)
+    return changes
+
+
 def workers() -> int:
     """How many experiments this machine runs at once: one for every four cores and eight GiB of memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -88,8 +108,7 @@ def run_all(wanted: Mapping[str, Mapping[str, Any]], label: str) -> dict[str, Ro
 
     Interrupted, what runs ends and the queue stays: the same command goes on. UserError names one that failed.
     """
-    done = finished()
-    waiting = {row["Experiment"] for row in _rows() if row.get("State") in WAITING}
+    done, waiting = _sorted()
     jobs = workers()
     shared = {"threads": len(os.sched_getaffinity(0)) // jobs} if jobs > 1 else {}
     for name in wanted.keys() - done.keys() - waiting:
@@ -102,12 +121,11 @@ def run_all(wanted: Mapping[str, Mapping[str, Any]], label: str) -> dict[str, Ro
         with progress(label, len(wanted), len(wanted.keys() & done.keys())) as tick:
             while not wanted.keys() <= done.keys():
                 time.sleep(POLL_SECONDS)
-                now, rows = finished(), _rows()
-                for _ in (now.keys() - done.keys()) & wanted.keys():
+                before = done
+                done, waiting = _sorted()
+                for _ in (done.keys() - before.keys()) & wanted.keys():
                     tick()
-                done = now
-                pending = {row["Experiment"] for row in rows if row.get("State") in WAITING}
-                if failed := sorted(wanted.keys() - done.keys() - pending):
+                if failed := sorted(wanted.keys() - done.keys() - waiting):
                     raise UserError(
                         f"experiment {failed[0]}: it failed; `dvc queue logs {failed[0]}` says why; mend it, then run "
                         "again: what is done is kept"

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from scaleot_core.errors import UserError, one_line, printable
-from scaleot_core.files import sha256, whole_file, write_json
+from scaleot_core.files import sha256, whole_file, whole_folder, write_json
 
 MANIFEST = "manifest.json"
 LARGEST_JSON = 2**20  # bytes of a manifest, or of a header: those of the largest models have some 100 KB
@@ -202,6 +202,28 @@ def archive(folder: Path, target: Path) -> None:
             entry = zipfile.ZipInfo(file.name)  # of a fixed date
             with file.open("rb") as stream, made.open(entry, "w", force_zip64=True) as out:
                 shutil.copyfileobj(stream, out, 2**20)
+
+
+def check_new(out: Path) -> None:
+    """UserError where something is there already."""
+    if out.exists():
+        raise UserError(f"{out}: it is there already; name another, or delete it")
+
+
+@contextmanager
+def new(out: Path) -> Iterator[Path]:
+    """A folder to fill, that becomes `out`, as it is or as a zip by its name, when the block ends well.
+
+    UserError where `out` is there already.
+    """
+    check_new(out)
+    if out.suffix != ".zip":
+        with whole_folder(out) as folder:
+            yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="scaleot-") as name:
+        yield Path(name)
+        archive(Path(name), out)
 
 
 def _check_directory(path: Path) -> None:

@@ -92,15 +92,17 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
             distributed.all_reduce(parameter.grad)
 
 
-def backward(batch: Tensor, loss: Callable[[Tensor], Tensor]) -> float:
-    """Backpropagate the mean loss of a batch (B, …), each process that of its share; the loss of the whole.
+def backward(batch: Batch, loss: Callable[[Batch], Tensor], weigh: Callable[[Batch], float] = len) -> float:
+    """Backpropagate the mean loss of a batch, each process that of its share; the loss of the whole.
 
-    `loss` gives the mean over what it is called with.
+    `loss` gives the mean over what it is called with, and `weigh` over how many that is.
     """
     mine = share(batch)
     value = 0.0
     if len(mine):
-        own = loss(mine) * (len(mine) / len(batch))
+        own = loss(mine)
+        if len(mine) < len(batch):
+            own = own * (weigh(mine) / weigh(batch))
         own.backward()
         value = own.item()
     return total(value)

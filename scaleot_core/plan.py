@@ -11,6 +11,7 @@ from scaleot_core.models import check_layers
 from scaleot_core.params import HarmonizerForm, Params, Positive
 
 Kind = Literal["adapter", "harmonizer", "compressed", "removed", "shared"]
+WHOLE: tuple[Kind, ...] = ("adapter", "compressed", "shared")  # kinds that are still decoder layers
 DECIDED_BY = {
     "alpha",
     "beta",

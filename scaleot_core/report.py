@@ -1,6 +1,7 @@
 """The five measurements put together: gap and recovery, the table a person reads, CSV for DVC's plots."""
 
 import csv
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,14 @@ def utility(measured: Measured) -> dict[str, dict[str, float | None]]:
         found["gap"][metric] = value["plug_in"] - value["emulator_finetune"]
         found["recovery"][metric] = (value["plug_in"] - value["zero_shot"]) / ceiling if ceiling > 0 else None
     return found
+
+
+def over_seeds(values: Sequence[float | None]) -> tuple[float, float | None] | None:
+    """Mean and, of several, its standard error; None where a seed has no figure, as an undefined recovery."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return None
+    return statistics.fmean(known), statistics.stdev(known) / len(known) ** 0.5 if len(known) > 1 else None
 
 
 def judged_by(measured: Measured) -> list[str]:

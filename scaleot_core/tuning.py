@@ -43,22 +43,14 @@ def epoch_batches(lengths: list[int], batch_size: int, draw: torch.Generator) ->
     return [batches[i] for i in torch.randperm(len(batches), generator=draw).tolist()]
 
 
-def _backward(model: PreTrainedModel, batch: list[Example]) -> tuple[float, int]:
-    """Backpropagate the mean loss over a batch's answer tokens, each process that of its share; loss and tokens."""
+def _answers(batch: list[Example]) -> int:
+    return sum(target != IGNORED for _, goal in batch for target in goal)
 
-    def answers(part: list[Example]) -> int:
-        return sum(target != IGNORED for _, goal in part for target in goal)
 
-    mine = parallel.share(batch)
-    loss, tokens = 0.0, 0
-    if mine:
-        inputs, targets = collate(mine)
-        own = answer_loss(model, inputs.to(model.device), targets.to(model.device))
-        if len(mine) < len(batch):
-            own = own * (answers(mine) / answers(batch))
-        own.backward()
-        loss, tokens = own.item(), inputs.numel()
-    return parallel.total(loss), int(parallel.total(tokens))
+def _step_count(tuning: Tuning, examples: int) -> int:
+    """How many steps a tuning takes, if nothing ends it earlier."""
+    steps = math.ceil(examples / tuning.batch_size) * tuning.epochs
+    return min(steps, tuning.max_steps) if tuning.max_steps else steps
 
 
 def train(
@@ -82,17 +74,21 @@ def train(
         parameter.requires_grad_(True)
     optimizer = Optimizer(parameters, weight_decay=tuning.weight_decay, clip=tuning.clip)
     lengths = [len(tokens) for tokens, _ in data]
-    an_epoch = math.ceil(len(data) / tuning.batch_size)
-    steps = an_epoch * tuning.epochs
-    if tuning.max_steps:
-        steps = min(steps, tuning.max_steps)
+    an_epoch, steps = math.ceil(len(data) / tuning.batch_size), _step_count(tuning, len(data))
 
     def step(i: int) -> dict[str, float]:
         batches = epoch_batches(lengths, tuning.batch_size, generator(seed, "tuning", i // an_epoch))
-        batch = [data[k] for k in batches[i % an_epoch]]
-        loss, tokens = _backward(model, batch)
+        tokens = 0
+
+        def loss(part: list[Example]) -> Tensor:
+            nonlocal tokens
+            inputs, targets = collate(part)
+            tokens = inputs.numel()
+            return answer_loss(model, inputs.to(model.device), targets.to(model.device))
+
+        value = parallel.backward([data[k] for k in batches[i % an_epoch]], loss, _answers)
         optimizer.step(lr * warmup_then_linear(i, steps, tuning.warmup))
-        return {"loss": loss, "tokens": tokens}
+        return {"loss": value, "tokens": parallel.total(tokens)}
 
     ends = range(an_epoch, steps + an_epoch, an_epoch) if after_epoch else [steps]
     history: list[dict[str, float]] = []
@@ -123,9 +119,7 @@ def train_privately(
     """
     privacy.check(tuning, len(data))
     rate = min(1.0, tuning.batch_size / len(data))
-    steps = math.ceil(len(data) / tuning.batch_size) * tuning.epochs
-    if tuning.max_steps:
-        steps = min(steps, tuning.max_steps)
+    steps = _step_count(tuning, len(data))
     noise = privacy.noise_multiplier(tuning, sample_rate=rate, steps=steps)
     for parameter in parameters.values():
         parameter.requires_grad_(True)

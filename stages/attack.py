@@ -80,7 +80,7 @@ def main() -> None:
         members = {}
         for task in params.tasks:
             folder = ARTIFACTS / "adapters" / task / "adapter"
-            tuned = adapter.read(folder, shipped, plan, originals, package=identity).tensors
+            tuned = adapter.read(folder, shipped, plan, originals, package=identity)
             data = [examples.from_task(model, tokenizer, task, part, block_size=size) for part in rows[task]]
             members[task] = membership.attack(model, plan, tuned, *(part[: params.attack.records] for part in data))
         with whole_folder(OUT) as out:

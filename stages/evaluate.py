@@ -49,7 +49,7 @@ def main() -> None:
     model, plan = package.load(ARTIFACTS / "emulator", device=runtime.device)
     shipped, identity = emulator.layer_parameters(model, plan, "adapter"), handover.identity(ARTIFACTS / "emulator")
     adapters = {
-        task: adapter.read(ARTIFACTS / "adapters" / task / "adapter", model, plan, shipped, package=identity).tensors
+        task: adapter.read(ARTIFACTS / "adapters" / task / "adapter", model, plan, shipped, package=identity)
         for task in params.tasks
     }
     emulator_loss = once(done / "emulator_loss.json", partial(mean_loss, model, heldout))

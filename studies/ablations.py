@@ -15,7 +15,7 @@ from scaleot_core.ending import ends_in_one_line
 from scaleot_core.experiments import Row, experiment_name, run
 from scaleot_core.params import load_params
 from scaleot_core.progress import console
-from scaleot_core.report import write_csv
+from scaleot_core.report import over_seeds, write_csv
 
 SEEDS = (0, 1, 2)
 OUT = Path("docs/studies/ablations.csv")
@@ -48,11 +48,8 @@ def moves(row: Row, default: Row, tasks: list[str]) -> bool:
 
 def summary(values: list[float | None]) -> tuple[str, str]:
     """Mean and, of several, its standard error; nothing where one is undefined."""
-    known = [value for value in values if value is not None]
-    if len(known) < len(values):
-        return "", ""
-    error = f"{statistics.stdev(known) / len(known) ** 0.5:.3f}" if len(known) > 1 else ""
-    return f"{statistics.fmean(known):.3f}", error
+    mean, error = over_seeds(values) or (None, None)
+    return "" if mean is None else f"{mean:.3f}", "" if error is None else f"{error:.3f}"
 
 
 def main() -> None:

@@ -17,11 +17,11 @@ from rich.table import Table
 
 from scaleot_core.ending import ends_in_one_line
 from scaleot_core.errors import UserError
-from scaleot_core.experiments import experiment_name, read_metrics, run
+from scaleot_core.experiments import experiment_name, read_metrics, run, settings
 from scaleot_core.files import whole_file
 from scaleot_core.params import changed, load_params
 from scaleot_core.progress import console
-from scaleot_core.report import write_csv
+from scaleot_core.report import over_seeds, write_csv
 
 SETTINGS = Path(__file__).with_suffix(".yaml")
 OUT, LOG = Path("docs/studies/compare.csv"), Path("docs/results.md")
@@ -29,6 +29,9 @@ BEGIN, END = "<!-- compare -->\n", "<!-- end of compare -->\n"
 PREPARED = {"scaleot": ("layer_importance", "train_harmonizers", "compress")}  # the others: compress alone
 
 Figures = Callable[[dict[str, Any], str], float | None]
+Cell = tuple[float, float] | None
+Rows = dict[str, dict[str, Cell]]
+"""Of every method its columns: mean and standard error over seeds."""
 
 
 def over_tasks(*path: str) -> Figures:
@@ -67,23 +70,16 @@ COLUMNS: dict[str, tuple[Figures, bool | None]] = {
 }
 
 
-def summary(values: list[float | None]) -> tuple[float, float] | None:
-    """Mean and its standard error over seeds; None where a seed has no figure."""
-    known = [value for value in values if value is not None]
-    if not known or len(known) < len(values):
-        return None
-    return statistics.fmean(known), statistics.stdev(known) / len(known) ** 0.5 if len(known) > 1 else 0.0
+def rows_of(found: dict[str, list[dict[str, Any]]]) -> Rows:
+    """Every method's columns from its runs' metrics; one seed alone has no error."""
+    rows: Rows = {}
+    for method, runs in found.items():
+        cells = {name: over_seeds([figure(run, method) for run in runs]) for name, (figure, _) in COLUMNS.items()}
+        rows[method] = {name: cell and (cell[0], cell[1] or 0.0) for name, cell in cells.items()}
+    return rows
 
 
-def rows_of(found: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, tuple[float, float] | None]]:
-    """Every method's columns from its runs' metrics."""
-    return {
-        method: {name: summary([figure(run, method) for run in runs]) for name, (figure, _) in COLUMNS.items()}
-        for method, runs in found.items()
-    }
-
-
-def best(rows: dict[str, dict[str, tuple[float, float] | None]], column: str) -> str | None:
+def best(rows: Rows, column: str) -> str | None:
     """The method that wins a column."""
     more, means = COLUMNS[column][1], {m: cells[column] for m, cells in rows.items()}
     known = {method: cell[0] for method, cell in means.items() if cell is not None}
@@ -92,7 +88,7 @@ def best(rows: dict[str, dict[str, tuple[float, float] | None]], column: str) ->
     return (max if more else min)(known, key=known.__getitem__)
 
 
-def shown(cell: tuple[float, float] | None) -> str:
+def shown(cell: Cell) -> str:
     """A cell for a person."""
     if cell is None:
         return "–"
@@ -102,13 +98,20 @@ def shown(cell: tuple[float, float] | None) -> str:
     return f"{mean:.3f} ± {error:.3f}" if mean < 3 else f"{mean:.2f} ± {error:.2f}"
 
 
-def write_log(rows: dict[str, dict[str, tuple[float, float] | None]], about: str) -> None:
-    """Put the table between the two marks in the results log."""
-    lines = [f"| {about} | {' | '.join(rows)} |", "| --- |" + " --- |" * len(rows)]
+def lines_of(rows: Rows, bold: str) -> list[list[str]]:
+    """The table's lines, a column of the comparison each; the winner's cell is put into `bold`."""
+    lines = []
     for column in COLUMNS:
         winner = best(rows, column)
-        cells = [f"**{shown(cells[column])}**" if m == winner else shown(cells[column]) for m, cells in rows.items()]
-        lines.append(f"| {column} | {' | '.join(cells)} |")
+        cells = {method: shown(columns[column]) for method, columns in rows.items()}
+        lines.append([column, *(bold.format(cell) if method == winner else cell for method, cell in cells.items())])
+    return lines
+
+
+def write_log(rows: Rows, about: str) -> None:
+    """Put the table between the two marks in the results log."""
+    lines = [f"| {about} | {' | '.join(rows)} |", "| --- |" + " --- |" * len(rows)]
+    lines += [f"| {' | '.join(line)} |" for line in lines_of(rows, "**{}**")]
     text = LOG.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
         raise UserError(
@@ -120,25 +123,23 @@ def write_log(rows: dict[str, dict[str, tuple[float, float] | None]], about: str
 
 
 def main() -> None:
-    settings = yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
-    changes = {**settings["changes"], **{k: yaml.safe_load(v) for k, _, v in (s.partition("=") for s in sys.argv[1:])}}
+    compared = yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
+    changes = {**compared["changes"], **settings(sys.argv[1:])}
     changed(load_params(), changes)  # a mistake is found before the first run
-    found: dict[str, list[dict[str, Any]]] = {method: [] for method in settings["methods"]}
-    for seed in settings["seeds"]:
-        for method in settings["methods"]:
+    found: dict[str, list[dict[str, Any]]] = {method: [] for method in compared["methods"]}
+    for seed in compared["seeds"]:
+        for method in compared["methods"]:
             name = experiment_name("compare", method, "seed", seed, *sys.argv[1:])
             row = run(name, {**changes, "method": method, "seed": seed})
             found[method].append(read_metrics(row))
     rows = rows_of(found)
     header = ["method", *(f"{column}{suffix}" for column in COLUMNS for suffix in ("", " ±"))]
     write_csv(OUT, header, ([m, *(v for cell in c.values() for v in (cell or ("", "")))] for m, c in rows.items()))
-    about = f"means of {', '.join(changes['tasks'])}; {len(settings['seeds'])} seeds"
+    about = f"means of {', '.join(changes['tasks'])}; {len(compared['seeds'])} seeds"
     write_log(rows, about)
     table = Table("", *rows, title=about)
-    for column in COLUMNS:
-        winner = best(rows, column)
-        cells = (f"[bold]{shown(c[column])}[/]" if m == winner else shown(c[column]) for m, c in rows.items())
-        table.add_row(column, *cells)
+    for line in lines_of(rows, "[bold]{}[/]"):
+        table.add_row(*line)
     console.print(table)
 
 

@@ -13,24 +13,19 @@ import yaml
 from scaleot_core import report
 from scaleot_core.ending import ends_in_one_line
 from scaleot_core.errors import UserError
-from scaleot_core.experiments import experiment_name, read_metrics, run
+from scaleot_core.experiments import experiment_name, read_metrics, run, settings
 from scaleot_core.params import changed, load_params
 from scaleot_core.report import MEASUREMENTS, write_csv
 
 PRESETS = Path("presets.yaml")
 
 
-def preset(name: str, settings: list[str]) -> dict[str, Any]:
+def preset(name: str, arguments: list[str]) -> dict[str, Any]:
     """What a preset changes in params.yaml, with `key=value` settings on top; UserError for one that is no such."""
     rows = {row: values for row, values in yaml.safe_load(PRESETS.read_text()).items() if not row.startswith(".")}
     if name not in rows:
         raise UserError(f"{PRESETS}: no preset is named {name!r}; there are {', '.join(rows)}")
-    changes = dict(rows[name])
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise UserError(f"{setting!r}: a setting is KEY=VALUE, such as alpha=0.5")
-        changes[key] = yaml.safe_load(value)
+    changes = {**rows[name], **settings(arguments)}
     changed(load_params(), changes)  # a mistake is found before the run
     return changes
 
@@ -38,17 +33,16 @@ def preset(name: str, settings: list[str]) -> dict[str, Any]:
 def main() -> None:
     if len(sys.argv) < 2:
         raise UserError(f"name a preset of {PRESETS}: python studies/table.py PRESET [KEY=VALUE ...]")
-    name, settings = sys.argv[1], sys.argv[2:]
-    changes = preset(name, settings)
-    metrics = read_metrics(run(experiment_name("table", name, *settings), changes))
+    name, arguments = sys.argv[1], sys.argv[2:]
+    changes, title = preset(name, arguments), experiment_name("table", name, *arguments)
+    metrics = read_metrics(run(title, changes))
     rows = [
         (task, measurement, metric, measured[measurement][metric], measured[measurement][f"{metric}_stderr"])
         for task, measured in metrics["tasks"].items()
         for measurement in MEASUREMENTS
         for metric in measured["metrics"]
     ]
-    out = Path(f"docs/studies/{experiment_name('table', name, *settings)}.csv")
-    write_csv(out, ["task", "measurement", "metric", "value", "standard error"], rows)
+    write_csv(Path(f"docs/studies/{title}.csv"), ["task", "measurement", "metric", "value", "standard error"], rows)
     report.show(metrics)
 
 

@@ -1,7 +1,11 @@
 """Tiny real configurations of every family, a tiny real tokenizer, and the lab data where it is present."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -100,6 +104,23 @@ def piqa_rows(count: int) -> list[dict[str, object]]:
         {"goal": f"count to {i}", "sol1": f"say one to {i}", "sol2": f"say {i} to one", "label": i % 2}
         for i in range(count)
     ]
+
+
+@contextmanager
+def dies_after(
+    module: ModuleType, name: str, calls: int, error: type[BaseException] = KeyboardInterrupt
+) -> Iterator[None]:
+    """For the length of a block a function of a module raises `error` once it was called so often."""
+    function, seen = getattr(module, name), count(1)
+
+    def until(*args: Any) -> Any:
+        if next(seen) > calls:
+            raise error
+        return function(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, name, until)
+        yield
 
 
 def write_project(folder: Path, tokenizer: PreTrainedTokenizerFast, family: str = "llama", **changes: object) -> None:

@@ -51,7 +51,7 @@ def read(folder, name, package="0" * 64):
 def test_peft_loads_a_lora_adapter_on_the_real_model_and_gives_the_plug_ins_logits(name, tmp_path, lora):
     folder = made(tmp_path / "adapter", emulator_of(name), lora)
     plugged = tiny_model(name)
-    plug_in(plugged, PLAN, read(folder, name).tensors)
+    plug_in(plugged, PLAN, read(folder, name))
     tiny_model(name).save_pretrained(tmp_path / "base")
     real = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     loaded = PeftModel.from_pretrained(real, folder)
@@ -67,7 +67,7 @@ def test_tuned_emulator_is_what_the_adapter_says(name, tmp_path, params, lora):
         model = emulator_of(name)
         folder = made(tmp_path / tuning.method, model, tuning)
         again = emulator_of(name)
-        plug_in(again, PLAN, read(folder, name).tensors)
+        plug_in(again, PLAN, read(folder, name))
         torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import CONFIGS, piqa_rows, tiny_model
+from conftest import CONFIGS, dies_after, piqa_rows, tiny_model
 from sklearn.metrics import roc_auc_score
 from test_emulator import IDS, PLAN, emulator_of
 
@@ -50,6 +50,13 @@ def test_widened_emulator_starts_as_the_emulator_and_has_whole_layers(name):
     assert torch.equal(*(wide.generate(IDS, **options, use_cache=use) for use in (True, False)))
 
 
+def test_emulator_that_lacks_layers_can_be_widened_too():
+    plan = Plan(("harmonizer", "adapter", "removed", "compressed"), 0.8, "removed", PLAN.harmonizer)
+    plain, wide = emulator_of("llama", plan), emulator_of("llama", plan)
+    recovery.widen(wide, plan)
+    torch.testing.assert_close(logits(wide), logits(plain), rtol=1e-4, atol=1e-5)
+
+
 @each_family
 def test_forgetting_leaves_adapters_embeddings_and_head(name):
     known, forgotten = emulator_of(name), emulator_of(name)
@@ -79,20 +86,10 @@ def test_attack_trains_every_weight(blocks, budget, tmp_path):
 
 
 @pytest.mark.parametrize("killed_at", [1, 15, 20, 30])
-def test_interrupted_attack_goes_on_to_the_same_figures(blocks, budget, tmp_path, monkeypatch, killed_at):
+def test_interrupted_attack_goes_on_to_the_same_figures(blocks, budget, tmp_path, killed_at):
     whole = attacked(emulator_of("llama"), blocks, budget, tmp_path, name="whole")
-    measure, seen = recovery.block_loss, []
-
-    def until(*args):
-        seen.append(1)
-        if len(seen) > killed_at:
-            raise KeyboardInterrupt
-        return measure(*args)
-
-    monkeypatch.setattr(recovery, "block_loss", until)
-    with pytest.raises(KeyboardInterrupt):
+    with dies_after(recovery, "block_loss", killed_at), pytest.raises(KeyboardInterrupt):
         attacked(emulator_of("llama"), blocks, budget, tmp_path, name="again", seconds=0.0)
-    monkeypatch.setattr(recovery, "block_loss", measure)
     model, done = emulator_of("llama"), emulator_of("llama")
     assert attacked(model, blocks, budget, tmp_path, name="again") == whole
     assert attacked(done, blocks, budget, tmp_path, name="again") == whole  # and what is over is there again

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import yaml
-from conftest import ROOT, piqa_rows, tiny_model
+from conftest import ROOT, dies_after, piqa_rows, tiny_model
 from test_emulator import IDS, PLAN, write
 from test_files import snapshot
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -231,18 +231,9 @@ def test_killed_tuning_goes_on_to_the_same_bytes(tmp_path, package, records, mon
     arguments = ("tune", package, "--data", records, "--method", method, *FEW)
     gives(*arguments, "--out", tmp_path / "whole")
     monkeypatch.setattr(cli, "PROGRESS_SECONDS", 0.0)
-    measure, seen = tuning.answer_loss, []
-
-    def until(*given):
-        seen.append(1)
-        if len(seen) > 3:
-            raise KeyboardInterrupt
-        return measure(*given)
-
-    monkeypatch.setattr(tuning, "answer_loss", until)
-    ended = scaleot(*arguments, "--out", tmp_path / "again")
+    with dies_after(tuning, "answer_loss", 3):
+        ended = scaleot(*arguments, "--out", tmp_path / "again")
     assert ended.code == 130 and "goes on" in ended.said[-1] and not (tmp_path / "again").exists()
-    monkeypatch.setattr(tuning, "answer_loss", measure)
     ended = scaleot(*arguments, "--out", tmp_path / "again")
     assert ended.code == 0 and any("resuming after step" in line for line in ended.said)
     assert snapshot(tmp_path / "again") == snapshot(tmp_path / "whole")

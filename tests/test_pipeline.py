@@ -279,13 +279,20 @@ def test_evaluated_models_are_the_tuned_ones(sweep: Sweep, metrics: dict[str, An
         assert piqa[untuned]["answer_nll"] != pytest.approx(piqa[tuned]["answer_nll"], rel=1e-5)
 
 
-def test_experiments_are_made_once_and_leave_the_project_as_it_is(
-    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The last test here: it adds an experiment to the repository."""
+@pytest.fixture
+def inside(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the sweep's repository, with its environment and no patience to poll."""
     for name, value in sweep.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(sweep.folder)
+    monkeypatch.setattr(experiments, "POLL_SECONDS", 1.0)
+
+
+@pytest.mark.usefixtures("inside")
+def test_experiments_are_made_once_and_leave_the_project_as_it_is(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It adds an experiment to the repository, as those do that follow."""
     before = {name: (sweep.folder / name).read_bytes() for name in ("params.yaml", "dvc.lock", "metrics.json")}
     row = experiments.run("half-of-beta", {"beta": 0.4})
     assert before == {name: (sweep.folder / name).read_bytes() for name in before}
@@ -295,20 +302,15 @@ def test_experiments_are_made_once_and_leave_the_project_as_it_is(
     assert experiments.run("half-of-beta", {"beta": 0.4}) == row
 
 
-def test_experiment_that_fails_is_told_and_is_not_there(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in sweep.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.chdir(sweep.folder)
+@pytest.mark.usefixtures("inside")
+def test_experiment_that_fails_is_told_and_is_not_there() -> None:
     with pytest.raises(UserError, match="experiment too-much: it failed"):
         experiments.run("too-much", {"adapter_layers": 99})
     assert "too-much" not in experiments.finished()
 
 
+@pytest.mark.usefixtures("inside")
 def test_queued_experiments_are_worked_off_and_made_once(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in sweep.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.chdir(sweep.folder)
-    monkeypatch.setattr(experiments, "POLL_SECONDS", 1.0)
     wanted = {"half-of-beta": {"beta": 0.4}, "queued-one": {"alpha": 0.6}, "queued-two": {"alpha": 0.9}}
     before = (sweep.folder / "params.yaml").read_bytes()
     rows = experiments.run_all(wanted, "test")
@@ -319,21 +321,14 @@ def test_queued_experiments_are_worked_off_and_made_once(sweep: Sweep, monkeypat
     assert experiments.run_all(wanted, "test") == rows
 
 
-def test_experiment_of_other_parameters_is_not_taken_for_the_one_that_is_asked_for(
-    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in sweep.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.chdir(sweep.folder)
+@pytest.mark.usefixtures("inside")
+def test_experiment_of_other_parameters_is_not_taken_for_the_one_that_is_asked_for() -> None:
     with pytest.raises(UserError, match=r"half-of-beta: it is there with beta = 0\.4, and would now have 0\.3"):
         experiments.run("half-of-beta", {"beta": 0.3})
 
 
-def test_queued_experiment_that_fails_is_told(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in sweep.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.chdir(sweep.folder)
-    monkeypatch.setattr(experiments, "POLL_SECONDS", 1.0)
+@pytest.mark.usefixtures("inside")
+def test_queued_experiment_that_fails_is_told() -> None:
     with pytest.raises(UserError, match="experiment much-too-much: it failed; `dvc queue logs much-too-much`"):
         experiments.run_all({"much-too-much": {"adapter_layers": 99}}, "test")
     with pytest.raises(UserError, match="dvc exp run"):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import CONFIGS, piqa_rows, tiny_model
+from conftest import CONFIGS, dies_after, piqa_rows, tiny_model
 from test_dlr import weights_hash
 from test_emulator import PLAN, emulator_of
 from test_files import refusal
@@ -138,28 +138,15 @@ def test_seed_decides_every_byte(data, settings):
     assert first == again and one == two and first != other and one != three
 
 
-def test_killed_private_tuning_goes_on_to_the_same_bytes(data, settings, tmp_path, monkeypatch):
+def test_killed_private_tuning_goes_on_to_the_same_bytes(data, settings, tmp_path):
     def tuned(folder, model):
         parameters = dict(model.named_parameters())
         return tune(model, parameters, data, settings, seed=0, label="test", checkpoint=Checkpoint(folder, 0))
 
     whole, again = tiny_model("llama"), tiny_model("llama")
     expected = tuned(tmp_path / "whole", whole)
-    measure, seen = tuning.answer_loss, []
-
-    class Killed(BaseException):
-        pass
-
-    def until(*args):
-        seen.append(1)
-        if len(seen) > 15:
-            raise Killed
-        return measure(*args)
-
-    monkeypatch.setattr(tuning, "answer_loss", until)
-    with pytest.raises(Killed):
+    with dies_after(tuning, "answer_loss", 15), pytest.raises(KeyboardInterrupt):
         tuned(tmp_path / "killed", tiny_model("llama"))
-    monkeypatch.setattr(tuning, "answer_loss", measure)
     assert tuned(tmp_path / "killed", again) == expected and expected.epsilon is not None
     assert weights_hash(again) == weights_hash(whole)
 

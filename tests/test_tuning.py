@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import CONFIGS, piqa_rows, tiny_model
+from conftest import CONFIGS, dies_after, piqa_rows, tiny_model
 from test_dlr import weights_hash
 from test_emulator import PLAN, emulator_of
 from test_files import refusal
@@ -189,20 +189,11 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 5])
-def test_impatient_training_that_is_killed_goes_on_to_the_same_bytes(data, impatient, tmp_path, monkeypatch, step):
+def test_impatient_training_that_is_killed_goes_on_to_the_same_bytes(data, impatient, tmp_path, step):
     whole, again = tiny_model("llama"), tiny_model("llama")
     expected = decide(data, impatient, tmp_path / "whole", whole)
-    measure, seen = tuning.answer_loss, []
-
-    def until(*args):
-        seen.append(1)
-        if len(seen) > step + step // 2:  # the held-out questions are a batch an epoch
-            raise Killed
-        return measure(*args)
-
-    monkeypatch.setattr(tuning, "answer_loss", until)
-    with pytest.raises(Killed):
+    calls = step + step // 2  # the held-out questions are a batch an epoch
+    with dies_after(tuning, "answer_loss", calls, Killed), pytest.raises(Killed):
         decide(data, impatient, tmp_path / "killed", tiny_model("llama"))
-    monkeypatch.setattr(tuning, "answer_loss", measure)
     assert decide(data, impatient, tmp_path / "killed", again) == expected
     assert weights_hash(again) == weights_hash(whole)

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scaleot_core import parallel
+from scaleot_core.emulator import Removed, number_attention
 from scaleot_core.families import attention, decoder_layers, family
 from scaleot_core.files import once
 from scaleot_core.harmonizer import Harmonizer
 from scaleot_core.models import block_loss, mean_loss
 from scaleot_core.params import Attack
-from scaleot_core.plan import Plan
+from scaleot_core.plan import WHOLE, Plan
 from scaleot_core.rank_compression import FusedProjection, LowRankLinear, dense
 from scaleot_core.runtime import generator, keep_freed_memory
 from scaleot_core.training import Checkpoint, Optimizer, run_steps, warmup_then_linear
@@ -49,7 +50,7 @@ def widen(model: PreTrainedModel, plan: Plan) -> None:
     the start (where norms come before, as they do in all but OPT-350m).
     """
     layers, names = decoder_layers(model), family(model.config)
-    there = [i for i, kind in enumerate(plan.kinds) if kind in ("adapter", "compressed", "shared")]
+    there = [i for i, kind in enumerate(plan.kinds) if kind in WHOLE]
     for i in plan.layers("compressed"):
         block = attention(model.config, layers[i])
         for name in names.projections:
@@ -64,12 +65,8 @@ def widen(model: PreTrainedModel, plan: Plan) -> None:
             for parameter in layer.get_submodule(written).parameters():
                 parameter.zero_()
         layers[i] = Widened(layers[i], layer)  # type: ignore[arg-type]
-    number = 0
-    for layer in layers:
-        for inner in (layer.layer if isinstance(layer, Widened) else layer,):
-            if not isinstance(inner, Harmonizer):
-                attention(model.config, inner).layer_idx = number  # type: ignore[assignment]
-                number += 1
+    inner = (layer.layer if isinstance(layer, Widened) else layer for layer in layers)
+    number_attention(model, [layer for layer in inner if not isinstance(layer, Removed)])
 
 
 @torch.no_grad()
