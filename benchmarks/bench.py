@@ -27,7 +27,7 @@ from scaleot_core.methods import METHODS, Owner
 from scaleot_core.models import load_model, load_tokenizer, mean_loss
 from scaleot_core.params import Params, changed, load_params
 from scaleot_core.progress import console, say
-from scaleot_core.runtime import DTYPES, setup
+from scaleot_core.runtime import DTYPES, Runtime, setup
 from scaleot_core.tasks import load_task
 from scaleot_core.training import Checkpoint
 from scaleot_core.tuning import train
@@ -139,13 +139,21 @@ def prepare(params: Params, device: torch.device) -> list[Row]:
     took, steps, reached = 0.0, 25, False
     scratch = Path(".scaleot/scratch/bench")
     while not reached and took < 8 * ours:
-        model = load_model(ARTIFACTS / "model", device=device, dtype=DTYPES[params.dtype])
-        made = changed(params, {"method": "distilled", "distill.steps": steps})
+        distilled = changed(params, {"method": "distilled", "distill.steps": steps})
+        checkpoint = Checkpoint(scratch / "none", 1e9)
         owner = Owner(
-            model, corpus["train"], made, ARTIFACTS / "harmonizers", scratch, Checkpoint(scratch / "none", 1e9)
+            ARTIFACTS / "model",
+            Runtime(device, DTYPES[params.dtype]),
+            corpus["train"],
+            distilled,
+            ARTIFACTS / "harmonizers",
+            scratch,
+            checkpoint,
         )
-        took = seconds(lambda owner=owner: METHODS["distilled"](owner))  # type: ignore[misc]
-        loss = mean_loss(model, corpus["heldout"])
+        start = time.perf_counter()
+        made = METHODS["distilled"](owner)
+        took = time.perf_counter() - start
+        loss = mean_loss(package.assemble(owner.config, made.plan, made.tensors, device=device), corpus["heldout"])
         reached = loss <= target
         say(f"distillation of {steps} steps: {took:.0f} s, held-out loss {loss:.2f}, ours {target:.2f}")
         steps *= 2

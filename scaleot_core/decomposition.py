@@ -4,16 +4,17 @@ Plain, or whitened by the covariance of a projection's inputs, as SVD-LLM does (
 truncation is nearest to the matrix, whitened truncation is nearest in what the matrix gives out on real text.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig
 
-from scaleot_core.families import projections
+from scaleot_core.families import attention, family, projection_name
 from scaleot_core.files import fingerprint, read_tensors, tensor_hash, write_tensors
-from scaleot_core.models import hooked, run_stack
+from scaleot_core.models import hooked
 
 DAMPING = 1e-4  # of the mean input variance, added to each direction: a covariance of few tokens is singular
 
@@ -58,11 +59,12 @@ def damped(covariance: Tensor) -> Tensor:
     return scaled + DAMPING * torch.eye(len(covariance), dtype=torch.float64, device=covariance.device)
 
 
-@torch.no_grad()
-def input_covariances(model: PreTrainedModel, blocks: Tensor, batch_blocks: int = 8) -> dict[str, Tensor]:
-    """Uncentred covariance (in, in) in float32 of every attention projection's input over blocks (N, T), by its name.
+@contextmanager
+def input_covariances(config: PretrainedConfig, index: int, layer: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Sum up, in the block, the uncentred covariances (in, in) of what goes into a decoder layer's projections.
 
-    Summed up on the way: memory doesn't grow with the blocks. Projections that read the same input share one.
+    In float64, by the projection's name in the model, over all tokens that pass. Projections that read the same input
+    share one.
     """
     sums: dict[str, Tensor] = {}
     latest: list[Tensor] = []  # the last input and its product, which the next projection may share
@@ -71,16 +73,18 @@ def input_covariances(model: PreTrainedModel, blocks: Tensor, batch_blocks: int 
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             if not latest or latest[0] is not args[0]:
                 x = args[0].flatten(0, -2).float()
-                latest[:] = [args[0], (x.T @ x).double() / blocks.numel()]
+                latest[:] = [args[0], (x.T @ x).double()]
             sums[name] = sums.get(name, 0) + latest[1]
 
         return hook
 
-    hooks = [module.register_forward_pre_hook(accumulate(name)) for name, module in projections(model).items()]
+    block = attention(config, layer)
+    hooks = [
+        block.get_submodule(name).register_forward_pre_hook(accumulate(projection_name(config, index, name)))
+        for name in family(config).projections
+    ]
     with hooked(*hooks):
-        for batch in blocks.split(batch_blocks):
-            run_stack(model, batch)
-    return {name: total.float() for name, total in sums.items()}
+        yield sums
 
 
 def cached(folder: Path, covariances: Mapping[str, Tensor] | None = None) -> Decompose:

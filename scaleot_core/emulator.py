@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from scaleot_core.decomposition import Decompose
 from scaleot_core.errors import UserError
 from scaleot_core.families import attention, decoder_layers, family
-from scaleot_core.harmonizer import Harmonizer, Harmonizers
+from scaleot_core.harmonizer import Harmonizer
 from scaleot_core.plan import WHOLE, Kind, Plan
 from scaleot_core.rank_compression import channels_of, compress_layer, keep_channels, kept_ranks
 
@@ -18,7 +18,7 @@ from scaleot_core.rank_compression import channels_of, compress_layer, keep_chan
 def stand_in(
     model: PreTrainedModel, plan: Plan, decompose: Decompose, channels: Mapping[int, Tensor] | None = None
 ) -> None:
-    """Give a model's layers the modules that the plan asks for, in place.
+    """Give a model's layers the modules that the plan asks for, in place and frozen: [A, E*].
 
     `channels` are the feed-forward channels that a layer keeps, where it is cut there. ValueError for a cut that the
     model has no room for.
@@ -42,6 +42,7 @@ def stand_in(
     for i, other in plan.like.items():
         layers[i] = copy.deepcopy(layers[other])
     number_attention(model, [layers[i] for i, kind in enumerate(plan.kinds) if kind in WHOLE])
+    model.requires_grad_(False)
 
 
 def number_attention(model: PreTrainedModel, layers: Iterable[nn.Module]) -> None:
@@ -56,23 +57,6 @@ class Removed(nn.Module):
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         """(B, T, D) to (B, T, D)."""
         return hidden_states
-
-
-def build(
-    model: PreTrainedModel,
-    plan: Plan,
-    decompose: Decompose,
-    *,
-    harmonizers: Harmonizers | None = None,
-    channels: Mapping[int, Tensor] | None = None,
-) -> None:
-    """Turn the model into the emulator, in place: [A, E*]."""
-    stand_in(model, plan, decompose, channels)
-    layers = decoder_layers(model)
-    for i in plan.layers("harmonizer"):
-        assert harmonizers is not None
-        layers[i].load_state_dict(harmonizers[i].state_dict())
-    model.requires_grad_(False)
 
 
 def part_of(name: str, layers_path: str, plan: Plan) -> str:

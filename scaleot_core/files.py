@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,12 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
 from scaleot_core.errors import UserError, one_line
 from scaleot_core.parallel import is_first
+
+SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""Names of tensors with their shapes and dtypes."""
 
 
 @contextmanager
@@ -127,10 +133,47 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         temporary.write_bytes(serialize(ready))
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read a safetensors file; UserError if it is missing or damaged."""
+class TensorWriter:
+    """A safetensors file that is written tensor by tensor, in any order; names, shapes and dtypes are known before.
+
+    Its bytes are those that `write_tensors` would write, and no more than a tensor at a time is in memory.
+    """
+
+    def __init__(self, path: Path, expected: Shapes) -> None:
+        header: dict[str, dict[str, Any]] = {}
+        at = 0
+        for name in sorted(expected):
+            shape, dtype = expected[name]
+            end = at + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": shape, "data_offsets": [at, end]}
+            at = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self.expected, self.missing = expected, set(expected)
+        self.start = {name: 8 + len(text) + entry["data_offsets"][0] for name, entry in header.items()}
+        self.path = path
+        path.write_bytes(struct.pack("<Q", len(text)) + text)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Put a tensor in its place; ValueError for one that isn't as it was announced, or is there already."""
+        if name not in self.missing or self.expected[name] != (tuple(tensor.shape), tensor.dtype):
+            raise ValueError(f"{self.path}: no tensor {name!r} of shape {tuple(tensor.shape)} is to be written")
+        self.missing.remove(name)
+        with self.path.open("r+b") as stream:
+            stream.seek(self.start[name])
+            stream.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+    def check_whole(self) -> None:
+        """ValueError where a tensor wasn't written."""
+        if self.missing:
+            raise ValueError(f"{self.path}: tensor {min(self.missing)!r} was not written")
+
+
+def read_tensors(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Read a safetensors file, or its tensors whose names begin so; UserError if it is missing or damaged."""
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as stream:
+            return {name: stream.get_tensor(name) for name in stream.keys() if name.startswith(prefix)}  # noqa: SIM118
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run `dvc repro` to make it") from None
     except (SafetensorError, OSError, ValueError) as error:

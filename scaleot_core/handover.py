@@ -19,18 +19,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from scaleot_core.errors import UserError, one_line, printable
-from scaleot_core.files import sha256, whole_file, whole_folder, write_json
+from scaleot_core.files import SAFETENSORS_DTYPES, Shapes, sha256, whole_file, whole_folder, write_json
 
 MANIFEST = "manifest.json"
 LARGEST_JSON = 2**20  # bytes of a manifest, or of a header: those of the largest models have some 100 KB
 LARGEST_TOKENIZER = 2**26  # bytes of one of the tokenizer's files
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 LARGEST_ARCHIVE = 17  # members: sixteen files and the manifest
-SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-"""Names of tensors with their shapes and dtypes."""
 
 
 class Entry(BaseModel):

@@ -44,10 +44,13 @@ def read_scores(path: Path, layers: int) -> list[float]:
     return scores
 
 
-def restore(harmonizers: Harmonizers, path: Path) -> None:
-    """Load fitted harmonizers; UserError names the first tensor that another model or rank would have."""
-    tensors = read_tensors(path)
-    expected = harmonizers.state_dict()
+def restore(harmonizers: nn.Module, path: Path, prefix: str = "") -> None:
+    """Load fitted harmonizers, or with the prefix `3.` layer 3's alone, into a module of their dtype or another.
+
+    UserError names the first tensor that another model or rank would have.
+    """
+    tensors = read_tensors(path, prefix)
+    expected = {f"{prefix}{name}": tensor for name, tensor in harmonizers.state_dict().items()}
     for name in sorted(expected.keys() | tensors.keys()):
         here, there = expected.get(name), tensors.get(name)
         if here is None or there is None or here.shape != there.shape:
@@ -56,7 +59,7 @@ def restore(harmonizers: Harmonizers, path: Path) -> None:
                 f"{path}: tensor {name!r} is {shapes[0]} there and {shapes[1]} in this model; "
                 "these harmonizers are another model's or of another rank: run layer_importance again"
             )
-    harmonizers.load_state_dict(tensors)
+    harmonizers.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
 
 
 class LocalFit:

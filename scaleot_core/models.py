@@ -1,7 +1,7 @@
 """Loading a model and its tokenizer from a local folder, and what the stages ask of every model."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def save_model(source: str, folder: Path, dtype: torch.dtype) -> None:
         model, tokenizer = read_model(source, dtype)
     except UserError as error:
         raise UserError(f"params.yaml: {error}") from error
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_original_format=False)  # tensors are named as in the model
     tokenizer.save_pretrained(folder)
 
 
@@ -121,7 +121,7 @@ def hooked(*handles: RemovableHandle) -> Iterator[None]:
 
 
 @contextmanager
-def replaced(model: PreTrainedModel, stand_ins: dict[int, nn.Module]) -> Iterator[None]:
+def replaced(model: PreTrainedModel, stand_ins: Mapping[int, nn.Module]) -> Iterator[None]:
     """Put stand-ins in the place of some decoder layers, by index, for the length of a block."""
     layers = decoder_layers(model)
     originals = {i: layers[i] for i in stand_ins}

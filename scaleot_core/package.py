@@ -5,6 +5,7 @@ it is all that the data owner needs.
 """
 
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -27,8 +28,8 @@ from scaleot_core.decomposition import shapes
 from scaleot_core.emulator import part_of, stand_in
 from scaleot_core.errors import UserError, one_line, printable
 from scaleot_core.families import FAMILIES, family
-from scaleot_core.files import read_json, write_json, write_tensors
-from scaleot_core.handover import MANIFEST, TOKENIZER_FILES, Shapes
+from scaleot_core.files import Shapes, TensorWriter, read_json, write_json
+from scaleot_core.handover import MANIFEST, TOKENIZER_FILES
 from scaleot_core.models import run_stack
 from scaleot_core.params import HarmonizerForm, Share
 from scaleot_core.plan import Cut, Kind, Plan
@@ -83,36 +84,39 @@ class PackageManifest(handover.Manifest):
     """How far layers are cut that β doesn't cut."""
 
 
-def _untied(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The model's tensors without second names for the same storage, as a tied head has."""
-    state = model.state_dict()
-    seen: dict[int, str] = {}
-    return {
-        name: tensor
-        for name, tensor in state.items()
-        if tensor.is_meta or seen.setdefault(tensor.data_ptr(), name) == name or tensor.numel() == 0
-    }
+def tensors_of(model: PreTrainedModel, plan: Plan) -> Iterator[tuple[str, Tensor]]:
+    """What a package has of an emulator, by its names: a tied head once, and a shared layer where it comes from."""
+    path, tied = family(model.config).layers, set(model.all_tied_weights_keys)
+    return ((n, t) for n, t in model.state_dict().items() if n not in tied and part_of(n, path, plan) in PARTS)
 
 
 def save(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, licence: str = UNSTATED
+    folder: Path,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Plan,
+    tensors: Iterable[tuple[str, Tensor]],
+    licence: str = UNSTATED,
 ) -> None:
-    """Write an emulator as a package into an existing, empty folder."""
-    path = family(model.config).layers
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in _untied(model).items():
-        if (part := part_of(name, path, plan)) in PARTS:
-            parts.setdefault(part, {})[name] = tensor
-    for part, tensors in parts.items():
-        write_tensors(folder / f"{part}.safetensors", tensors)
+    """Write an emulator as a package into an existing, empty folder, one tensor after the other.
+
+    `config` is the model's, in the package's dtype. ValueError for a tensor that is missing or doesn't belong there.
+    """
+    path = family(config).layers
+    expected = _shapes(_empty(config, plan, buffers_too=True), plan)
+    files = {part: TensorWriter(folder / f"{part}.safetensors", tensors) for part, tensors in expected.items()}
+    for name, tensor in tensors:
+        files[part_of(name, path, plan)].write(name, tensor)
+    for file in files.values():
+        file.check_whole()
     _save_tokenizer(folder, tokenizer)
-    known = _settings(model.config.model_type)
+    known = _settings(config.model_type)
     manifest = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "licence": licence,
-        "architecture": {key: value for key, value in model.config.to_dict().items() if key in known},
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "architecture": {key: value for key, value in config.to_dict().items() if key in known},
+        "dtype": str(config.dtype).removeprefix("torch."),
         "layers": list(plan.kinds),
         "beta": plan.beta,
         "rank_semantics": plan.rank_semantics,
@@ -158,34 +162,47 @@ def _config(manifest: PackageManifest) -> PretrainedConfig:
     stated = {fields.get(count), fields.get("num_hidden_layers", fields.get(count))}
     if stated != {len(manifest.layers)}:  # before a configuration of so many layers is made
         raise ValueError(f"`layers` has {len(manifest.layers)} kinds, the architecture {fields.get(count)!r}")
-    return AutoConfig.for_model(name, **fields)
+    return AutoConfig.for_model(name, **{**fields, "dtype": DTYPES[manifest.dtype]})
 
 
-def _tensors(model: PreTrainedModel, plan: Plan) -> dict[str, Shapes]:
-    """What each file of a package has of an emulator without weights: names, shapes and dtypes of its tensors."""
-    path, tied = family(model.config).layers, set(model.all_tied_weights_keys)
+def _empty(config: PretrainedConfig, plan: Plan, *, buffers_too: bool) -> PreTrainedModel:
+    """An emulator without weights; buffers are computed, unless they too are to take no memory."""
+    with init_empty_weights(include_buffers=buffers_too):
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+        stand_in(model, plan, shapes)
+    return model
+
+
+def _shapes(model: PreTrainedModel, plan: Plan) -> dict[str, Shapes]:
+    """What each file of a package has of an emulator: names, shapes and dtypes of its tensors."""
+    path = family(model.config).layers
     found: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {}
-    for name, tensor in model.state_dict().items():
-        if name not in tied and (part := part_of(name, path, plan)) in PARTS:
-            found.setdefault(part, {})[name] = (tuple(tensor.shape), tensor.dtype)
+    for name, tensor in tensors_of(model, plan):
+        found.setdefault(part_of(name, path, plan), {})[name] = (tuple(tensor.shape), tensor.dtype)
     return dict(found)
 
 
 def plan_bytes(config: PretrainedConfig, plan: Plan) -> int:
     """Bytes of the tensors that a package of a model with this plan has."""
-    with init_empty_weights(include_buffers=True):
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
-        stand_in(model, plan, shapes)
-    parts = _tensors(model, plan).values()
+    parts = _shapes(_empty(config, plan, buffers_too=True), plan).values()
     return sum(math.prod(shape) * dtype.itemsize for part in parts for shape, dtype in part.values())
 
 
-def _empty(manifest: PackageManifest, *, buffers_too: bool) -> PreTrainedModel:
-    """The package's model without weights; buffers are computed, unless they too are to take no memory."""
-    with init_empty_weights(include_buffers=buffers_too):
-        model = AutoModelForCausalLM.from_config(_config(manifest), dtype=DTYPES[manifest.dtype])
-        stand_in(model, plan_of(manifest), shapes)
-    return model
+def assemble(
+    config: PretrainedConfig, plan: Plan, tensors: Iterable[tuple[str, Tensor]], *, device: torch.device
+) -> PreTrainedModel:
+    """An emulator, frozen, from its tensors, which are all that a package has."""
+    model, found = _empty(config, plan, buffers_too=False), dict(tensors)
+    path = family(config).layers
+    for other in set(plan.like.values()):  # one copy for all that share it: an adapter layer's own will move
+        own = f"{path}.{other}."
+        copies = {name.removeprefix(own): t.clone() for name, t in found.items() if name.startswith(own)}
+        for i in (i for i, source in plan.like.items() if source == other):
+            found |= {f"{path}.{i}.{name}": tensor for name, tensor in copies.items()}
+    model.load_state_dict(found, strict=False, assign=True)
+    model.tie_weights()
+    model.to(device)  # type: ignore[arg-type]
+    return model.eval().requires_grad_(False)
 
 
 def outline(folder: Path) -> tuple[PackageManifest, PreTrainedModel, dict[Path, Shapes]]:
@@ -196,14 +213,14 @@ def outline(folder: Path) -> tuple[PackageManifest, PreTrainedModel, dict[Path, 
     manifest = read_manifest(folder)
     try:
         plan = plan_of(manifest)
-        model = _empty(manifest, buffers_too=True)
+        model = _empty(_config(manifest), plan, buffers_too=True)
         buffers = sum(buffer.numel() for buffer in model.buffers())
         if buffers > LARGEST_BUFFERS:
             raise ValueError(f"its buffers would have {buffers:,} numbers")
     except Exception as error:  # whatever a manifest that makes no sense leads to
         raise UserError(f"{folder}/{MANIFEST}: it describes no model ({one_line(error)}); fetch it again") from error
     expected: dict[Path, Shapes] = {folder / name: {} for name in manifest.files if name.endswith(".safetensors")}
-    expected |= {folder / f"{part}.safetensors": tensors for part, tensors in _tensors(model, plan).items()}
+    expected |= {folder / f"{part}.safetensors": tensors for part, tensors in _shapes(model, plan).items()}
     return manifest, model, expected
 
 
@@ -214,18 +231,9 @@ def load(folder: Path, *, device: torch.device) -> tuple[PreTrainedModel, Plan]:
     and every tensor must then be in the files, by name, shape and dtype, and nothing else.
     """
     manifest, _, expected = outline(folder)
+    plan = plan_of(manifest)
     tensors = handover.read_tensors(expected)
-    model, plan = _empty(manifest, buffers_too=False), plan_of(manifest)
-    path = family(model.config).layers
-    for other in set(plan.like.values()):  # one copy for all that share it: an adapter layer's own will move
-        own = f"{path}.{other}."
-        copies = {name.removeprefix(own): t.clone() for name, t in tensors.items() if name.startswith(own)}
-        for i in (i for i, source in plan.like.items() if source == other):
-            tensors |= {f"{path}.{i}.{name}": tensor for name, tensor in copies.items()}
-    model.load_state_dict(tensors, strict=False, assign=True)
-    model.tie_weights()
-    model.to(device)  # type: ignore[arg-type]
-    model.eval().requires_grad_(False)
+    model = assemble(_config(manifest), plan, tensors.items(), device=device)
     try:
         with torch.no_grad():
             run_stack(model, torch.zeros(1, 2, dtype=torch.long))

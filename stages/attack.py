@@ -49,10 +49,10 @@ def main() -> None:
         return loaded
 
     def by_uniform() -> PreTrainedModel:
-        made = load_model(MODEL, device=runtime.device, dtype=runtime.dtype)
         uniform = changed(params, {"method": "uniform"})
-        METHODS["uniform"](Owner(made, blocks, uniform, ARTIFACTS / "harmonizers", checkpoint.folder, checkpoint))
-        return made
+        owner = Owner(MODEL, runtime, blocks, uniform, ARTIFACTS / "harmonizers", checkpoint.folder, checkpoint)
+        made = METHODS["uniform"](owner)
+        return package.assemble(owner.config, made.plan, made.tensors, device=runtime.device)
 
     def attacked(name: str, target: Callable[[], PreTrainedModel]) -> dict[str, Any]:
         victim, own, label = target(), checkpoint.within(name), f"attack {name}"

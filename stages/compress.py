@@ -11,7 +11,7 @@ from scaleot_core import package
 from scaleot_core.ending import ends_in_one_line
 from scaleot_core.files import fingerprint, read_tensors, whole_folder, write_json
 from scaleot_core.methods import METHODS, Owner
-from scaleot_core.models import load_model, load_tokenizer
+from scaleot_core.models import load_tokenizer
 from scaleot_core.params import load_params
 from scaleot_core.plan import DECIDED_BY
 from scaleot_core.runtime import cost, setup
@@ -27,14 +27,12 @@ def main() -> None:
     key = fingerprint(params.model_dump(), MODEL, CORPUS, HARMONIZERS)
     checkpoint = Checkpoint(scratch(f"compress-{key}"), params.checkpoint_seconds)
     with cost(Path("costs/compress.json"), runtime) as meter:
-        model = load_model(MODEL, device=runtime.device, dtype=runtime.dtype)
-        meter.count(model)
         blocks = read_tensors(CORPUS)["blocks"]
-        owner = Owner(model, blocks, params, HARMONIZERS, scratch("decompositions"), checkpoint)
+        owner = Owner(MODEL, runtime, blocks, params, HARMONIZERS, scratch("decompositions"), checkpoint, meter.count)
         private = {"scores": owner.scores(), "params": params.model_dump(include=DECIDED_BY)}
-        plan = METHODS[params.method](owner)
+        made = METHODS[params.method](owner)
         with whole_folder(OUT) as out:
-            package.save(out, model, load_tokenizer(MODEL), plan)
+            package.save(out, owner.config, load_tokenizer(MODEL), made.plan, made.tensors)
         write_json(OUT.with_name(f"{OUT.name}.private.json"), private)
     checkpoint.remove()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import CONFIGS, dies_after, piqa_rows, tiny_model
 from sklearn.metrics import roc_auc_score
-from test_emulator import IDS, PLAN, emulator_of
+from test_emulator import CPU, IDS, PLAN, emulator_of
 
 from scaleot_core.attacks import exposure, membership, recovery
 from scaleot_core.emulator import layer_parameters
@@ -14,10 +14,11 @@ from scaleot_core.examples import from_task
 from scaleot_core.families import decoder_layers, family
 from scaleot_core.methods import METHODS, Owner
 from scaleot_core.models import mean_loss
+from scaleot_core.package import assemble
 from scaleot_core.params import changed
 from scaleot_core.plan import Plan
 from scaleot_core.rank_compression import LowRankLinear
-from scaleot_core.runtime import generator
+from scaleot_core.runtime import Runtime, generator
 from scaleot_core.training import Checkpoint
 from scaleot_core.tuning import train
 
@@ -140,10 +141,11 @@ def test_dense_product_of_low_rank_is_at_that_rank(tmp_path):
 def test_kept_channels_count_as_given(params, tokenizer, blocks, tmp_path):
     from test_methods import LAYERS
 
-    model = tiny_model("llama", num_hidden_layers=LAYERS)
+    tiny_model("llama", num_hidden_layers=LAYERS).save_pretrained(tmp_path)
     values = changed(params, {"method": "gradot", "adapter_layers": 2, "budget": 0.8, "gradot.calibration_blocks": 4})
-    owner = Owner(model, blocks, values, tmp_path, tmp_path, Checkpoint(tmp_path, 1e9))
-    plan = METHODS["gradot"](owner)
+    owner = Owner(tmp_path, Runtime(CPU, torch.float32), blocks, values, tmp_path, tmp_path, Checkpoint(tmp_path, 1e9))
+    made = METHODS["gradot"](owner)
+    plan, model = made.plan, assemble(owner.config, made.plan, made.tensors, device=CPU)
     rows = exposure.exposure(tiny_model("llama", num_hidden_layers=LAYERS), model, plan)
     kept = [row for row in rows if row["tensor"].endswith("down_proj.weight (kept channels)")]
     share = plan.cuts[plan.layers("compressed")[0]].channels / 64

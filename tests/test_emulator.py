@@ -12,12 +12,12 @@ from test_families import SHAPES
 from test_files import refusal, snapshot
 
 from scaleot_core.decomposition import plain
-from scaleot_core.emulator import build, layer_parameters, plug_in
+from scaleot_core.emulator import layer_parameters, plug_in, stand_in
 from scaleot_core.families import attention, decoder_layers, family
 from scaleot_core.files import read_json, read_tensors, sha256, write_tensors
 from scaleot_core.importance import new_harmonizers
 from scaleot_core.models import load_model, load_tokenizer, replaced
-from scaleot_core.package import load, save
+from scaleot_core.package import load, save, tensors_of
 from scaleot_core.plan import Plan, choose_layers
 
 CPU = torch.device("cpu")
@@ -40,9 +40,16 @@ def trained_harmonizers(model):
     return harmonizers
 
 
+def give_harmonizers(model, plan, harmonizers):
+    """Make a model the emulator with these harmonizers."""
+    stand_in(model, plan, plain)
+    for i in plan.layers("harmonizer"):
+        decoder_layers(model)[i].load_state_dict(harmonizers[i].state_dict())
+
+
 def turned(model, plan=PLAN):
     """Make a model the emulator."""
-    build(model, plan, plain, harmonizers=trained_harmonizers(model))
+    give_harmonizers(model, plan, trained_harmonizers(model))
 
 
 def emulator_of(name, plan=PLAN, **changes):
@@ -55,7 +62,7 @@ def write(folder, model, tokenizer, plan=PLAN):
     """Turn a model into the emulator and write its package."""
     folder.mkdir()
     turned(model, plan)
-    save(folder, model, tokenizer, plan)
+    save(folder, model.config, tokenizer, plan, tensors_of(model, plan))
     return folder
 
 
@@ -128,7 +135,7 @@ def test_harmonizers_that_were_given_stand_in_for_their_own_layers(name):
     real, model = tiny_model(name), tiny_model(name)
     harmonizers = trained_harmonizers(model)
     plan = Plan(("harmonizer", "adapter", "compressed", "harmonizer"), 0.0, "removed", form(8))
-    build(model, plan, plain, harmonizers=harmonizers)
+    give_harmonizers(model, plan, harmonizers)
     with replaced(real, {i: harmonizers[i] for i in (0, 3)}):
         assert torch.equal(model(IDS).logits, real(IDS).logits)
 
@@ -237,7 +244,7 @@ def test_same_emulator_gives_the_same_bytes(tmp_path, tokenizer, model):
     turned(model)
     for folder in (tmp_path / "one", tmp_path / "two"):
         folder.mkdir()
-        save(folder, model, tokenizer, PLAN)
+        save(folder, model.config, tokenizer, PLAN, tensors_of(model, PLAN))
     assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
 
 

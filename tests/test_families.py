@@ -11,10 +11,9 @@ from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConf
 from transformers.pytorch_utils import Conv1D
 
 from scaleot_core.decomposition import shapes
-from scaleot_core.emulator import build, layer_parameters
+from scaleot_core.emulator import layer_parameters, stand_in
 from scaleot_core.errors import UserError
 from scaleot_core.families import FAMILIES, attention, decoder_layers, family, projections
-from scaleot_core.importance import new_harmonizers
 from scaleot_core.params import changed
 from scaleot_core.plan import Plan, choose_layers
 
@@ -128,16 +127,16 @@ def test_papers_model_has_its_layers_and_an_emulator_of_the_size_that_alpha_and_
         plan = Plan(kinds, 0.8, "removed", row.harmonizer)
         layer, size = decoder_layers(model)[0].parameters(), config.hidden_size
         whole = sum(p.numel() for p in layer)
-        build(model, plan, shapes, harmonizers=new_harmonizers(model, row.harmonizer, seed=0))
+        stand_in(model, plan, shapes)
     adapters = sum(p.numel() for p in layer_parameters(model, plan, "adapter").values())
     assert adapters == 4 * whole and 0.07 < adapters / parameters < 0.16  # about a tenth, more of a shorter stack
     harmonizers, compressed = (len(plan.layers(kind)) for kind in ("harmonizer", "compressed"))
     assert harmonizers == math.floor(0.25 * (count - 4) + 0.5)
     rank = row.harmonizer.rank
-    stand_in = 2 * size * rank + rank + size
+    harmonizer = 2 * size * rank + rank + size
     kept = max(1, math.floor(0.2 * size + 0.5))
     cut = 4 * (size * size - 2 * size * kept)  # of four square matrices, as two factors each
-    expected = parameters - harmonizers * (whole - stand_in) - compressed * cut
+    expected = parameters - harmonizers * (whole - harmonizer) - compressed * cut
     assert sum(p.numel() for p in model.parameters()) == expected
 
 

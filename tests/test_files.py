@@ -14,6 +14,7 @@ import torch
 from scaleot_core import files
 from scaleot_core.errors import UserError
 from scaleot_core.files import (
+    TensorWriter,
     fingerprint,
     read_json,
     read_jsonl,
@@ -215,6 +216,36 @@ def test_damaged_tensors_are_named(tmp_path: Path, damage: Callable[[bytes], byt
     write_tensors(file, {"w": torch.arange(100)})
     file.write_bytes(damage(file.read_bytes()))
     assert refusal(read_tensors, file).startswith(f"{file}: not a sound safetensors file (")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tensors_written_one_by_one_give_the_same_bytes(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {"b.weight": torch.randn(3, 5), "a": torch.randn(7), "c.x": torch.randn(()), "b.bias": torch.randn(2, 0)}
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    write_tensors(tmp_path / "whole", tensors)
+    writer = TensorWriter(tmp_path / "parts", {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()})
+    for name, tensor in tensors.items():
+        with pytest.raises(ValueError, match="was not written"):
+            writer.check_whole()
+        writer.write(name, tensor)
+    writer.check_whole()
+    assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_tensor_that_was_not_announced_is_refused(tmp_path: Path) -> None:
+    writer = TensorWriter(tmp_path / "file", {"a": ((2,), torch.float32)})
+    for name, tensor in (("b", torch.zeros(2)), ("a", torch.zeros(3)), ("a", torch.zeros(2).half())):
+        with pytest.raises(ValueError, match="is to be written"):
+            writer.write(name, tensor)
+    writer.write("a", torch.zeros(2))
+    with pytest.raises(ValueError, match="is to be written"):
+        writer.write("a", torch.zeros(2))
+
+
+def test_some_tensors_of_a_file(tmp_path: Path) -> None:
+    tensors = {"1.a": torch.zeros(2), "11.a": torch.ones(2), "1.b": torch.ones(3)}
+    write_tensors(tmp_path / "file", tensors)
+    assert read_tensors(tmp_path / "file", "1.").keys() == {"1.a", "1.b"}
 
 
 def test_missing_tensors_are_named(tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ from scaleot_core.files import folder_bytes, write_json, write_tensors
 from scaleot_core.importance import new_harmonizers
 from scaleot_core.methods import METHODS, Owner, budget, crash, distilled, gradot, uniform
 from scaleot_core.models import block_loss
-from scaleot_core.package import load, plan_bytes, save
+from scaleot_core.package import assemble, load, plan_bytes, save, tensors_of
 from scaleot_core.params import changed
 from scaleot_core.plan import Plan, plan_for
+from scaleot_core.runtime import Runtime
 from scaleot_core.training import Checkpoint
 
 LAYERS = 8
@@ -49,9 +50,19 @@ def owner(tmp_path, blocks, params):
         harmonizers = new_harmonizers(model, values.harmonizer, seed=0)
         write_tensors(folder / "harmonizers.safetensors", harmonizers.state_dict())
         write_json(folder / "scores.json", {"scores": [float((i * 5) % LAYERS) for i in range(LAYERS)]})
-        return Owner(model, blocks, values, folder, tmp_path / "scratch", Checkpoint(tmp_path / "steps", 1e9))
+        model.save_pretrained(tmp_path / name, save_original_format=False)
+        checkpoint = Checkpoint(tmp_path / "steps", 1e9)
+        return Owner(
+            tmp_path / name, Runtime(CPU, torch.float32), blocks, values, folder, tmp_path / "scratch", checkpoint
+        )
 
     return make
+
+
+def emulated(who):
+    """A method's plan, and its emulator put together."""
+    made = METHODS[who.params.method](who)
+    return made.plan, assemble(who.config, made.plan, made.tensors, device=CPU)
 
 
 # --- what all have in common -----------------------------------------------------------------------------
@@ -62,14 +73,14 @@ def owner(tmp_path, blocks, params):
 def test_package_is_the_emulator_of_the_bytes_that_the_plan_says(name, method, owner, tmp_path, tokenizer):
     who = owner(name, method)
     whole, target = budget.model_bytes(who), budget.target_bytes(who)
-    plan = METHODS[method](who)
+    plan, made = emulated(who)
     (tmp_path / "package").mkdir()
-    save(tmp_path / "package", who.model, tokenizer, plan)
+    save(tmp_path / "package", who.config, tokenizer, plan, tensors_of(made, plan))
     loaded, again = load(tmp_path / "package", device=CPU)
     assert again == plan and len(plan.layers("adapter")) == 2
-    torch.testing.assert_close(loaded(IDS).logits, who.model(IDS).logits)
+    torch.testing.assert_close(loaded(IDS).logits, made(IDS).logits)
     assert not torch.allclose(loaded(IDS).logits, tiny_model(name, num_hidden_layers=LAYERS)(IDS).logits)
-    size = plan_bytes(who.model.config, plan)
+    size = plan_bytes(who.config, plan)
     assert size <= target < whole
     headers = folder_bytes(tmp_path / "package", ".safetensors") - size
     assert 0 < headers < 20_000
@@ -81,8 +92,8 @@ def test_package_is_the_emulator_of_the_bytes_that_the_plan_says(name, method, o
 @each_method
 def test_adapters_are_the_models_own_layers_and_go_back_into_it(method, owner):
     who = owner(method=method)
-    plan = METHODS[method](who)
-    shipped, real = layer_parameters(who.model, plan, "adapter"), tiny_model("llama", num_hidden_layers=LAYERS)
+    plan, made = emulated(who)
+    shipped, real = layer_parameters(made, plan, "adapter"), tiny_model("llama", num_hidden_layers=LAYERS)
     assert all(torch.equal(p, real.get_parameter(name)) for name, p in shipped.items())
     plug_in(real, plan, {name: p + 1 for name, p in shipped.items()})
 
@@ -92,7 +103,7 @@ def test_budget_is_kept_and_all_of_it_is_used(method, owner):
     sizes = []
     for share in (0.7, 0.8, 0.9):
         who = owner(method=method, budget=share)
-        sizes.append(plan_bytes(who.model.config, METHODS[method](who)) / budget.model_bytes(who))
+        sizes.append(plan_bytes(who.config, METHODS[method](who).plan) / budget.model_bytes(who))
         assert share - 0.12 < sizes[-1] <= share
     assert sizes == sorted(sizes)
 
@@ -105,8 +116,9 @@ def test_budget_that_is_too_small_is_one_line(method, owner):
 @each_method
 def test_same_params_give_the_same_bytes(method, owner):
     first, second = owner(method=method), owner(method=method)
-    assert METHODS[method](first) == METHODS[method](second)
-    one, two = first.model.state_dict(), second.model.state_dict()
+    (plan, one), (again, two) = (emulated(who) for who in (first, second))
+    assert plan == again
+    one, two = one.state_dict(), two.state_dict()
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -130,7 +142,7 @@ def test_evenly_spaced_layers_are_those_of_the_source(count, kept, expected):
 
 def test_uniform_drops_the_layers_between(owner):
     who = owner(method="uniform")
-    plan = METHODS["uniform"](who)
+    plan, made = emulated(who)
     kept = [i for i, kind in enumerate(plan.kinds) if kind != "removed"]
     real = tiny_model("llama", num_hidden_layers=LAYERS)
     layers = decoder_layers(real)
@@ -138,7 +150,7 @@ def test_uniform_drops_the_layers_between(owner):
     for i, layer in enumerate(real.model.layers):
         layer.self_attn.layer_idx = i
     assert 2 < len(kept) < LAYERS and {0, LAYERS - 1} <= {*kept}
-    assert torch.equal(who.model(IDS).logits, real(IDS).logits)
+    assert torch.equal(made(IDS).logits, real(IDS).logits)
 
 
 # --- distilled -------------------------------------------------------------------------------------------
@@ -146,25 +158,25 @@ def test_uniform_drops_the_layers_between(owner):
 
 def test_distillation_moves_the_kept_layers_alone_and_towards_the_model(owner, blocks):
     start, done = (owner(method="distilled", **{"distill.steps": n, "distill.lr": 1e-3}) for n in (0, 40))
-    plan = METHODS["distilled"](start)
-    assert METHODS["distilled"](done) == plan
-    moved = {name for name, p in done.model.named_parameters() if not torch.equal(p, start.model.get_parameter(name))}
-    assert moved and moved <= layer_parameters(done.model, plan, "compressed").keys()
+    (plan, start), (again, done) = emulated(start), emulated(done)
+    assert again == plan
+    moved = {name for name, p in done.named_parameters() if not torch.equal(p, start.get_parameter(name))}
+    assert moved and moved <= layer_parameters(done, plan, "compressed").keys()
     real = tiny_model("llama", num_hidden_layers=LAYERS)
     middle = LAYERS - 2
     teacher = distilled._forward(real, blocks, middle)[1]
-    before, now = (distilled.loss(who.model, blocks, teacher, middle, 30.0).item() for who in (start, done))
+    before, now = (distilled.loss(m, blocks, teacher, middle, 30.0).item() for m in (start, done))
     assert now < 0.9 * before
 
 
 def test_distillation_loss_is_the_sources(owner, blocks):
     who = owner(method="uniform")
-    METHODS["uniform"](who)
+    _, made = emulated(who)
     real, middle = tiny_model("llama", num_hidden_layers=LAYERS), LAYERS - 2
-    teacher, student = (distilled._forward(m, blocks, middle)[1] for m in (real, who.model))
+    teacher, student = (distilled._forward(m, blocks, middle)[1] for m in (real, made))
     rms = teacher.pow(2).mean().sqrt()
-    expected = block_loss(who.model, blocks) + 30 * ((teacher - student) / rms).pow(2).mean()
-    assert distilled.loss(who.model, blocks, teacher, middle, 30.0).item() == pytest.approx(expected.item(), rel=1e-5)
+    expected = block_loss(made, blocks) + 30 * ((teacher - student) / rms).pow(2).mean()
+    assert distilled.loss(made, blocks, teacher, middle, 30.0).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 # --- CRaSh -----------------------------------------------------------------------------------------------
@@ -206,13 +218,13 @@ def test_adapters_and_shared_layers_are_those_of_the_sources_scripts():
 
 def test_shared_layers_keep_the_shipped_weights_when_the_adapters_are_tuned(owner, tmp_path, tokenizer):
     who = owner(method="crash", budget=0.6)
-    plan = METHODS["crash"](who)
+    plan, made = emulated(who)
     of_adapters = {i: other for i, other in plan.like.items() if plan.kinds[other] == "adapter"}
     assert of_adapters
     (tmp_path / "package").mkdir()
-    save(tmp_path / "package", who.model, tokenizer, plan)
+    save(tmp_path / "package", who.config, tokenizer, plan, tensors_of(made, plan))
     loaded, _ = load(tmp_path / "package", device=CPU)
-    for model in (who.model, loaded):
+    for model in (made, loaded):
         before = {i: decoder_layers(model)[i].state_dict()["mlp.up_proj.weight"].clone() for i in of_adapters}
         plug_in(model, plan, {name: p + 1 for name, p in layer_parameters(model, plan, "adapter").items()})
         for i, weight in before.items():
@@ -220,7 +232,7 @@ def test_shared_layers_keep_the_shipped_weights_when_the_adapters_are_tuned(owne
 
 
 def test_representation_is_the_weighted_mean_of_a_layers_output(owner, blocks):
-    model = owner().model
+    model = owner().load()
     found = crash.representations(model, blocks)
     states = model(input_ids=blocks[:2].long(), output_hidden_states=True).hidden_states
     weights = torch.arange(1.0, 17.0)
@@ -234,7 +246,7 @@ def test_representation_is_the_weighted_mean_of_a_layers_output(owner, blocks):
 
 @each_family
 def test_gradients_of_the_statistics_are_autograds(name, owner, blocks):
-    model = owner(name).model
+    model = owner(name).load()
     layers, names = family(model.config).layers, family(model.config)
     maps = [f"{layers}.2.{names.attention}.{p}" for p in names.projections]
     maps += [f"{layers}.2.{each}" for each in (*names.feed_forward_in, names.feed_forward_out)]
@@ -293,10 +305,10 @@ def test_the_largest_singular_values_stay_whatever_their_score():
 @each_family
 def test_what_stays_is_the_models_own(name, owner):
     who = owner(name, "gradot", budget=0.9)
-    plan = METHODS["gradot"](who)
-    real, names = tiny_model(name, num_hidden_layers=LAYERS), family(who.model.config)
+    plan, made = emulated(who)
+    real, names = tiny_model(name, num_hidden_layers=LAYERS), family(who.config)
     i = plan.layers("compressed")[0]
-    out, whole = (decoder_layers(m)[i].get_submodule(names.feed_forward_out).weight for m in (who.model, real))
+    out, whole = (decoder_layers(m)[i].get_submodule(names.feed_forward_out).weight for m in (made, real))
     whole = whole.T if name == "gpt2" else whole
     columns = {tuple(column.tolist()) for column in whole.T}
     assert out.shape[1] == plan.cuts[i].channels < whole.shape[1]
@@ -308,14 +320,14 @@ def test_what_stays_is_the_models_own(name, owner):
 
 def test_without_a_budget_alpha_and_beta_decide(owner):
     who = owner(alpha=0.5, beta=0.5)
-    assert METHODS["scaleot"](who) == plan_for(who.params, who.scores())
+    assert METHODS["scaleot"](who).plan == plan_for(who.params, who.scores())
 
 
 def test_with_a_budget_alpha_is_the_least_that_keeps_to_it(owner):
     who = owner(budget=0.8)
-    plan = METHODS["scaleot"](who)
+    plan = METHODS["scaleot"](who).plan
     more = plan_for(changed(who.params, {"alpha": (len(plan.layers("harmonizer")) - 1) / 6}), who.scores())
-    assert plan_bytes(who.model.config, more) > 0.8 * budget.model_bytes(who) >= plan_bytes(who.model.config, plan)
+    assert plan_bytes(who.config, more) > 0.8 * budget.model_bytes(who) >= plan_bytes(who.config, plan)
 
 
 def test_plan_that_makes_no_sense():

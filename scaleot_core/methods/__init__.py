@@ -1,16 +1,15 @@
 """Ways to make an emulator, one module each behind one interface: `method` in params.yaml.
 
-Each turns the owner's model into the emulator, in place, and says what became of every layer. All but ScaleOT without a
+Each gives the emulator's tensors and says what became of every layer. All but ScaleOT without a
 `budget` are fitted to the same bytes (`budget`).
 """
 
 from collections.abc import Callable
 
 from scaleot_core.methods import crash, distilled, gradot, scaleot, uniform
-from scaleot_core.methods.budget import Owner
-from scaleot_core.plan import Plan
+from scaleot_core.methods.budget import Made, Owner
 
-METHODS: dict[str, Callable[[Owner], Plan]] = {
+METHODS: dict[str, Callable[[Owner], Made]] = {
     "scaleot": scaleot.make,
     "uniform": uniform.make,
     "distilled": distilled.make,

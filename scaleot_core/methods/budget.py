@@ -1,26 +1,41 @@
 """What a method is given, and the size that its emulator is fitted to: equal bytes for all methods."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+from accelerate import init_empty_weights
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from scaleot_core import package
 from scaleot_core.errors import UserError
 from scaleot_core.importance import read_scores
+from scaleot_core.models import load_model, read_config
 from scaleot_core.params import Params
 from scaleot_core.plan import Kind, Plan, plan_for
+from scaleot_core.runtime import Runtime
+from scaleot_core.streaming import StreamedModel
 from scaleot_core.training import Checkpoint
+
+
+@dataclass(frozen=True)
+class Made:
+    """An emulator as a method makes it."""
+
+    plan: Plan
+    tensors: Iterable[tuple[str, Tensor]]
+    """What a package has of it, by its name in the model; to be gone through once."""
 
 
 @dataclass(frozen=True)
 class Owner:
     """What the model owner has to make an emulator from."""
 
-    model: PreTrainedModel
-    """The real model, frozen, that becomes the emulator."""
+    folder: Path
+    """Of the real model."""
+    runtime: Runtime
     blocks: Tensor
     """Training blocks of the public corpus (N, T)."""
     params: Params
@@ -29,10 +44,36 @@ class Owner:
     scratch: Path
     """Where what serves other runs too is kept."""
     checkpoint: Checkpoint
+    count: Callable[[PreTrainedModel], None] = lambda model: None
+    """What is called with every model before it runs, to count its tokens."""
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The real model's configuration, in the dtype that it computes in."""
+        config = read_config(self.folder)
+        config.dtype = self.runtime.dtype
+        return config
+
+    def outline(self) -> PreTrainedModel:
+        """The real model without weights."""
+        with init_empty_weights(include_buffers=True):
+            return AutoModelForCausalLM.from_config(self.config)
+
+    def load(self) -> PreTrainedModel:
+        """The real model, frozen and whole."""
+        model = load_model(self.folder, device=self.runtime.device, dtype=self.runtime.dtype)
+        self.count(model)
+        return model
+
+    def stream(self) -> StreamedModel:
+        """The real model, its layers left on disk."""
+        streamed = StreamedModel(self.folder, self.config, device=self.runtime.device, dtype=self.runtime.dtype)
+        self.count(streamed.model)
+        return streamed
 
     def scores(self) -> list[float]:
         """The layers' scores."""
-        return read_scores(self.harmonizers / "scores.json", self.model.config.num_hidden_layers)
+        return read_scores(self.harmonizers / "scores.json", self.config.num_hidden_layers)
 
     def plan(self, kinds: tuple[Kind, ...], **cuts: object) -> Plan:
         """A plan with these kinds, and nothing cut but what `cuts` say."""
@@ -41,14 +82,14 @@ class Owner:
 
 def model_bytes(owner: Owner) -> int:
     """Bytes of the whole model's weights."""
-    return package.plan_bytes(owner.model.config, owner.plan(("compressed",) * owner.model.config.num_hidden_layers))
+    return package.plan_bytes(owner.config, owner.plan(("compressed",) * owner.config.num_hidden_layers))
 
 
 def target_bytes(owner: Owner) -> int:
     """Most bytes that an emulator may have: `budget`, or, where that is 0, those of ScaleOT's at α and β."""
     if owner.params.budget:
         return int(owner.params.budget * model_bytes(owner))
-    return package.plan_bytes(owner.model.config, plan_for(owner.params, owner.scores()))
+    return package.plan_bytes(owner.config, plan_for(owner.params, owner.scores()))
 
 
 def largest(owner: Owner, sizes: range, plan: Callable[[int], Plan]) -> int:
@@ -59,7 +100,7 @@ def largest(owner: Owner, sizes: range, plan: Callable[[int], Plan]) -> int:
     target = target_bytes(owner)
 
     def fits(size: int) -> bool:
-        return package.plan_bytes(owner.model.config, plan(size)) <= target
+        return package.plan_bytes(owner.config, plan(size)) <= target
 
     low, high = sizes.start, sizes.stop - 1
     if not fits(low):

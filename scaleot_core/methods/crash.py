@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from scaleot_core import emulator
 from scaleot_core.decomposition import plain
 from scaleot_core.families import decoder_layers
-from scaleot_core.methods.budget import Owner, largest
+from scaleot_core.methods.budget import Made, Owner, largest
 from scaleot_core.models import hooked, run_stack
+from scaleot_core.package import tensors_of
 from scaleot_core.plan import Kind, Plan
 
 
@@ -68,10 +69,11 @@ def nearest(kept: list[int], layer: int) -> int:
     return min(kept, key=lambda i: (abs(i - layer), -i))
 
 
-def make(owner: Owner) -> Plan:
-    """Turn the model into the emulator."""
+def make(owner: Owner) -> Made:
+    """The emulator: the centres of clusters, shared where others were."""
+    model = owner.load()
     blocks = owner.blocks[: owner.params.crash.calibration_blocks]
-    similarities = [cka(x, y) for x, y in pairwise(representations(owner.model, blocks))]
+    similarities = [cka(x, y) for x, y in pairwise(representations(model, blocks))]
     total, tuned = len(similarities) + 1, owner.params.adapter_layers
 
     def keeping(count: int) -> Plan:
@@ -82,6 +84,6 @@ def make(owner: Owner) -> Plan:
         ]
         return owner.plan(tuple(kinds), like={i: nearest(kept, i) for i in range(total) if i not in kept})
 
-    made = keeping(largest(owner, range(tuned + 1, total + 1), keeping))
-    emulator.build(owner.model, made, plain)
-    return made
+    chosen = keeping(largest(owner, range(tuned + 1, total + 1), keeping))
+    emulator.stand_in(model, chosen, plain)
+    return Made(chosen, tensors_of(model, chosen))

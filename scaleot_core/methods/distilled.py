@@ -17,9 +17,9 @@ from scaleot_core import emulator, parallel
 from scaleot_core.decomposition import plain
 from scaleot_core.families import decoder_layers
 from scaleot_core.methods import uniform
-from scaleot_core.methods.budget import Owner
+from scaleot_core.methods.budget import Made, Owner
 from scaleot_core.models import hooked, replaced, run_stack
-from scaleot_core.plan import Plan
+from scaleot_core.package import tensors_of
 from scaleot_core.runtime import generator, keep_freed_memory
 from scaleot_core.training import Optimizer, run_steps, warmup_then_linear
 
@@ -43,19 +43,19 @@ def loss(model: PreTrainedModel, blocks: Tensor, teacher: Tensor, middle: int, w
     return entropy + weight * (teacher - student.float()).square().mean() / teacher.square().mean()
 
 
-def make(owner: Owner) -> Plan:
-    """Turn the model into the emulator, and train what is left of its middle."""
-    model, distill, seed = owner.model, owner.params.distill, owner.params.seed
-    made = uniform.plan(owner)
+def make(owner: Owner) -> Made:
+    """The emulator, with what is left of its middle trained."""
+    kept, distill, seed = uniform.plan(owner), owner.params.distill, owner.params.seed
+    model = owner.load()
     originals: dict[int, nn.Module] = {}
     layers = decoder_layers(model)
-    for i, kind in enumerate(made.kinds):
+    for i, kind in enumerate(kept.kinds):
         if kind != "adapter":
             originals[i] = layers[i]
             layers[i] = copy.deepcopy(layers[i])
-    emulator.build(model, made, plain)
+    emulator.stand_in(model, kept, plain)
     keep_freed_memory()
-    trained = emulator.layer_parameters(model, made, "compressed")
+    trained = emulator.layer_parameters(model, kept, "compressed")
     for parameter in trained.values():
         parameter.requires_grad_(True)
     optimizer = Optimizer(trained)
@@ -75,4 +75,4 @@ def make(owner: Owner) -> Plan:
 
     run_steps(step, optimizer, label="distillation", steps=distill.steps, checkpoint=owner.checkpoint)
     model.requires_grad_(False)
-    return made
+    return Made(kept, tensors_of(model, kept))

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from scaleot_core import emulator
 from scaleot_core.decomposition import Factors, decompose
 from scaleot_core.families import family, fused_runs, projection_name
-from scaleot_core.methods.budget import Owner, largest
+from scaleot_core.methods.budget import Made, Owner, largest
 from scaleot_core.models import hooked
+from scaleot_core.package import tensors_of
 from scaleot_core.plan import Cut, Plan, choose_layers
 from scaleot_core.rank_compression import channels_of, matrix_shapes, part_rows, weight_of
 
@@ -108,33 +109,34 @@ def in_order(scores: Tensor) -> Tensor:
 
 def plan(owner: Owner) -> Plan:
     """Adapter layers at the ends; of every matrix between the largest share of its parameters that fits the budget."""
-    total = owner.model.config.num_hidden_layers
+    total = owner.config.num_hidden_layers
     kinds = choose_layers([0.0] * total, adapter_layers=owner.params.adapter_layers, alpha=0.0, placement="ends")
     middle = [i for i, kind in enumerate(kinds) if kind != "adapter"]
+    model = owner.outline()
 
     def keeping(size: int) -> Plan:
         share, cuts = size / STEPS, {}
         for i in middle:
-            shapes = matrix_shapes(owner.model, i)
+            shapes = matrix_shapes(model, i)
             cuts[i] = Cut(
                 ranks={
                     name: tuple(max(1, int(share * out * into / (out + into))) for out, into in each)
                     for name, each in shapes.items()
                 },
-                channels=max(1, round(share * channels_of(owner.model, i))),
+                channels=max(1, round(share * channels_of(model, i))),
             )
         return owner.plan(kinds, cuts=cuts)
 
     return keeping(largest(owner, range(1, STEPS + 1), keeping))
 
 
-def make(owner: Owner) -> Plan:
-    """Turn the model into the emulator."""
-    model, settings, made = owner.model, owner.params.gradot, plan(owner)
+def make(owner: Owner) -> Made:
+    """The emulator: components and channels go by their scores."""
+    model, settings, cut_down = owner.load(), owner.params.gradot, plan(owner)
     config, names = model.config, family(model.config)
-    prefix = {i: f"{names.layers}.{i}." for i in made.cuts}
-    maps = [projection_name(config, i, name) for i in made.cuts for name in names.projections]
-    maps += [f"{prefix[i]}{name}" for i in made.cuts for name in (*names.feed_forward_in, names.feed_forward_out)]
+    prefix = {i: f"{names.layers}.{i}." for i in cut_down.cuts}
+    maps = [projection_name(config, i, name) for i in cut_down.cuts for name in names.projections]
+    maps += [f"{prefix[i]}{name}" for i in cut_down.cuts for name in (*names.feed_forward_in, names.feed_forward_out)]
     found = statistics(model, maps, owner.blocks[: settings.calibration_blocks])
 
     def factors(name: str, part: int, weight: Tensor) -> Factors:
@@ -146,7 +148,7 @@ def make(owner: Owner) -> Plan:
         return left[:, order], right[order]
 
     channels = {}
-    for i, cut in made.cuts.items():
+    for i, cut in cut_down.cuts.items():
 
         def map_of(name: str, i: int = i) -> tuple[Tensor, Tensor | None, Statistics]:
             weight, bias = weight_of(model.get_submodule(f"{prefix[i]}{name}"))
@@ -156,5 +158,5 @@ def make(owner: Owner) -> Plan:
         into = [map_of(name) for name in names.feed_forward_in]
         scores = channel_scores(into, (out, after), settings.lambda_feed_forward)
         channels[i] = scores.cpu().argsort(descending=True, stable=True)[: cut.channels].sort().values
-    emulator.build(model, made, factors, channels=channels)
-    return made
+    emulator.stand_in(model, cut_down, factors, channels=channels)
+    return Made(cut_down, tensors_of(model, cut_down))

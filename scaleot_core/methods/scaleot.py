@@ -1,11 +1,22 @@
 """ScaleOT: harmonizers for the layers of least importance, Selective Rank Compression of the others (method 1 to 4)."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor, nn
+
 from scaleot_core import decomposition, dlr, emulator, importance
 from scaleot_core.files import fingerprint, read_tensors, tensor_hash, write_tensors
-from scaleot_core.methods.budget import Owner, largest
+from scaleot_core.harmonizer import Harmonizer
+from scaleot_core.methods.budget import Made, Owner, largest
+from scaleot_core.package import assemble, tensors_of
 from scaleot_core.params import changed
 from scaleot_core.plan import Plan, plan_for
 from scaleot_core.progress import say
+from scaleot_core.rank_compression import compress_layer, kept_ranks
+from scaleot_core.runtime import give_back_freed_memory
+from scaleot_core.streaming import StreamedModel
 
 
 def plan(owner: Owner) -> Plan:
@@ -21,24 +32,60 @@ def plan(owner: Owner) -> Plan:
     return keeping(largest(owner, range(0, others + 1), keeping))
 
 
-def make(owner: Owner) -> Plan:
-    """Turn the model into ScaleOT's emulator. With `dlr.after_src` the harmonizers are trained once more in it."""
-    params, model = owner.params, owner.model
-    harmonizers = importance.new_harmonizers(model, params.harmonizer, params.seed)
-    importance.restore(harmonizers, owner.harmonizers / "harmonizers.safetensors")
-    made = plan(owner)
-    if not made.layers("compressed"):
+def make(owner: Owner) -> Made:
+    """ScaleOT's emulator, made layer by layer. With `dlr.after_src` the harmonizers are trained once more in it."""
+    params, decided = owner.params, plan(owner)
+    if not decided.layers("compressed"):
         say(f"alpha = {params.alpha} leaves no layer to compress, so beta = {params.beta} does nothing", "yellow")
-    covariances = None
-    if params.src.whiten:
-        blocks = owner.blocks[: params.src.calibration_blocks]
-        weights = [tensor_hash(p) for p in model.parameters()]
-        file = owner.scratch / f"inputs-{fingerprint(weights, tensor_hash(blocks))}.safetensors"
-        if not file.exists():
-            write_tensors(file, decomposition.input_covariances(model, blocks))
-        covariances = read_tensors(file)
-    emulator.build(model, made, decomposition.cached(owner.scratch, covariances), harmonizers=harmonizers)
-    if params.dlr.after_src and made.layers("harmonizer"):
-        trained = emulator.layer_parameters(model, made, "harmonizer")
+    tensors = layer_by_layer(owner, decided)
+    if params.dlr.after_src and decided.layers("harmonizer"):
+        model = assemble(owner.config, decided, tensors, device=owner.runtime.device)
+        owner.count(model)
+        trained = emulator.layer_parameters(model, decided, "harmonizer")
         dlr.make_up(model, trained, owner.blocks, params.dlr, seed=params.seed, checkpoint=owner.checkpoint)
-    return made
+        tensors = tensors_of(model, decided)
+    return Made(decided, tensors)
+
+
+def layer_by_layer(owner: Owner, decided: Plan) -> Iterator[tuple[str, Tensor]]:
+    """The emulator's tensors by their names. Of the model's layers no more than one is in memory."""
+    give_back_freed_memory()
+    streamed = owner.stream()
+    model, scratch = streamed.model, owner.scratch
+    inputs = covariances(owner, streamed) if owner.params.src.whiten and decided.layers("compressed") else None
+
+    def named(i: int, layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        return ((f"{streamed.path}.{i}.{name}", tensor) for name, tensor in layer.state_dict().items())
+
+    yield from ((name, streamed.read(name)) for name in streamed.outside)
+    for i, kind in enumerate(decided.kinds):
+        if kind == "harmonizer":
+            harmonizer = Harmonizer(owner.config.hidden_size, decided.harmonizer).to(owner.runtime.dtype)
+            importance.restore(harmonizer, owner.harmonizers / "harmonizers.safetensors", f"{i}.")
+            yield from named(i, harmonizer)
+            continue
+        with streamed.layer(i) as layer:
+            if kind == "compressed":
+                ranks = kept_ranks(model, i, beta=decided.beta, semantics=decided.rank_semantics)
+                decompose = decomposition.cached(scratch, read_tensors(inputs(i)) if inputs else None)
+                compress_layer(model, i, ranks=ranks, decompose=decompose)
+            yield from named(i, layer)
+
+
+def covariances(owner: Owner, streamed: StreamedModel) -> Callable[[int], Path]:
+    """The file of each layer's input covariances on the corpus, made once for a model and its calibration blocks."""
+    blocks = owner.blocks[: owner.params.src.calibration_blocks]
+    key = fingerprint(owner.folder, str(owner.runtime.dtype), tensor_hash(blocks))
+
+    def file(i: int) -> Path:
+        return owner.scratch / f"inputs-{key}" / f"{i}.safetensors"
+
+    @contextmanager
+    def around(i: int, layer: nn.Module) -> Iterator[None]:
+        with decomposition.input_covariances(streamed.model.config, i, layer) as sums:
+            yield
+        write_tensors(file(i), {name: (total / blocks.numel()).float() for name, total in sums.items()})
+
+    if not all(file(i).exists() for i in range(streamed.model.config.num_hidden_layers)):
+        streamed.run(blocks, around)
+    return file

@@ -5,7 +5,8 @@ Source: Xiao et al. 2023 (arXiv 2302.04870), as in `uniform_choose_layers` of gi
 
 from scaleot_core import emulator
 from scaleot_core.decomposition import plain
-from scaleot_core.methods.budget import Owner, largest
+from scaleot_core.methods.budget import Made, Owner, largest
+from scaleot_core.package import tensors_of
 from scaleot_core.plan import Kind, Plan, choose_layers
 
 
@@ -18,7 +19,7 @@ def evenly(layers: list[int], count: int) -> list[int]:
 
 def plan(owner: Owner) -> Plan:
     """Adapter layers at the ends; as many of the layers between as the budget has room for, the others removed."""
-    total = owner.model.config.num_hidden_layers
+    total = owner.config.num_hidden_layers
     ends = choose_layers([0.0] * total, adapter_layers=owner.params.adapter_layers, alpha=0.0, placement="ends")
     middle = [i for i, kind in enumerate(ends) if kind != "adapter"]
 
@@ -30,8 +31,8 @@ def plan(owner: Owner) -> Plan:
     return keeping(largest(owner, range(1, len(middle) + 1), keeping))
 
 
-def make(owner: Owner) -> Plan:
-    """Turn the model into the emulator: layers go, nothing else changes."""
-    made = plan(owner)
-    emulator.build(owner.model, made, plain)
-    return made
+def make(owner: Owner) -> Made:
+    """The emulator: layers go, nothing else changes."""
+    kept, model = plan(owner), owner.load()
+    emulator.stand_in(model, kept, plain)
+    return Made(kept, tensors_of(model, kept))

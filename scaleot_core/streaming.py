@@ -1,0 +1,126 @@
+"""A model whose decoder layers stay on disk: each is read when its turn comes and dropped behind it.
+
+So a model of any depth takes the memory of its embeddings and of one layer. The model's own forward runs; only its
+layers are fetched for it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from scaleot_core.errors import UserError, one_line
+from scaleot_core.families import decoder_layers, family
+from scaleot_core.models import replaced, run_stack
+
+Around = Callable[[int, nn.Module], AbstractContextManager[object]]
+"""What is to happen around the pass through a layer: it is given its number and the layer with its weights."""
+Opening = Callable[[], AbstractContextManager[nn.Module]]
+
+
+class StreamedModel:
+    """A causal language model in a folder of safetensors, as `save_model` writes it, read part by part.
+
+    `model` has no weights but those that a block here put in: all of them are on the meta device. UserError for a
+    tensor that is missing, of another shape, or in a damaged file.
+    """
+
+    def __init__(self, folder: Path, config: PretrainedConfig, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.folder, self.device, self.dtype = folder, device, dtype
+        self.files: dict[str, Path] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            with self._sound(file), safe_open(file, framework="pt") as stream:
+                self.files |= dict.fromkeys(stream.keys(), file)
+        with init_empty_weights(include_buffers=False):
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        self.model.eval().requires_grad_(False)
+        for name, buffer in self.model.named_buffers():  # what a model computes for itself
+            owner, _, last = name.rpartition(".")
+            setattr(self.model.get_submodule(owner), last, buffer.to(device))
+        self.path, self._layers = family(config).layers, list(decoder_layers(self.model))
+        tied, inside = set(self.model.all_tied_weights_keys), f"{self.path}."
+        self._shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items() if name not in tied}
+        self.outside = [name for name in self._shapes if not name.startswith(inside)]
+        """Names of the tensors that are in no decoder layer: embeddings, norm, head."""
+
+    @contextmanager
+    def _sound(self, file: Path) -> Iterator[None]:
+        try:
+            yield
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{file}: the model can't be loaded ({one_line(error)}); fetch it again") from error
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, a copy: what safetensors gives is a window on the file, which would keep it in memory."""
+        file = self.files.get(name, self.folder)
+        with self._sound(file):
+            if file == self.folder:
+                raise ValueError(f"tensor {name!r} is missing")
+            with safe_open(file, framework="pt") as stream:
+                tensor = stream.get_tensor(name)
+                if tensor.shape != self._shapes[name]:
+                    raise ValueError(f"tensor {name!r} is {tuple(tensor.shape)}, not {tuple(self._shapes[name])}")
+                return tensor.to(self.device, self.dtype, copy=True)
+
+    @contextmanager
+    def _filled(self, module: nn.Module, prefix: str, names: list[str]) -> Iterator[None]:
+        module.load_state_dict({n.removeprefix(prefix): self.read(n) for n in names}, strict=False, assign=True)
+        module.requires_grad_(False)
+        try:
+            yield
+        finally:
+            empty = {name: tensor.to("meta") for name, tensor in module.state_dict().items()}
+            module.load_state_dict(empty, assign=True)
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """A decoder layer with its weights, for the length of the block; whatever it then has is dropped behind it."""
+        layer, prefix = self._layers[index], f"{self.path}.{index}."
+        with self._filled(layer, prefix, [f"{prefix}{name}" for name in layer.state_dict()]):
+            yield layer
+
+    @torch.no_grad()
+    def run(self, blocks: Tensor, around: Around, batch_blocks: int = 8) -> None:
+        """Run blocks (N, T) through the stack: all of them through a layer, `batch_blocks` at once, before the next.
+
+        Memory: embeddings and twice the N · T · D numbers of the hidden states, beside a layer.
+        """
+        passing = {
+            i: Passing(partial(self.layer, i), partial(around, i), batch_blocks) for i in range(len(self._layers))
+        }
+        stack = f"{self.model.base_model_prefix}."
+        with (
+            self._filled(self.model, "", [name for name in self.outside if name.startswith(stack)]),
+            replaced(self.model, passing),
+        ):
+            run_stack(self.model, blocks)
+
+
+class Passing(nn.Module):
+    """In the place of a decoder layer: the layer, there only while hidden states pass through it in parts."""
+
+    def __init__(self, layer: Opening, around: Callable[[nn.Module], AbstractContextManager[object]], rows: int):
+        super().__init__()
+        self.layer, self.around, self.rows = layer, around, rows
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        count = len(hidden_states)
+
+        def part(value: Any, at: slice) -> Any:
+            return value[at] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
+
+        out = torch.empty_like(hidden_states)
+        with self.layer() as layer, self.around(layer):
+            for start in range(0, count, self.rows):
+                at = slice(start, start + self.rows)
+                named = {name: part(value, at) for name, value in kwargs.items()}
+                out[at] = layer(hidden_states[at], *(part(value, at) for value in args), **named)
+        return out
