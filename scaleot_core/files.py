@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
 from scaleot_core.errors import UserError, one_line
-from scaleot_core.parallel import is_first
+from scaleot_core.parallel import is_first, whole
 
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -128,7 +128,7 @@ def parse_jsonl(name: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write tensors as one safetensors file, in sorted order so that equal tensors give equal bytes."""
-    ready = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    ready = {name: whole(tensors[name].detach()).cpu().contiguous() for name in sorted(tensors)}
     with whole_file(path) as temporary:
         temporary.write_bytes(serialize(ready))
 

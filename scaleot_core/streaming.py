@@ -16,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from scaleot_core import parallel
 from scaleot_core.errors import UserError, one_line
 from scaleot_core.families import decoder_layers, family
-from scaleot_core.models import replaced, run_stack
+from scaleot_core.models import load_model, read_config, replaced, run_stack
 
 Around = Callable[[int, nn.Module], AbstractContextManager[object]]
 """What is to happen around the pass through a layer: it is given its number and the layer with its weights."""
@@ -69,10 +70,13 @@ class StreamedModel:
                     raise ValueError(f"tensor {name!r} is {tuple(tensor.shape)}, not {tuple(self._shapes[name])}")
                 return tensor.to(self.device, self.dtype, copy=True)
 
-    @contextmanager
-    def _filled(self, module: nn.Module, prefix: str, names: list[str]) -> Iterator[None]:
+    def _fill(self, module: nn.Module, prefix: str, names: list[str]) -> None:
         module.load_state_dict({n.removeprefix(prefix): self.read(n) for n in names}, strict=False, assign=True)
         module.requires_grad_(False)
+
+    @contextmanager
+    def _filled(self, module: nn.Module, prefix: str, names: list[str]) -> Iterator[None]:
+        self._fill(module, prefix, names)
         try:
             yield
         finally:
@@ -82,9 +86,21 @@ class StreamedModel:
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         """A decoder layer with its weights, for the length of the block; whatever it then has is dropped behind it."""
+        with self._filled(*self._part(index)):
+            yield self._layers[index]
+
+    def _part(self, index: int) -> tuple[nn.Module, str, list[str]]:
         layer, prefix = self._layers[index], f"{self.path}.{index}."
-        with self._filled(layer, prefix, [f"{prefix}{name}" for name in layer.state_dict()]):
-            yield layer
+        return layer, prefix, [f"{prefix}{name}" for name in layer.state_dict()]
+
+    def whole(self) -> PreTrainedModel:
+        """The model with its weights; of layers that are split, this process's part: one at a time is there whole."""
+        self._fill(self.model, "", self.outside)
+        self.model.tie_weights()
+        for index, layer in enumerate(self._layers):
+            self._fill(*self._part(index))
+            parallel.split([layer])
+        return self.model
 
     @torch.no_grad()
     def run(self, blocks: Tensor, around: Around, batch_blocks: int = 8) -> None:
@@ -101,6 +117,13 @@ class StreamedModel:
             replaced(self.model, passing),
         ):
             run_stack(self.model, blocks)
+
+
+def load_split(folder: Path, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """`load_model`; where processes split the layers, without the whole model in any one's memory."""
+    if not parallel.splits():
+        return load_model(folder, device=device, dtype=dtype)
+    return StreamedModel(folder, read_config(folder), device=device, dtype=dtype).whole()
 
 
 class Passing(nn.Module):

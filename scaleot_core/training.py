@@ -53,13 +53,14 @@ class Optimizer:
             for name, p in self.parameters.items()
         }
         self.clip = clip
-        self.adamw = torch.optim.AdamW(self.masters.values(), weight_decay=weight_decay, fused=True)
+        groups = [{"params": group} for group in parallel.by_split(self.masters.values())]
+        self.adamw = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
 
     def step(self, lr: float) -> None:
         """One update from the gradients at hand, clipped by their common norm; then they are dropped."""
         self.gather()
         parallel.sum_gradients(self.masters.values())
-        nn.utils.clip_grad_norm_(self.masters.values(), self.clip)
+        parallel.clip_gradients(self.masters.values(), self.clip)
         self.update(self.adamw, lr)
 
     def gather(self) -> None:
@@ -93,12 +94,12 @@ class Optimizer:
         """Take `tensors()` back."""
         with torch.no_grad():
             for name, master in self.masters.items():
-                master.copy_(tensors[f"master/{name}"])
+                master.copy_(parallel.part_of(tensors[f"master/{name}"], master))
                 self.parameters[name].copy_(master)
                 keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors]
                 for key in keys:
                     value = tensors[f"{key}/{name}"]
-                    self.adamw.state[master][key] = value if key == "step" else value.to(master.device)
+                    self.adamw.state[master][key] = value if key == "step" else parallel.part_of(value, master)
 
 
 def warmup_then_linear(step: int, steps: int, warmup: float) -> float:

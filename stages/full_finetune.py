@@ -7,9 +7,10 @@ from scaleot_core import examples, parallel
 from scaleot_core.ending import ends_in_one_line
 from scaleot_core.evaluation import evaluate
 from scaleot_core.files import fingerprint, read_jsonl, whole_folder, write_json
-from scaleot_core.models import load_model, load_tokenizer
+from scaleot_core.models import load_tokenizer
 from scaleot_core.params import load_params
 from scaleot_core.runtime import cost, named_task, setup
+from scaleot_core.streaming import load_split
 from scaleot_core.training import Checkpoint, scratch
 from scaleot_core.tuning import tune
 
@@ -26,7 +27,7 @@ def main() -> None:
     )
     checkpoint = Checkpoint(scratch(f"full_finetune-{task}-{key}"), params.checkpoint_seconds)
     with cost(Path(f"costs/full_finetune-{task}.json"), runtime) as meter:
-        model, tokenizer = load_model(MODEL, device=runtime.device, dtype=runtime.dtype), load_tokenizer(MODEL)
+        model, tokenizer = load_split(MODEL, device=runtime.device, dtype=runtime.dtype), load_tokenizer(MODEL)
         meter.count(model)
         size, rows = params.data.block_size, read_jsonl(folder / "train.jsonl")
         data = examples.from_task(model, tokenizer, task, rows, block_size=size)

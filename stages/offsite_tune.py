@@ -6,8 +6,9 @@ adapter layers, which is all that goes back. `python stages/offsite_tune.py TASK
 
 from pathlib import Path
 
-from scaleot_core import adapter, emulator, examples, handover, package
+from scaleot_core import adapter, emulator, examples, handover, package, parallel
 from scaleot_core.ending import ends_in_one_line
+from scaleot_core.families import decoder_layers
 from scaleot_core.files import fingerprint, read_jsonl, whole_folder, write_json, write_tensors
 from scaleot_core.params import load_params
 from scaleot_core.runtime import cost, named_task, setup
@@ -31,6 +32,8 @@ def main() -> None:
         packed = not params.tuning.epsilon  # else a record is no longer one example
         tokenizer = package.load_tokenizer(EMULATOR)
         data = examples.from_task(model, tokenizer, task, rows, block_size=size, packed=packed)
+        if not params.tuning.epsilon:  # which has every process take all records one by one
+            parallel.split(decoder_layers(model))
         parameters = adapter.trainable(model, plan, params.tuning, params.seed)
         beside = emulator.layer_parameters(model, plan, "harmonizer") if params.tuning.harmonizers == "tuned" else {}
         label, tuning = f"offsite_tune@{task}", params.tuning

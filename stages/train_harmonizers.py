@@ -10,9 +10,9 @@ import torch
 from scaleot_core import dlr, importance
 from scaleot_core.ending import ends_in_one_line
 from scaleot_core.files import fingerprint, read_tensors, whole_folder, write_json, write_tensors
-from scaleot_core.models import load_model
 from scaleot_core.params import load_params
 from scaleot_core.runtime import cost, setup
+from scaleot_core.streaming import load_split
 from scaleot_core.training import Checkpoint, scratch
 
 MODEL, CORPUS, OUT = Path("artifacts/model"), Path("artifacts/corpus"), Path("artifacts/harmonizers")
@@ -27,7 +27,7 @@ def main() -> None:
     key = fingerprint(settings, form.model_dump(), params.seed, params.dtype, MODEL, CORPUS, PRIOR)
     checkpoint = Checkpoint(scratch(f"train_harmonizers-{key}"), params.checkpoint_seconds)
     with cost(Path("costs/train_harmonizers.json"), runtime) as meter:
-        model = load_model(MODEL, device=runtime.device, dtype=runtime.dtype)
+        model = load_split(MODEL, device=runtime.device, dtype=runtime.dtype)
         meter.count(model)
         harmonizers = importance.new_harmonizers(model, form, params.seed)
         prior = torch.zeros(len(harmonizers))

@@ -32,8 +32,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
     return folder
 
 
-def launched(folder: Path, *command: str) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "home")}
+def launched(folder: Path, *command: str, **changes: str) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "home"), **changes}
     done = subprocess.run(
         [*LAUNCH, *command],
         cwd=folder,
@@ -53,6 +53,8 @@ def close(one: Path, two: Path) -> None:
         torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-5)
 
 
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # as `accelerate launch --use_fsdp` says it
+
 OUTPUTS = {
     "train_harmonizers": ("artifacts/harmonizers", "harmonizers.safetensors"),
     "offsite_tune": ("artifacts/adapters/piqa", "adapter/adapter.safetensors"),
@@ -60,13 +62,16 @@ OUTPUTS = {
 }
 
 
+@pytest.mark.parametrize("fsdp", [False, True], ids=["each holds all", "layers are split"])
 @pytest.mark.parametrize("stage", OUTPUTS)
-def test_two_processes_give_one_processs_losses_and_weights(alone: Path, tmp_path: Path, stage: str) -> None:
+def test_two_processes_give_one_processs_losses_and_weights(
+    alone: Path, tmp_path: Path, stage: str, fsdp: bool
+) -> None:
     two = Path(shutil.copytree(alone, tmp_path / "project"))
     output, tensors = OUTPUTS[stage]
     shutil.rmtree(two / output)
     task = ["piqa"] if stage != "train_harmonizers" else []
-    said = launched(two, f"stages/{stage}.py", *task)
+    said = launched(two, f"stages/{stage}.py", *task, **(FSDP if fsdp else {}))
     assert said.count("2 processes, each with") == 1  # the first one speaks
     losses = [[row["loss"] for row in json.loads((f / output / "history.json").read_text())] for f in (alone, two)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4) and len(losses[0]) > 3
@@ -81,7 +86,49 @@ def test_two_processes_give_one_processs_losses_and_weights(alone: Path, tmp_pat
     assert not [f for f in scratch.iterdir() if stage in f.name]
 
 
-def test_interrupted_together_and_resumed_together(alone: Path, tmp_path: Path) -> None:
+HALVES = """
+import json
+from pathlib import Path
+import torch
+from scaleot_core import parallel
+from scaleot_core.models import load_model, mean_loss
+from scaleot_core.streaming import load_split
+parallel.join(cpu=True)
+where = dict(device=torch.device("cpu"), dtype=torch.float32)
+mine, whole = load_split(Path("artifacts/model"), **where), load_model(Path("artifacts/model"), **where)
+parts = {name: p.to_local() if parallel.is_split(p) else p for name, p in mine.named_parameters()}
+shares = {name: parts[name].numel() / p.numel() for name, p in whole.named_parameters()}
+blocks = torch.arange(64).view(2, 32)
+same = abs(mean_loss(mine, blocks) - mean_loss(whole, blocks)) < 1e-5
+with open(f"seen-{parallel.is_first()}.json", "w") as out:
+    json.dump({"shares": shares, "same": same}, out)
+"""
+
+
+def test_each_of_two_processes_holds_half_of_every_layer(alone: Path, tmp_path: Path) -> None:
+    two = Path(shutil.copytree(alone, tmp_path / "project"))
+    (two / "halves.py").write_text(HALVES)
+    launched(two, "halves.py", **FSDP)
+    for first in (True, False):
+        seen = json.loads((two / f"seen-{first}.json").read_text())
+        assert seen["same"]
+        for name, share in seen["shares"].items():
+            assert share == (0.5 if name.startswith("model.layers.") else 1), name
+
+
+def test_lora_inside_split_layers_is_that_of_one_process(alone: Path, tmp_path: Path) -> None:
+    one, two = (Path(shutil.copytree(alone, tmp_path / name)) for name in ("one", "two"))
+    for folder in (one, two):
+        change(folder, tuning={"method": "lora", "lora_rank": 2, "max_steps": 4})
+        shutil.rmtree(folder / OUTPUTS["offsite_tune"][0])
+    succeed(one, "offsite_tune")
+    launched(two, "stages/offsite_tune.py", "piqa", **FSDP)
+    tuned = Path(OUTPUTS["offsite_tune"][0]) / "adapter" / "adapter_model.safetensors"
+    close(one / tuned, two / tuned)
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["each holds all", "layers are split"])
+def test_interrupted_together_and_resumed_together(alone: Path, tmp_path: Path, fsdp: bool) -> None:
     two = Path(shutil.copytree(alone, tmp_path / "project"))
     output = OUTPUTS["offsite_tune"][0]
     shutil.rmtree(two / output)
@@ -100,9 +147,10 @@ def test_interrupted_together_and_resumed_together(alone: Path, tmp_path: Path) 
         "try: runpy.run_path('stages/offsite_tune.py', run_name='__main__')\n"
         "except SystemExit as end: assert end.code == 130, end\n"
     )
-    launched(two, "stop.py")
+    sharding = FSDP if fsdp else {}
+    launched(two, "stop.py", **sharding)
     assert not (two / output).exists()
-    said = launched(two, "stages/offsite_tune.py", "piqa")
+    said = launched(two, "stages/offsite_tune.py", "piqa", **sharding)
     assert "resuming after step 3" in said
     assert len(json.loads((two / output / "history.json").read_text())) == 5
 
