@@ -5,6 +5,7 @@ left, prints one table and appends it to docs/benchmarks.md; `python benchmarks/
 """
 
 import datetime
+import json
 import os
 import platform
 import statistics
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from scaleot_core import emulator, examples, package
+from scaleot_core import decomposition, emulator, examples, package
 from scaleot_core.ending import ends_in_one_line
 from scaleot_core.errors import UserError
 from scaleot_core.evaluation import evaluate
@@ -161,6 +162,56 @@ def prepare(params: Params, device: torch.device) -> list[Row]:
     return [row("preparing the emulator", ours, took, note)]
 
 
+def decompose(params: Params, device: torch.device) -> list[Row]:
+    """Decomposing one matrix for every rank, against LAPACK's singular value decomposition of it, whitened."""
+    rows = []
+    for width in (576, 2048, 4096):
+        draw = torch.Generator().manual_seed(0)
+        weight, inputs = (torch.randn(n, width, generator=draw) for n in (width, 2 * width))
+        inputs *= torch.logspace(0, -3, width)
+        covariance = inputs.T @ inputs
+        whitener = torch.linalg.cholesky(decomposition.damped(covariance))
+        rank, errors = width // 5, {}
+
+        def error(left: torch.Tensor, right: torch.Tensor) -> float:
+            rest = (weight.double() - left[:, :rank].double() @ right[:rank].double()) @ whitener  # noqa: B023
+            return float(rest.norm())
+
+        def ours() -> None:
+            errors["ours"] = error(*decomposition.decompose(weight, covariance))  # noqa: B023
+
+        def baseline() -> None:
+            again = torch.linalg.cholesky(decomposition.damped(covariance))  # noqa: B023
+            u, s, vt = torch.linalg.svd(weight.double() @ again, full_matrices=False)  # noqa: B023
+            right = torch.linalg.solve_triangular(again, s[:, None] * vt, upper=False, left=False)
+            errors["baseline"] = error(u, right)  # noqa: B023
+
+        found = alternating(ours, baseline)
+        note = f"error of rank {rank} over the SVD's: {errors['ours'] / errors['baseline']:.6f}"
+        rows.append(row(f"decomposing a {width} x {width} matrix", *found, note))
+    return rows
+
+
+def compress(params: Params, device: torch.device) -> list[Row]:
+    """Compressing random models of OPT-6.7B's width: what depth costs."""
+    rows = []
+    for layers in (2, 4):
+        command = [sys.executable, str(Path(__file__).with_name("wide.py")), str(layers)]
+        found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        parts = ", ".join(f"{name} {found[name]:.1f} s" for name in ("reading", "decomposing", "writing"))
+        peak, layer = found["peak_mib"], found["layer_mib"]
+        rows.append(
+            {
+                "what": f"compressing {layers} layers of OPT-6.7B's shapes (random weights)",
+                "ours": f"{found['seconds']:.0f} s",
+                "baseline": "",
+                "times faster": "",
+                "note": f"{parts}; peak {peak:,.0f} MiB, {peak / layer:.1f} layers of {layer:.0f} MiB",
+            }
+        )
+    return rows
+
+
 def pipeline(params: Params, device: torch.device) -> list[Row]:
     """The pipeline with nothing to do, and what a stage spends on imports and loading."""
     idle = statistics.median(
@@ -187,7 +238,14 @@ def pipeline(params: Params, device: torch.device) -> list[Row]:
     ]
 
 
-BENCHES = {"tune": tune, "evaluate": evaluation, "prepare": prepare, "pipeline": pipeline}
+BENCHES = {
+    "tune": tune,
+    "evaluate": evaluation,
+    "prepare": prepare,
+    "pipeline": pipeline,
+    "decompose": decompose,
+    "compress": compress,
+}
 
 
 def main() -> None:

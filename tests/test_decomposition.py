@@ -39,6 +39,13 @@ def test_whitened_error_in_the_outputs_is_the_tail_and_below_the_plain_one(shape
         assert error(decompose(weight, covariance), rank) < error(decompose(weight), rank)
 
 
+@pytest.mark.parametrize("weight", [torch.zeros(8, 16), torch.ones(16, 8)])
+def test_matrix_without_full_rank_is_no_obstacle(weight):
+    left, right = decompose(weight)
+    assert left.isfinite().all() and right.isfinite().all()
+    torch.testing.assert_close(left[:, :1] @ right[:1], weight)
+
+
 def test_a_singular_covariance_is_no_obstacle():
     inputs = torch.randn(3, 16)
     left, right = decompose(torch.randn(8, 16), inputs.T @ inputs)

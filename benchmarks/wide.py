@@ -1,0 +1,103 @@
+"""Seconds and peak memory of compressing a model of OPT-6.7B's true shapes, of so many layers, from disk to disk.
+
+`python benchmarks/wide.py LAYERS` prints one JSON object. The weights are random: speed and memory only, no claim.
+Peak memory is as Linux has it, above that of the interpreter with all imports.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM, OPTConfig
+
+from scaleot_core import decomposition, package
+from scaleot_core.files import TensorWriter, write_json, write_tensors
+from scaleot_core.harmonizer import Harmonizer
+from scaleot_core.methods import METHODS, Owner
+from scaleot_core.models import load_tokenizer
+from scaleot_core.params import changed, load_params
+from scaleot_core.runtime import Runtime
+from scaleot_core.streaming import StreamedModel
+from scaleot_core.training import Checkpoint
+
+WIDTH, BLOCKS = 4096, 8
+
+
+def timed(times: Counter[str], name: str, action: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(*args: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return action(*args)
+        finally:
+            times[name] += time.perf_counter() - start  # type: ignore[assignment]
+
+    return wrapped
+
+
+def write_model(folder: Path, layers: int, rank: int) -> int:
+    """A random model in shards, a layer each, with scores and harmonizers; the bytes of a layer."""
+    config = OPTConfig(
+        hidden_size=WIDTH,
+        ffn_dim=4 * WIDTH,
+        num_attention_heads=32,
+        num_hidden_layers=layers,
+        word_embed_proj_dim=WIDTH,
+    )
+    config.dtype = torch.bfloat16
+    config.save_pretrained(folder)
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        if name not in model.all_tied_weights_keys:
+            parts.setdefault(name.split(".")[3] if ".layers." in name else "base", {})[name] = tensor
+    for part, tensors in parts.items():
+        drawn = {name: torch.empty(t.shape, dtype=torch.bfloat16).normal_(0, 0.02) for name, t in tensors.items()}
+        write_tensors(folder / f"{part}.safetensors", drawn)
+    write_json(folder / "scores.json", {"scores": [float(i) for i in range(layers)]})
+    form = load_params().harmonizer.model_copy(update={"rank": rank})
+    stored = {f"{i}.{n}": t for i in range(layers) for n, t in Harmonizer(WIDTH, form).state_dict().items()}
+    write_tensors(folder / "harmonizers.safetensors", stored)
+    return sum(tensor.numel() * 2 for tensor in parts["0"].values())
+
+
+def memory(name: str) -> float:
+    """MiB that the process has, `VmRSS`, or had at most, `VmHWM`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+
+
+def main() -> None:
+    layers = int(sys.argv[1])
+    torch.manual_seed(0)
+    small = {"adapter_layers": 1, "alpha": 0.0, "beta": 0.8, "harmonizer.rank": 256, "src.calibration_blocks": BLOCKS}
+    params, times = changed(load_params(), small), Counter[str]()
+    decomposition.decompose = timed(times, "decomposing", decomposition.decompose)
+    StreamedModel.read = timed(times, "reading", StreamedModel.read)  # type: ignore[method-assign]
+    TensorWriter.write = timed(times, "writing", TensorWriter.write)  # type: ignore[method-assign]
+    tokenizer = load_tokenizer(Path("artifacts/model"))
+    with tempfile.TemporaryDirectory(dir=".") as name:
+        folder = Path(name)
+        layer = write_model(folder, layers, rank=256)
+        blocks = torch.randint(0, 50000, (BLOCKS, 256), dtype=torch.int32)
+        runtime = Runtime(torch.device("cpu"), torch.bfloat16)
+        owner = Owner(folder, runtime, blocks, params, folder, folder / "scratch", Checkpoint(folder, 1e9))
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew here
+        before, start = memory("VmRSS"), time.perf_counter()
+        made = METHODS["scaleot"](owner)
+        (folder / "package").mkdir()
+        package.save(folder / "package", owner.config, tokenizer, made.plan, made.tensors)
+        seconds = time.perf_counter() - start
+    figures = {"layer_mib": layer / 2**20, "peak_mib": memory("VmHWM") - before, "seconds": seconds}
+    print(json.dumps(figures | dict(times)))
+
+
+if __name__ == "__main__":
+    main()
