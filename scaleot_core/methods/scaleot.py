@@ -67,13 +67,16 @@ def layer_by_layer(owner: Owner, decided: Plan) -> Iterator[tuple[str, Tensor]]:
         with streamed.layer(i) as layer:
             if kind == "compressed":
                 ranks = kept_ranks(model, i, beta=decided.beta, semantics=decided.rank_semantics)
-                decompose = decomposition.cached(scratch, read_tensors(inputs(i)) if inputs else None)
+                decompose = decomposition.cached(scratch, inputs(i) if inputs else None)
                 compress_layer(model, i, ranks=ranks, decompose=decompose)
             yield from named(i, layer)
 
 
-def covariances(owner: Owner, streamed: StreamedModel) -> Callable[[int], Path]:
-    """The file of each layer's input covariances on the corpus, made once for a model and its calibration blocks."""
+def covariances(owner: Owner, streamed: StreamedModel) -> Callable[[int], dict[str, Tensor]]:
+    """Each layer's input covariances on the corpus, by the names of its projections.
+
+    Made once for a model and its calibration blocks, and kept in files, one a layer.
+    """
     blocks = owner.blocks[: owner.params.src.calibration_blocks]
     key = fingerprint(owner.folder, str(owner.runtime.dtype), tensor_hash(blocks))
 
@@ -84,8 +87,12 @@ def covariances(owner: Owner, streamed: StreamedModel) -> Callable[[int], Path]:
     def around(i: int, layer: nn.Module) -> Iterator[None]:
         with decomposition.input_covariances(streamed.model.config, i, layer) as sums:
             yield
-        write_tensors(file(i), {name: (total / blocks.numel()).float() for name, total in sums.items()})
+        shared: dict[int, list[str]] = {}
+        for name, total in sums.items():
+            shared.setdefault(id(total), []).append(name)
+        means = {",".join(names): (sums[names[0]] / blocks.numel()).float() for names in shared.values()}
+        write_tensors(file(i), means)
 
     if not all(file(i).exists() for i in range(streamed.model.config.num_hidden_layers)):
         streamed.run(blocks, around)
-    return file
+    return lambda i: {name: mean for names, mean in read_tensors(file(i)).items() for name in names.split(",")}
