@@ -4,7 +4,7 @@ PRESET ?= nine-tasks
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: attack bench help repro test lint check-default studies ablations sweep compare report table
+.PHONY: attack attacks bench help repro test lint check-default studies ablations sweep compare report table
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -38,6 +38,9 @@ sweep: repro  ## the dial: alpha by beta, a table and a picture; an hour and a h
 
 attack: repro  ## what an attacker makes of the package and of the adapters: recovery, weights, membership
 	dvc repro studies/dvc.yaml:attack
+
+attacks: repro  ## the recovery attack over alpha and beta, three seeds: about three hours on 2 cores
+	python studies/attacks.py
 
 bench: repro  ## ratios against the plain ways, appended to docs/benchmarks.md
 	python benchmarks/bench.py

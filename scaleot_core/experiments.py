@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -103,16 +103,17 @@ def workers() -> int:
     return max(1, min(len(os.sched_getaffinity(0)) // 4, int(memory // 8)))
 
 
-def run_all(wanted: Mapping[str, Mapping[str, Any]], label: str) -> dict[str, Row]:
+def run_all(wanted: Mapping[str, Mapping[str, Any]], label: str, targets: Sequence[str] = ()) -> dict[str, Row]:
     """Rows of many experiments, by name: what isn't there is put into DVC's queue, which as many work off as fit.
 
+    `targets` are what each runs, as `dvc repro` takes them; without any the whole pipeline.
     Interrupted, what runs ends and the queue stays: the same command goes on. UserError names one that failed.
     """
     done, waiting = _sorted()
     jobs = workers()
     shared = {"threads": len(os.sched_getaffinity(0)) // jobs} if jobs > 1 else {}
     for name in wanted.keys() - done.keys() - waiting:
-        _dvc("exp", "run", "--queue", f"--name={name}", *_set({**wanted[name], **shared}))
+        _dvc("exp", "run", "--queue", f"--name={name}", *_set({**wanted[name], **shared}), *targets)
     if wanted.keys() <= done.keys():
         return {name: _check(name, done[name], changes) for name, changes in wanted.items()}
     _dvc("queue", "start", f"--jobs={jobs}")
@@ -142,8 +143,8 @@ def _dvc(*arguments: str) -> None:
         raise UserError(f"dvc {arguments[0]} {arguments[1]}: {' '.join((done.stdout + done.stderr).split())[-300:]}")
 
 
-def read_metrics(row: Row) -> Any:
-    """All of an experiment's metrics.json: a row has its numbers alone."""
+def read_metrics(row: Row, name: str = "metrics.json") -> Any:
+    """All of an experiment's metrics.json, or of another file of metrics: a row has its numbers alone."""
     import dvc.api
 
-    return json.loads(dvc.api.read("metrics.json", rev=row["rev"]))
+    return json.loads(dvc.api.read(name, rev=row["rev"]))

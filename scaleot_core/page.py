@@ -12,7 +12,7 @@ from scaleot_core.files import whole_file
 from scaleot_core.report import MEASUREMENTS
 
 Row = Mapping[str, Any]
-TITLES = {"acc": "accuracy", "answer_nll": "answer nll (nats)"}  # metrics that a frontier is drawn in
+GAPS = [pictures.gap_panel("acc", "accuracy"), pictures.gap_panel("answer_nll", "answer nll (nats)")]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,51 @@ def _measurements(tasks: Mapping[str, Any]) -> Section:
 
 
 def _frontier(title: str, text: str, lines: Mapping[str, Sequence[Row]]) -> Section:
-    return Section(title, text, pictures.svg(pictures.frontier(lines, TITLES)))
+    return Section(title, text, pictures.svg(pictures.frontier(lines, GAPS)))
+
+
+def by_beta(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
+    """Lines of a frontier: the settings of one β along α, which stands beside each point."""
+    betas = sorted({row["beta"] for row in rows})
+    return {
+        f"β = {beta:g}": [{**row, "label": f"{row['alpha']:g}"} for row in rows if row["beta"] == beta]
+        for beta in betas
+    }
+
+
+def _attack(found: Mapping[str, Any], curves: Sequence[Row], tasks: Mapping[str, Any]) -> Section:
+    judged = {task: measured["metrics"][0] for task, measured in tasks.items()}
+    recovery = [
+        {
+            "target": target,
+            "tokens": end["tokens"],
+            "perplexity": end["perplexity"],
+            "of the way to the model": end["recovered"],
+            **{f"{task} {metric}": end["tasks"][task][metric] for task, metric in judged.items()},
+        }
+        for target, end in found["recovery"].items()
+    ]
+    weights = [{"of the model's bytes": given, "share": share} for given, share in found["weights"].items()]
+    membership = [
+        {
+            "task": task,
+            "attack": name,
+            "AUC": told[name]["auc"],
+            "±": told[name]["auc_stderr"],
+            "true positives at 1 % false": told[name]["true_positives"],
+            "private answers said": told["extracted"]["members"],
+            "held-out answers said": told["extracted"]["others"],
+        }
+        for task, told in found["membership"].items()
+        for name in ("loss", "calibrated")
+    ]
+    targets = dict.fromkeys(row["target"] for row in curves)
+    lines = {target: [row for row in curves if row["target"] == target] for target in targets}
+    text = (
+        "Everything in the package trained on the public corpus; weights given away; what the adapter tells of records."
+    )
+    tables = [table(rows) for rows in (recovery, weights, membership)]
+    return Section("What an attacker makes of it", text, pictures.svg(pictures.recovered(lines)), tables)
 
 
 def sections(
@@ -63,21 +107,26 @@ def sections(
     *,
     sweep: Sequence[Row] = (),
     compared: Sequence[Row] = (),
+    attacks: Sequence[Row] = (),
+    attack: tuple[Mapping[str, Any], Sequence[Row]] | None = None,
 ) -> list[Section]:
-    """The page's parts. `sweep` and `compared` are the tables of `make sweep` and `make compare`, if there are any."""
+    """The page's parts.
+
+    `sweep`, `compared` and `attacks` are the tables of `make sweep`, `make compare` and `make attacks`, if there are
+    any; `attack` is what `make attack` left: attack.json and its curves.
+    """
     found = []
     if compared:
         lines = {row["method"]: [{**_renamed(row), "label": ""}] for row in compared}
         text = "Each method at the same bytes, mean over tasks and seeds. Up and to the right is better."
         found.append(_frontier("Methods", text, lines))
     if sweep:
-        betas = sorted({row["beta"] for row in sweep})
-        lines = {
-            f"β = {beta:g}": [{**row, "label": f"{row['alpha']:g}"} for row in sweep if row["beta"] == beta]
-            for beta in betas
-        }
         text = "ScaleOT over α, the number beside a point, and β. Up and to the right is better."
-        found.append(_frontier("The dial", text, lines))
+        found.append(_frontier("The dial", text, by_beta(sweep)))
+    if attacks:
+        text = "ScaleOT over α, the number beside a point, and β: what is kept from an attacker, and the paper's gap."
+        figure = pictures.frontier(by_beta(attacks), [pictures.LACKING, GAPS[1]])
+        found.append(Section("The dial under attack", text, pictures.svg(figure), [table(attacks)]))
     found.append(_measurements(metrics["tasks"]))
     kinds = list(zip(*(layers[name] for name in ("prior", "scores", "kinds")), strict=True))
     rows = [{"layer": i, "prior": p, "score": s, "became": kind} for i, (p, s, kind) in enumerate(kinds)]
@@ -89,6 +138,8 @@ def sections(
             [table(rows)],
         )
     )
+    if attack:
+        found.append(_attack(*attack, metrics["tasks"]))
     found.append(Section("Losses", "Of every stage that trains.", pictures.svg(pictures.curves(histories))))
     costs = [{"stage": stage, **cost} for stage, cost in metrics["cost"].items()]
     names = list(dict.fromkeys(name for cost in costs for name in cost))

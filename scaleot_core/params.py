@@ -201,6 +201,8 @@ class Attack(_Block):
     """AdamW's peak learning rate."""
     points: Positive
     """Measurements on the way."""
+    beside: list[Literal["widened", "without_weights", "uniform"]]
+    """What else is attacked beside the package."""
     records: Annotated[int, Field(ge=2)]
     """Most private training questions, and as many held-out ones, that membership is told for."""
 

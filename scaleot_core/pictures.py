@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -98,27 +99,62 @@ def curves(histories: Mapping[str, Sequence[Row]]) -> Figure:
     return figure
 
 
-def frontier(lines: Mapping[str, Sequence[Row]], titles: Mapping[str, str]) -> Figure:
-    """Gap against recovery, a panel a metric of `titles`, one line a name of `lines`.
+@dataclass(frozen=True)
+class Panel:
+    """What one panel of a frontier shows: names of a point's figures, of which `y ±` is y's error, and its texts."""
 
-    A point has `recovery METRIC`, `gap METRIC`, its error `gap METRIC ±` and what stands beside it, `label`; one whose
-    recovery is undefined (None or NaN) is left out.
+    x: str
+    y: str
+    title: str
+    y_label: str
+    x_label: str = "recovery: how much of full fine-tuning's gain the plug-in has"
+
+
+def gap_panel(metric: str, title: str) -> Panel:
+    """Gap against recovery in one metric."""
+    return Panel(f"recovery {metric}", f"gap {metric}", title, "gap: plug-in minus tuned emulator")
+
+
+LACKING = Panel(
+    "recovery answer_nll",
+    "lacking",
+    "after the recovery attack",
+    "log-perplexity that the attacker still lacks (nats)",
+)
+
+
+def frontier(lines: Mapping[str, Sequence[Row]], panels: Sequence[Panel]) -> Figure:
+    """Privacy against utility, one line a name of `lines`; a point has its panels' figures, and `label` beside it.
+
+    A point is left out where a figure is undefined (None or NaN).
     """
-    figure = Figure(figsize=(5 * len(titles), 4.4))
-    axes = figure.subplots(1, len(titles), squeeze=False)
+    figure = Figure(figsize=(5 * len(panels), 4.4))
+    axes = figure.subplots(1, len(panels), squeeze=False)
     colours = matplotlib.colormaps["viridis"]
-    for axis, (metric, title) in zip(axes.flat, titles.items(), strict=True):
+    for axis, panel in zip(axes.flat, panels, strict=True):
         for k, (name, points) in enumerate(lines.items()):
-            known = [p for p in points if p[f"recovery {metric}"] is not None and p[f"gap {metric}"] is not None]
-            x, y = ([float(p[f"{part} {metric}"]) for p in known] for part in ("recovery", "gap"))
-            errors = [float(p[f"gap {metric} ±"]) for p in known]
+            known = [p for p in points if p[panel.x] not in (None, "") and p[panel.y] not in (None, "")]
+            x, y, errors = ([float(p[part] or 0) for p in known] for part in (panel.x, panel.y, f"{panel.y} ±"))
             axis.errorbar(x, y, errors, color=colours(k / len(lines)), marker="o", label=name)
             for point, at, height in zip(known, x, y, strict=True):
                 if math.isfinite(at):
                     axis.annotate(point["label"], (at, height), (3, 4), textcoords="offset points", fontsize=7)
         axis.axhline(0, color="black", linewidth=0.6)
-        axis.set_xlabel("recovery: how much of full fine-tuning's gain the plug-in has")
-        axis.set_ylabel("gap: plug-in minus tuned emulator")
-        axis.set_title(title, fontsize=9)
+        axis.set_xlabel(panel.x_label)
+        axis.set_ylabel(panel.y_label)
+        axis.set_title(panel.title, fontsize=9)
         axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def recovered(curves: Mapping[str, Sequence[Row]]) -> Figure:
+    """Attacks' curves: perplexity over tokens seen, a line a target; a point has `tokens` and `perplexity`."""
+    figure = Figure(figsize=(6.4, 3.8))
+    axis = figure.subplots()
+    for name, points in curves.items():
+        axis.plot([p["tokens"] for p in points], [p["perplexity"] for p in points], marker="o", label=name)
+    axis.set_yscale("log")
+    axis.set_xlabel("tokens that the attacker has trained on")
+    axis.set_ylabel("corpus perplexity")
+    axis.legend(fontsize=8, frameon=False)
     return figure

@@ -61,12 +61,12 @@ def main() -> None:
         return {"curve": curve, "tasks": evaluate(victim, tokenizer, questions, batch_size=batch, label=label)}
 
     batch, size = params.evaluate.batch_size, params.data.block_size
-    targets: dict[str, Callable[[], PreTrainedModel]] = {
-        "package": shipped_model,
+    others: dict[str, Callable[[], PreTrainedModel]] = {
         "widened": partial(shipped_model, recovery.widen),
         "without_weights": partial(shipped_model, partial(recovery.forget, seed=params.seed)),
         "uniform": by_uniform,
     }
+    targets = {"package": shipped_model} | {name: others[name] for name in params.attack.beside}
     with cost(ARTIFACTS / "attack.cost.json", runtime):
         found = {
             name: once(checkpoint.folder / f"{name}.json", partial(attacked, name, target))

@@ -1,4 +1,4 @@
-"""The report: report.html from the last run, and from the sweep and the comparison where they were made.
+"""The report: report.html from the last run, and from attack, sweep and comparison where they were made.
 
 `make report` runs it. The page opens from the disk, with no network.
 """
@@ -14,6 +14,7 @@ from scaleot_core.progress import say
 from scaleot_core.report import read_csv
 
 PLOTS, STUDIES, OUT = Path("plots"), Path("docs/studies"), Path("report.html")
+ATTACK, RECOVERY = Path("attack.json"), Path("artifacts/attack/recovery.csv")
 
 
 def main() -> None:
@@ -24,10 +25,12 @@ def main() -> None:
         for name, column in (("prior", "prior"), ("scores", "score"), ("kinds", "kind"))
     }
     histories = {file.stem: read_csv(file) for file in sorted((PLOTS / "loss").glob("*.csv"))}
-    sweep, compared = (
-        read_csv(STUDIES / name) if (STUDIES / name).exists() else [] for name in ("sweep.csv", "compare.csv")
+    sweep, compared, attacks = (
+        read_csv(STUDIES / f"{name}.csv") if (STUDIES / f"{name}.csv").exists() else []
+        for name in ("sweep", "compare", "attacks")
     )
-    parts = page.sections(metrics, layers, histories, sweep=sweep, compared=compared)
+    attack = (read_json(ATTACK), read_csv(RECOVERY)) if ATTACK.exists() and RECOVERY.exists() else None
+    parts = page.sections(metrics, layers, histories, sweep=sweep, compared=compared, attacks=attacks, attack=attack)
     settings = [{"parameter": name, "value": str(value)} for name, value in flat(params.model_dump()).items()]
     versions = [{"library": name, "version": version} for name, version in metrics["versions"].items()]
     parts.append(page.Section("Parameters and versions", tables=[page.table(settings), page.table(versions)]))

@@ -69,9 +69,9 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     """The picture: gap against recovery, in accuracy and in answer nll, one line a β along α."""
     points = [row | {"label": f"{row['alpha']:g}"} for row in rows]
     lines = {f"β = {beta}": [point for point in points if point["beta"] == beta] for beta in BETAS}
-    titles = {metric: f"{title}; the number beside a point is α" for metric, title in METRICS.items()}
+    panels = [pictures.gap_panel(metric, f"{title}; beside a point is α") for metric, title in METRICS.items()]
     with whole_file(path) as temporary:
-        pictures.save_png(pictures.frontier(lines, titles), temporary)
+        pictures.save_png(pictures.frontier(lines, panels), temporary)
 
 
 def main() -> None:

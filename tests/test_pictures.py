@@ -18,17 +18,19 @@ TASKS = {
     "piqa": GOOD | report.utility(GOOD),
     "text": perplexity([30.0, 20.0, 60.0, 40.0, 25.0]) | report.utility(perplexity([30.0, 20.0, 60.0, 40.0, 25.0])),
 }
-TITLES = {"acc": "accuracy", "answer_nll": "nats"}
+METRICS_DRAWN = ("acc", "answer_nll")
+PANELS = [pictures.gap_panel(metric, metric) for metric in METRICS_DRAWN]
 
 
 def point(label, recovery, gap):
     return {
         "label": label,
-        **{f"{name} {m}": v for name, v in (("recovery", recovery), ("gap", gap)) for m in TITLES},
-        **{f"gap {m} ±": 0.1 for m in TITLES},
+        **{f"{name} {m}": v for name, v in (("recovery", recovery), ("gap", gap)) for m in METRICS_DRAWN},
+        **{f"gap {m} ±": 0.1 for m in METRICS_DRAWN},
     }
 
 
+CURVE = [{"target": "package", "tokens": t, "perplexity": 100.0 - t, "recovered": t / 100} for t in (0, 10, 20)]
 LINES = {
     "β = 0": [point("0", 1.0, 0.0), point("0.5", 0.5, 0.4)],
     "β = 0.8": [point("0", 0.8, 0.2), point("1", None, 0.3)],
@@ -40,7 +42,8 @@ def drawn():
         "measurements.png": pictures.measurements(TASKS),
         "layers.png": pictures.layers(LAYERS),
         "curves.png": pictures.curves(HISTORIES),
-        "frontier.png": pictures.frontier(LINES, TITLES),
+        "frontier.png": pictures.frontier(LINES, PANELS),
+        "recovered.png": pictures.recovered({"package": CURVE}),
     }
 
 
@@ -69,7 +72,7 @@ def test_pictures_of_the_same_figures_are_the_same_bytes(tmp_path):
 
 
 def test_frontier_has_a_point_for_every_known_setting():
-    text = pictures.svg(pictures.frontier(LINES, TITLES))
+    text = pictures.svg(pictures.frontier(LINES, PANELS))
     ET.fromstring(text)
     assert {"0", "0.5", "β = 0", "β = 0.8"} <= set(re.findall(r">([^<>]+)</text>", text))
     assert len(re.findall(r">1</text>", text)) == 0  # its recovery is undefined
@@ -101,7 +104,16 @@ def written(tmp_path):
     compared = {f"{f} {m}{e}": 0.3 for f in ("recovery", "gap") for m in ("acc", "nll") for e in ("", " ±")}
     rows = [{"method": "uniform", **compared}, {"method": "scaleot", **compared, "recovery acc": ""}]
     sweep = [{"alpha": a, "beta": b, **point("", 0.5, a)} for a in (0.0, 0.5) for b in (0.0, 0.8)]
-    parts = page.sections(METRICS, LAYERS, HISTORIES, sweep=sweep, compared=rows)
+    attacks = [{**row, "lacking": 1.5, "lacking ±": ""} for row in sweep]
+    told = {"auc": 0.625, "auc_stderr": 0.01, "true_positives": 0.03}
+    attack = {
+        "recovery": {"package": {**CURVE[-1], "tasks": {"piqa": {"acc": 0.59}, "text": {"perplexity": 33.0}}}},
+        "weights": {"exact": 0.6125, "rank": 0.1, "none": 0.2875},
+        "membership": {"piqa": {"loss": told, "calibrated": told, "extracted": {"members": 0.1, "others": 0.05}}},
+    }
+    parts = page.sections(
+        METRICS, LAYERS, HISTORIES, sweep=sweep, compared=rows, attacks=attacks, attack=(attack, CURVE)
+    )
     page.write(tmp_path / "report.html", "ScaleOT on <b>piqa</b>", {"model": "<script>alert(1)</script>"}, parts)
     return tmp_path / "report.html"
 
@@ -109,12 +121,16 @@ def written(tmp_path):
 def test_page_has_every_part_and_needs_nothing_else(written):
     reader = Reader()
     reader.feed(written.read_text())
-    assert reader.tags.count("svg") == 5 and "script" not in reader.tags and "b" not in reader.tags
+    assert reader.tags.count("svg") == 7 and "script" not in reader.tags and "b" not in reader.tags
     assert not [address for address in reader.addresses if not address.startswith("#")]
     assert "http" not in re.sub(r"http://www\.w3\.org/[\w/.]*", "", written.read_text())
     for part in (
         "Methods",
         "The dial",
+        "The dial under attack",
+        "What an attacker makes of it",
+        "0.6125",
+        "0.625",
         "The five measurements",
         "Layers",
         "Losses",

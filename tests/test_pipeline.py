@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
-from conftest import write_project
+from conftest import ROOT, write_project
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -23,6 +23,7 @@ from scaleot_core.errors import UserError
 from scaleot_core.evaluation import evaluate
 from scaleot_core.files import read_jsonl
 from scaleot_core.models import load_model, load_tokenizer
+from scaleot_core.report import read_csv
 
 UPSTREAM = ["prepare_data", "layer_importance", "train_harmonizers", "zero_shot@piqa", "full_finetune@piqa"]
 DOWNSTREAM = ["compress", "offsite_tune@piqa", "evaluate"]  # what α decides
@@ -368,3 +369,22 @@ def test_two_clones_share_finished_stages_and_experiments(sweep: Sweep, tmp_path
     assert stages_that("ran", again) == ["evaluate"]  # metrics.json is in git, not in the cache
     assert set(stages_that("cached", again)) == {*DOWNSTREAM} - {"evaluate"}
     assert read_metrics(two)["emulator"] == read_metrics(sweep.at_changed)["emulator"]
+
+
+@pytest.mark.usefixtures("inside")
+def test_attacks_over_the_dial(sweep: Sweep) -> None:
+    """The pipeline and the attack in one experiment a setting; the last here, since it changes the repository."""
+    shutil.copytree(ROOT / "studies", sweep.folder / "studies", ignore=shutil.ignore_patterns("__pycache__"))
+    settings = yaml.safe_load((sweep.folder / "studies/attacks.yaml").read_text())
+    small = {"tasks": ["piqa"], "attack.steps": 4, "attack.points": 1, "attack.records": 10}
+    settings |= {"alphas": [0.5], "betas": [0.8], "seeds": [0, 1], "changes": settings["changes"] | small}
+    (sweep.folder / "studies/attacks.yaml").write_text(yaml.safe_dump(settings))
+    for command in (("add", "studies"), ("commit", "--quiet", "--message", "studies")):
+        subprocess.run(["git", *command], check=True)
+    done = subprocess.run([sys.executable, "studies/attacks.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = read_csv(sweep.folder / "docs/studies/attacks.csv")
+    assert (row["alpha"], row["beta"]) == (0.5, 0.8)
+    assert all(isinstance(row[name], float) for name in ("lacking", "lacking ±", "gap acc", "membership AUC"))
+    assert 0 < row["bytes exact"] < 1 and row["bytes exact ±"] == 0
+    assert (sweep.folder / "docs/studies/attacks.png").stat().st_size > 10_000

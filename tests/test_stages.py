@@ -412,6 +412,11 @@ def test_attack_tells_recovery_weights_and_membership(project: Path) -> None:
     again = files(project / "artifacts")
     assert json.loads((project / "attack.json").read_text()) == told
     assert {name for name in again if again[name] != after[name]} <= {"attack.cost.json"}
+    change(project, attack={"beside": ["uniform"]})
+    succeed(project, "attack")
+    assert json.loads((project / "attack.json").read_text())["recovery"] == {
+        name: told["recovery"][name] for name in ("package", "uniform")
+    }
 
 
 @pytest.mark.parametrize("arguments", [[], ["other"], ["piqa", "piqa"]], ids=["none", "unknown", "two"])

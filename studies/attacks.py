@@ -1,0 +1,101 @@
+"""Attacks: what each α and β gives in utility, and what the recovery attack leaves of its privacy; the second frontier.
+
+Every setting is a DVC experiment that runs the pipeline and the stage `attack`, through DVC's queue as in the sweep.
+What is there already, of this commit, is not run again. `make attacks` runs it.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.table import Table
+
+from scaleot_core import page, pictures
+from scaleot_core.ending import ends_in_one_line
+from scaleot_core.experiments import experiment_name, read_metrics, run_all
+from scaleot_core.files import whole_file
+from scaleot_core.progress import console
+from scaleot_core.report import over_seeds, write_csv
+
+SETTINGS, OUT = Path(__file__).with_suffix(".yaml"), Path("docs/studies")
+TARGETS = ("dvc.yaml", "studies/dvc.yaml:attack")
+
+
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """Their mean, None where one is undefined."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if len(known) == len(values) else None
+
+
+def figures(metrics: Mapping[str, Any], attack: Mapping[str, Any]) -> dict[str, float | None]:
+    """Utility and privacy of one run, the mean over tasks, and what the attacker has in the end.
+
+    `lacking` is the log-perplexity (nats) that the attacker's model still lacks to the real one; `won back` the share
+    of the distance at the start that was made good, in log-perplexity and in answer nll.
+    """
+    measured, end = metrics["tasks"], attack["recovery"]["package"]
+
+    def mean(name: str, metric: str) -> float | None:
+        return mean_of([each[name][metric] for each in measured.values()])
+
+    back: list[float | None] = []
+    for task, each in measured.items():
+        start, whole = (each[name]["answer_nll"] for name in ("emulator_zero_shot", "zero_shot"))
+        back.append((start - end["tasks"][task]["answer_nll"]) / (start - whole) if start > whole else None)
+    return {
+        "recovery acc": mean("recovery", "acc"),
+        "recovery answer_nll": mean("recovery", "answer_nll"),
+        "gap acc": mean("gap", "acc"),
+        "gap answer_nll": mean("gap", "answer_nll"),
+        "lacking": math.log(end["perplexity"] / metrics["corpus_perplexity"]["model"]),
+        "won back": end["recovered"],
+        "won back answer_nll": mean_of(back),
+        "attacker acc": statistics.fmean(row["acc"] for row in end["tasks"].values()),
+        "model acc": mean("zero_shot", "acc"),
+        "bytes exact": attack["weights"]["exact"],
+        "membership AUC": statistics.fmean(told["calibrated"]["auc"] for told in attack["membership"].values()),
+    }
+
+
+def main() -> None:
+    swept = yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
+    grid = [(alpha, beta) for alpha in swept["alphas"] for beta in swept["betas"]]
+    wanted: dict[tuple[float, float, int], dict[str, Any]] = {
+        (alpha, beta, seed): {
+            **swept["changes"],
+            "alpha": alpha,
+            "beta": swept["betas"][0] if alpha == 1 else beta,  # with α = 1 no layer is left for β
+            "seed": seed,
+        }
+        for seed in swept["seeds"]
+        for alpha, beta in grid
+    }
+    names = {
+        key: experiment_name("attacks alpha", changes["alpha"], "beta", changes["beta"], "seed", changes["seed"])
+        for key, changes in wanted.items()
+    }
+    found = run_all({names[key]: changes for key, changes in wanted.items()}, "attacks", TARGETS)
+    rows = []
+    for alpha, beta in grid:
+        runs = [found[names[alpha, beta, seed]] for seed in swept["seeds"]]
+        seen = [figures(read_metrics(run), read_metrics(run, "attack.json")) for run in runs]
+        row: dict[str, Any] = {"alpha": alpha, "beta": beta}
+        for name in seen[0]:
+            row[name], row[f"{name} ±"] = over_seeds([each[name] for each in seen]) or (None, None)
+        rows.append(row)
+    write_csv(OUT / "attacks.csv", list(rows[0]), (list(row.values()) for row in rows))
+    panels = [pictures.LACKING, pictures.gap_panel("answer_nll", "the paper's gap, in answer nll; beside a point is α")]
+    with whole_file(OUT / "attacks.png") as temporary:
+        pictures.save_png(pictures.frontier(page.by_beta(rows), panels), temporary)
+    shown = [name for name in rows[0] if not name.endswith("±")]
+    table = Table(*shown, title=f"the dial under attack: {len(swept['seeds'])} seeds")
+    for row in rows:
+        table.add_row(*("–" if row[name] is None else f"{row[name]:.3g}" for name in shown))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    ends_in_one_line(main)
