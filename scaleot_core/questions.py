@@ -11,6 +11,7 @@ import torch
 from scaleot_core import embedded
 from scaleot_core.errors import UserError, one_line
 from scaleot_core.files import read_jsonl
+from scaleot_core.progress import say
 from scaleot_core.runtime import generator
 from scaleot_core.tasks import evaluated_split, task_config
 
@@ -135,6 +136,14 @@ def _reachable(path: str) -> Iterator[None]:
         raise UserError(f"{path} can't be loaded from the hub ({one_line(error)})") from error
 
 
+def _filled(task: str, rows: list[Row]) -> list[Row]:
+    """The rows without those that have nothing in them, such as a page of WikiText's validation split on the hub."""
+    filled = [row for row in rows if any(str(value).strip() for value in row.values())]
+    if len(filled) < len(rows):
+        say(f"task {task}: {len(rows) - len(filled)} of {len(rows)} rows are empty and left out", style="yellow")
+    return filled
+
+
 def load(
     source: str, task: str, *, wheel: Path | None, train: int, evaluate: int, seed: int
 ) -> tuple[list[Row], list[Row]]:
@@ -149,7 +158,8 @@ def load(
             parts = split(embedded.questions(wheel, task), train=train, evaluate=evaluate, seed=seed)
         else:
             given = hub(task) if source == "hub" else local(Path(source), task)
-            parts = cut(*given, train=train, evaluate=evaluate, seed=seed)
+            filled = [_filled(task, rows) for rows in given]
+            parts = cut(*filled, train=train, evaluate=evaluate, seed=seed)
     except UserError as error:
         raise UserError(f"task {task}: {error}") from error
     for name, rows in zip(("training", "evaluation"), parts, strict=True):

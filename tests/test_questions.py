@@ -87,6 +87,14 @@ def test_folder(tmp_path: Path) -> None:
     assert goals(evaluation) == goals(rows(10, start=30))
 
 
+def test_empty_rows_are_told_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pages = [{"page": ""}, {"page": "one"}, {"page": " \n"}, {"page": "two"}]
+    folder = write_folder(tmp_path, "wikitext", train=[{"page": "three"}], validation=pages)
+    _, kept = questions.load(str(folder), "wikitext", wheel=None, train=9, evaluate=9, seed=0)
+    assert sorted(row["page"] for row in kept) == ["one", "two"]
+    assert "task wikitext: 2 of 4 rows are empty and left out" in "".join(capsys.readouterr())
+
+
 def test_folder_with_a_test_split_alone(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, "piqa", train=rows(30), test=rows(10, start=30))
     assert len(questions.load(str(folder), "piqa", wheel=None, train=20, evaluate=50, seed=0)[1]) == 10
