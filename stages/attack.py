@@ -4,22 +4,19 @@ Reads everything, as only a study can. Each finished attack is kept until the st
 """
 
 import shutil
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from scaleot_core import adapter, emulator, examples, handover, package
 from scaleot_core.attacks import exposure, membership, recovery
+from scaleot_core.attacks.targets import Target, targets
 from scaleot_core.ending import ends_in_one_line
 from scaleot_core.evaluation import evaluate
 from scaleot_core.files import fingerprint, once, read_jsonl, read_tensors, whole_folder, write_json
-from scaleot_core.methods import METHODS, Owner
+from scaleot_core.methods import Owner
 from scaleot_core.models import load_model, load_tokenizer, mean_loss
-from scaleot_core.params import changed, load_params
-from scaleot_core.plan import Plan
+from scaleot_core.params import load_params
 from scaleot_core.report import write_csv
 from scaleot_core.runtime import cost, setup
 from scaleot_core.training import Checkpoint, scratch
@@ -41,36 +38,19 @@ def main() -> None:
         for task in params.tasks
     }
     tokenizer = load_tokenizer(MODEL)
+    batch, size = params.evaluate.batch_size, params.data.block_size
+    owner = Owner(MODEL, runtime, blocks, params, ARTIFACTS / "harmonizers", checkpoint.folder, checkpoint)
 
-    def shipped_model(change: Callable[[PreTrainedModel, Plan], None] | None = None) -> PreTrainedModel:
-        loaded, plan = package.load(PACKAGE, device=runtime.device)
-        if change:
-            change(loaded, plan)
-        return loaded
-
-    def by_uniform() -> PreTrainedModel:
-        uniform = changed(params, {"method": "uniform"})
-        owner = Owner(MODEL, runtime, blocks, uniform, ARTIFACTS / "harmonizers", checkpoint.folder, checkpoint)
-        made = METHODS["uniform"](owner)
-        return package.assemble(owner.config, made.plan, made.tensors, device=runtime.device)
-
-    def attacked(name: str, target: Callable[[], PreTrainedModel]) -> dict[str, Any]:
+    def attacked(name: str, target: Target) -> dict[str, Any]:
         victim, own, label = target(), checkpoint.within(name), f"attack {name}"
         curve = recovery.recover(victim, blocks, heldout, params.attack, seed=params.seed, label=label, checkpoint=own)
         questions = {task: asked for task, (_, asked) in rows.items()}
         return {"curve": curve, "tasks": evaluate(victim, tokenizer, questions, batch_size=batch, label=label)}
 
-    batch, size = params.evaluate.batch_size, params.data.block_size
-    others: dict[str, Callable[[], PreTrainedModel]] = {
-        "widened": partial(shipped_model, recovery.widen),
-        "without_weights": partial(shipped_model, partial(recovery.forget, seed=params.seed)),
-        "uniform": by_uniform,
-    }
-    targets = {"package": shipped_model} | {name: others[name] for name in params.attack.beside}
     with cost(ARTIFACTS / "attack.cost.json", runtime):
         found = {
             name: once(checkpoint.folder / f"{name}.json", partial(attacked, name, target))
-            for name, target in targets.items()
+            for name, target in targets(PACKAGE, owner).items()
         }
         model = load_model(MODEL, device=runtime.device, dtype=runtime.dtype)
         shipped, plan = package.load(PACKAGE, device=runtime.device)

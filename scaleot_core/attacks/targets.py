@@ -1,0 +1,43 @@
+"""What is attacked: the package as it is, and, beside it, what it is compared with."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from scaleot_core import package
+from scaleot_core.attacks.recovery import forget, widen
+from scaleot_core.methods import METHODS, Owner
+from scaleot_core.params import changed
+from scaleot_core.plan import Plan
+
+Target = Callable[[], PreTrainedModel]
+
+
+def targets(folder: Path, owner: Owner) -> dict[str, Target]:
+    """The package in a folder and what `attack.beside` names, by name, each to be loaded when its turn comes.
+
+    `widened` is the package with what it can hold, `without_weights` the same shapes with all but the adapter layers
+    drawn anew, and `uniform` another method's emulator of equal bytes, by the same owner.
+    """
+    params, device = owner.params, owner.runtime.device
+
+    def shipped(change: Callable[[PreTrainedModel, Plan], None] | None = None) -> PreTrainedModel:
+        model, plan = package.load(folder, device=device)
+        if change:
+            change(model, plan)
+        return model
+
+    def uniform() -> PreTrainedModel:
+        other = replace(owner, params=changed(params, {"method": "uniform"}))
+        made = METHODS["uniform"](other)
+        return package.assemble(other.config, made.plan, made.tensors, device=device)
+
+    beside: dict[str, Target] = {
+        "widened": partial(shipped, widen),
+        "without_weights": partial(shipped, partial(forget, seed=params.seed)),
+        "uniform": uniform,
+    }
+    return {"package": shipped} | {name: beside[name] for name in params.attack.beside}
