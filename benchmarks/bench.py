@@ -197,7 +197,7 @@ def compress(params: Params, device: torch.device) -> list[Row]:
     rows = []
     for layers in (2, 4):
         command = [sys.executable, str(Path(__file__).with_name("wide.py")), str(layers)]
-        found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
         parts = ", ".join(f"{name} {found[name]:.1f} s" for name in ("reading", "decomposing", "writing"))
         peak, layer = found["peak_mib"], found["layer_mib"]
         rows.append(

@@ -8,7 +8,7 @@ import json
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, OPTConfig
 
 from scaleot_core import decomposition, package
+from scaleot_core.ending import ends_in_one_line
+from scaleot_core.errors import UserError
 from scaleot_core.files import TensorWriter, write_json, write_tensors
 from scaleot_core.harmonizer import Harmonizer
 from scaleot_core.methods import METHODS, Owner
@@ -25,18 +27,18 @@ from scaleot_core.models import load_tokenizer
 from scaleot_core.params import changed, load_params
 from scaleot_core.runtime import Runtime
 from scaleot_core.streaming import StreamedModel
-from scaleot_core.training import Checkpoint
+from scaleot_core.training import Checkpoint, scratch
 
 WIDTH, BLOCKS = 4096, 8
 
 
-def timed(times: Counter[str], name: str, action: Callable[..., Any]) -> Callable[..., Any]:
+def timed(times: dict[str, float], name: str, action: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any) -> Any:
         start = time.perf_counter()
         try:
             return action(*args)
         finally:
-            times[name] += time.perf_counter() - start  # type: ignore[assignment]
+            times[name] += time.perf_counter() - start
 
     return wrapped
 
@@ -75,15 +77,29 @@ def memory(name: str) -> float:
 
 
 def main() -> None:
+    if len(sys.argv) != 2 or not sys.argv[1].isdigit():
+        raise UserError(f"say how many layers: python {sys.argv[0]} 4")
     layers = int(sys.argv[1])
     torch.manual_seed(0)
-    small = {"adapter_layers": 1, "alpha": 0.0, "beta": 0.8, "harmonizer.rank": 256, "src.calibration_blocks": BLOCKS}
-    params, times = changed(load_params(), small), Counter[str]()
+    small = {
+        "method": "scaleot",
+        "budget": 0.0,
+        "adapter_layers": 1,
+        "alpha": 0.0,
+        "beta": 0.8,
+        "rank_semantics": "removed",
+        "harmonizer.rank": 256,
+        "src.whiten": True,
+        "src.calibration_blocks": BLOCKS,
+        "dlr.after_src": 0,
+    }
+    params, times = changed(load_params(), small), defaultdict[str, float](float)
     decomposition.decompose = timed(times, "decomposing", decomposition.decompose)
     StreamedModel.read = timed(times, "reading", StreamedModel.read)  # type: ignore[method-assign]
     TensorWriter.write = timed(times, "writing", TensorWriter.write)  # type: ignore[method-assign]
+    scratch("").mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(Path("artifacts/model"))
-    with tempfile.TemporaryDirectory(dir=".") as name:
+    with tempfile.TemporaryDirectory(dir=scratch("")) as name:
         folder = Path(name)
         layer = write_model(folder, layers, rank=256)
         blocks = torch.randint(0, 50000, (BLOCKS, 256), dtype=torch.int32)
@@ -100,4 +116,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    ends_in_one_line(main)

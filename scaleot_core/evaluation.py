@@ -67,7 +67,7 @@ def evaluate(
     Per task: lm-eval's own metrics, such as `acc`, `exact_match` or `word_perplexity`, each with its `_stderr`;
     `answer_nll`, the mean negative log-likelihood (nats) of the right answer (the likeliest, where several are right),
     summed over its tokens, or, of texts that are scored as a whole, `token_perplexity`; the number of `questions`; the
-    task's `version`. `tasks.metrics` lists them.
+    task's `version`. `tasks.metrics` lists them. Of several processes the first alone gets figures.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager

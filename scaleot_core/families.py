@@ -83,13 +83,6 @@ def projection_name(config: PretrainedConfig, layer: int, name: str) -> str:
     return f"{family(config).layers}.{layer}.{family(config).attention}.{name}"
 
 
-def projections(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Every attention projection of the decoder layers, by its name in the model."""
-    layers, names = range(len(decoder_layers(model))), family(model.config).projections
-    paths = [projection_name(model.config, i, name) for i in layers for name in names]
-    return {path: model.get_submodule(path) for path in paths}
-
-
 def attention(config: PretrainedConfig, layer: nn.Module) -> nn.Module:
     """The attention of one decoder layer."""
     return layer.get_submodule(family(config).attention)

@@ -14,12 +14,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 
 from scaleot_core.errors import UserError, one_line
 from scaleot_core.parallel import is_first, whole
 
-SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+}
 
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Names of tensors with their shapes and dtypes."""
@@ -127,16 +133,22 @@ def parse_jsonl(name: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors as one safetensors file, in sorted order so that equal tensors give equal bytes."""
-    ready = {name: whole(tensors[name].detach()).cpu().contiguous() for name in sorted(tensors)}
+    """Write tensors as one safetensors file, in sorted order so that equal tensors give equal bytes.
+
+    Split ones are put together one at a time; all processes must take part, and the first writes.
+    """
     with whole_file(path) as temporary:
-        temporary.write_bytes(serialize(ready))
+        writer = TensorWriter(temporary, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()})
+        for name in sorted(tensors):
+            tensor = whole(tensors[name].detach())
+            if is_first():
+                writer.write(name, tensor)
 
 
 class TensorWriter:
     """A safetensors file that is written tensor by tensor, in any order; names, shapes and dtypes are known before.
 
-    Its bytes are those that `write_tensors` would write, and no more than a tensor at a time is in memory.
+    The same tensors give the same bytes in whatever order they come, and one at a time is in memory.
     """
 
     def __init__(self, path: Path, expected: Shapes) -> None:

@@ -44,13 +44,13 @@ def read_scores(path: Path, layers: int) -> list[float]:
     return scores
 
 
-def restore(harmonizers: nn.Module, path: Path, prefix: str = "") -> None:
-    """Load fitted harmonizers, or with the prefix `3.` layer 3's alone, into a module of their dtype or another.
+def restore(module: nn.Module, path: Path, prefix: str = "") -> None:
+    """Load fitted harmonizers, or with the prefix `3.` layer 3's alone, into a module of any dtype.
 
     UserError names the first tensor that another model or rank would have.
     """
     tensors = read_tensors(path, prefix)
-    expected = {f"{prefix}{name}": tensor for name, tensor in harmonizers.state_dict().items()}
+    expected = {f"{prefix}{name}": tensor for name, tensor in module.state_dict().items()}
     for name in sorted(expected.keys() | tensors.keys()):
         here, there = expected.get(name), tensors.get(name)
         if here is None or there is None or here.shape != there.shape:
@@ -59,7 +59,7 @@ def restore(harmonizers: nn.Module, path: Path, prefix: str = "") -> None:
                 f"{path}: tensor {name!r} is {shapes[0]} there and {shapes[1]} in this model; "
                 "these harmonizers are another model's or of another rank: run layer_importance again"
             )
-    harmonizers.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+    module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
 
 
 class LocalFit:

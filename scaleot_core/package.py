@@ -103,10 +103,13 @@ def save(
     `config` is the model's, in the package's dtype. ValueError for a tensor that is missing or doesn't belong there.
     """
     path = family(config).layers
-    expected = _shapes(_empty(config, plan, buffers_too=True), plan)
-    files = {part: TensorWriter(folder / f"{part}.safetensors", tensors) for part, tensors in expected.items()}
+    expected = _expected(_empty(config, plan, buffers_too=True), plan)
+    files = {part: TensorWriter(folder / f"{part}.safetensors", those) for part, those in expected.items()}
     for name, tensor in tensors:
-        files[part_of(name, path, plan)].write(name, tensor)
+        part = part_of(name, path, plan)
+        if part not in files:
+            raise ValueError(f"tensor {name!r} is of a {part} layer, of which a package has none")
+        files[part].write(name, tensor)
     for file in files.values():
         file.check_whole()
     _save_tokenizer(folder, tokenizer)
@@ -173,7 +176,7 @@ def _empty(config: PretrainedConfig, plan: Plan, *, buffers_too: bool) -> PreTra
     return model
 
 
-def _shapes(model: PreTrainedModel, plan: Plan) -> dict[str, Shapes]:
+def _expected(model: PreTrainedModel, plan: Plan) -> dict[str, Shapes]:
     """What each file of a package has of an emulator: names, shapes and dtypes of its tensors."""
     path = family(model.config).layers
     found: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {}
@@ -184,7 +187,7 @@ def _shapes(model: PreTrainedModel, plan: Plan) -> dict[str, Shapes]:
 
 def plan_bytes(config: PretrainedConfig, plan: Plan) -> int:
     """Bytes of the tensors that a package of a model with this plan has."""
-    parts = _shapes(_empty(config, plan, buffers_too=True), plan).values()
+    parts = _expected(_empty(config, plan, buffers_too=True), plan).values()
     return sum(math.prod(shape) * dtype.itemsize for part in parts for shape, dtype in part.values())
 
 
@@ -220,7 +223,7 @@ def outline(folder: Path) -> tuple[PackageManifest, PreTrainedModel, dict[Path, 
     except Exception as error:  # whatever a manifest that makes no sense leads to
         raise UserError(f"{folder}/{MANIFEST}: it describes no model ({one_line(error)}); fetch it again") from error
     expected: dict[Path, Shapes] = {folder / name: {} for name in manifest.files if name.endswith(".safetensors")}
-    expected |= {folder / f"{part}.safetensors": tensors for part, tensors in _shapes(model, plan).items()}
+    expected |= {folder / f"{part}.safetensors": tensors for part, tensors in _expected(model, plan).items()}
     return manifest, model, expected
 
 

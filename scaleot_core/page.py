@@ -12,7 +12,6 @@ from scaleot_core.files import whole_file
 from scaleot_core.report import MEASUREMENTS
 
 Row = Mapping[str, Any]
-GAPS = [pictures.gap_panel("acc", "accuracy"), pictures.gap_panel("answer_nll", "answer nll (nats)")]
 
 
 @dataclass(frozen=True)
@@ -52,17 +51,13 @@ def _measurements(tasks: Mapping[str, Any]) -> Section:
     return Section("The five measurements", text, pictures.svg(pictures.measurements(tasks)), tables)
 
 
-def _frontier(title: str, text: str, lines: Mapping[str, Sequence[Row]]) -> Section:
-    return Section(title, text, pictures.svg(pictures.frontier(lines, GAPS)))
-
-
-def by_beta(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
-    """Lines of a frontier: the settings of one β along α, which stands beside each point."""
-    betas = sorted({row["beta"] for row in rows})
-    return {
-        f"β = {beta:g}": [{**row, "label": f"{row['alpha']:g}"} for row in rows if row["beta"] == beta]
-        for beta in betas
-    }
+def _frontier(
+    title: str,
+    text: str,
+    lines: Mapping[str, Sequence[Row]],
+    panels: Sequence[pictures.Panel] = (*pictures.GAPS.values(),),
+) -> Section:
+    return Section(title, text, pictures.svg(pictures.frontier(lines, panels)))
 
 
 def _attack(found: Mapping[str, Any], curves: Sequence[Row], tasks: Mapping[str, Any]) -> Section:
@@ -122,11 +117,11 @@ def sections(
         found.append(_frontier("Methods", text, lines))
     if sweep:
         text = "ScaleOT over α, the number beside a point, and β. Up and to the right is better."
-        found.append(_frontier("The dial", text, by_beta(sweep)))
+        found.append(_frontier("The dial", text, pictures.by_beta(sweep)))
     if attacks:
         text = "ScaleOT over α, the number beside a point, and β: what is kept from an attacker, and the paper's gap."
-        figure = pictures.frontier(by_beta(attacks), [pictures.LACKING, GAPS[1]])
-        found.append(Section("The dial under attack", text, pictures.svg(figure), [table(attacks)]))
+        panels = [pictures.LACKING, pictures.GAPS["answer_nll"]]
+        found.append(_frontier("The dial under attack", text, pictures.by_beta(attacks), panels))
     found.append(_measurements(metrics["tasks"]))
     kinds = list(zip(*(layers[name] for name in ("prior", "scores", "kinds")), strict=True))
     rows = [{"layer": i, "prior": p, "score": s, "became": kind} for i, (p, s, kind) in enumerate(kinds)]
@@ -150,7 +145,7 @@ def sections(
 def _renamed(row: Row) -> dict[str, Any]:
     """A row of the comparison under the sweep's names of its metrics."""
     return {
-        f"{figure} {metric}{error}": row[f"{figure} {short}{error}"] if row[f"{figure} {short}{error}"] != "" else None
+        f"{figure} {metric}{error}": row[f"{figure} {short}{error}"]
         for figure in ("recovery", "gap")
         for metric, short in (("acc", "acc"), ("answer_nll", "nll"))
         for error in ("", " ±")

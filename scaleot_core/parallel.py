@@ -4,14 +4,15 @@ All hold the model and draw the same batches; gradients are summed before each u
 weights, and those of one process alone within float error. The first process writes; what the others would write is
 dropped. Started plainly, one process is all there is and nothing here costs anything.
 
-With `accelerate launch --use_fsdp` each process holds but its part of every decoder layer (FSDP2), so that a model may
-be larger than one device; then all must take part in every pass.
+With `accelerate launch --use_fsdp` each process holds but its part of every decoder layer while it trains (FSDP2), so
+that weights, gradients and moments may be more than one device has; then all must take part in every pass.
 """
 
 import json
 import os
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -50,14 +51,25 @@ def split(layers: Iterable[nn.Module]) -> None:
     """Leave of each layer this process's part, where layers are split; their gradients are summed over processes."""
     if not splits():
         return
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(_place(), (size(),))
     for layer in layers:
-        sharded = fully_shard(layer, mesh=mesh)
+        # each layer stands alone, so that FSDP would take it for a root, whose weights stay put together
+        sharded = fully_shard(
+            layer,
+            mesh=_mesh(),
+            reshard_after_forward=True,
+            mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
+        )
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
+
+
+@cache
+def _mesh() -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(_place(), (size(),))
 
 
 def is_split(tensor: Tensor) -> bool:

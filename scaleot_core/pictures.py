@@ -115,12 +115,25 @@ def gap_panel(metric: str, title: str) -> Panel:
     return Panel(f"recovery {metric}", f"gap {metric}", title, "gap: plug-in minus tuned emulator")
 
 
+GAPS = {
+    "acc": gap_panel("acc", "accuracy"),
+    "answer_nll": gap_panel("answer_nll", "answer nll (nats)"),
+}
 LACKING = Panel(
     "recovery answer_nll",
     "lacking",
     "after the recovery attack",
     "log-perplexity that the attacker still lacks (nats)",
 )
+
+
+def by_beta(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
+    """Lines of a frontier: the settings of one β along α, which stands beside each point."""
+    betas = sorted({row["beta"] for row in rows})
+    return {
+        f"β = {beta:g}, over α": [{**row, "label": f"{row['alpha']:g}"} for row in rows if row["beta"] == beta]
+        for beta in betas
+    }
 
 
 def frontier(lines: Mapping[str, Sequence[Row]], panels: Sequence[Panel]) -> Figure:

@@ -38,12 +38,18 @@ def utility(measured: Measured) -> dict[str, dict[str, float | None]]:
     return found
 
 
+def mean(values: Sequence[float | None]) -> float | None:
+    """Their mean, None where there is none or one is undefined, as a recovery may be."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known and len(known) == len(values) else None
+
+
 def over_seeds(values: Sequence[float | None]) -> tuple[float, float | None] | None:
     """Mean and, of several, its standard error; None where a seed has no figure, as an undefined recovery."""
-    known = [value for value in values if value is not None]
-    if not known or len(known) < len(values):
+    known, middle = [value for value in values if value is not None], mean(values)
+    if middle is None:
         return None
-    return statistics.fmean(known), statistics.stdev(known) / len(known) ** 0.5 if len(known) > 1 else None
+    return middle, statistics.stdev(known) / len(known) ** 0.5 if len(known) > 1 else None
 
 
 def judged_by(measured: Measured) -> list[str]:

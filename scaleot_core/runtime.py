@@ -62,7 +62,7 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Have glibc give every freed block of a MiB and more back at once, so that none pile up; the other's opposite."""
+    """Have glibc give every freed block of a MiB and more back at once, so that none pile up."""
     _mallopt(M_MMAP_THRESHOLD, 2**20)
 
 

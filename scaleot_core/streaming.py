@@ -93,7 +93,7 @@ class StreamedModel:
         layer, prefix = self._layers[index], f"{self.path}.{index}."
         return layer, prefix, [f"{prefix}{name}" for name in layer.state_dict()]
 
-    def whole(self) -> PreTrainedModel:
+    def load(self) -> PreTrainedModel:
         """The model with its weights; of layers that are split, this process's part: one at a time is there whole."""
         self._fill(self.model, "", self.outside)
         self.model.tie_weights()
@@ -108,8 +108,10 @@ class StreamedModel:
 
         Memory: embeddings and twice the N · T · D numbers of the hidden states, beside a layer.
         """
+        last = len(self._layers) - 1
         passing = {
-            i: Passing(partial(self.layer, i), partial(around, i), batch_blocks) for i in range(len(self._layers))
+            i: Passing(partial(self.layer, i), partial(around, i), batch_blocks, last=i == last)
+            for i in range(len(self._layers))
         }
         stack = f"{self.model.base_model_prefix}."
         with (
@@ -123,18 +125,20 @@ def load_split(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Pre
     """`load_model`; where processes split the layers, without the whole model in any one's memory."""
     if not parallel.splits():
         return load_model(folder, device=device, dtype=dtype)
-    return StreamedModel(folder, read_config(folder), device=device, dtype=dtype).whole()
+    return StreamedModel(folder, read_config(folder), device=device, dtype=dtype).load()
 
 
 class Passing(nn.Module):
     """In the place of a decoder layer: the layer, there only while hidden states pass through it in parts."""
 
-    def __init__(self, layer: Opening, around: Callable[[nn.Module], AbstractContextManager[object]], rows: int):
+    def __init__(
+        self, layer: Opening, around: Callable[[nn.Module], AbstractContextManager[object]], rows: int, *, last: bool
+    ) -> None:
         super().__init__()
-        self.layer, self.around, self.rows = layer, around, rows
+        self.layer, self.around, self.rows, self.last = layer, around, rows, last
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
+        """(B, T, D) to (B, T, D); of the last layer nobody needs more than one sequence."""
         count = len(hidden_states)
 
         def part(value: Any, at: slice) -> Any:
@@ -146,4 +150,4 @@ class Passing(nn.Module):
                 at = slice(start, start + self.rows)
                 named = {name: part(value, at) for name, value in kwargs.items()}
                 out[at] = layer(hidden_states[at], *(part(value, at) for value in args), **named)
-        return out
+        return out[:1] if self.last else out

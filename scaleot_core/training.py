@@ -99,7 +99,9 @@ class Optimizer:
                 keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors]
                 for key in keys:
                     value = tensors[f"{key}/{name}"]
-                    self.adamw.state[master][key] = value if key == "step" else parallel.part_of(value, master)
+                    self.adamw.state[master][key] = (
+                        value.to(master.device) if key == "step" else parallel.part_of(value, master)
+                    )
 
 
 def warmup_then_linear(step: int, steps: int, warmup: float) -> float:

@@ -69,7 +69,10 @@ def main() -> None:
             write_json(out / "membership.json", members)
     ends = {row["target"]: {**row, "tasks": found[row["target"]]["tasks"]} for row in curves}  # the last row stays
     told = {task: {name: membership.told(figures) for name, figures in each.items()} for task, each in members.items()}
-    write_json(Path("attack.json"), {"recovery": ends, "weights": exposure.shares(weights), "membership": told})
+    write_json(
+        Path("attack.json"),
+        {"package": identity, "recovery": ends, "weights": exposure.shares(weights), "membership": told},
+    )
     shutil.rmtree(checkpoint.folder)
 
 

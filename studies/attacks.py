@@ -5,29 +5,22 @@ What is there already, of this commit, is not run again. `make attacks` runs it.
 """
 
 import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.table import Table
 
-from scaleot_core import page, pictures
+from scaleot_core import pictures
 from scaleot_core.ending import ends_in_one_line
 from scaleot_core.experiments import experiment_name, read_metrics, run_all
 from scaleot_core.files import whole_file
 from scaleot_core.progress import console
-from scaleot_core.report import over_seeds, write_csv
+from scaleot_core.report import mean, over_seeds, write_csv
 
 SETTINGS, OUT = Path(__file__).with_suffix(".yaml"), Path("docs/studies")
 TARGETS = ("dvc.yaml", "studies/dvc.yaml:attack")
-
-
-def mean_of(values: Sequence[float | None]) -> float | None:
-    """Their mean, None where one is undefined."""
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if len(known) == len(values) else None
 
 
 def figures(metrics: Mapping[str, Any], attack: Mapping[str, Any]) -> dict[str, float | None]:
@@ -38,25 +31,25 @@ def figures(metrics: Mapping[str, Any], attack: Mapping[str, Any]) -> dict[str, 
     """
     measured, end = metrics["tasks"], attack["recovery"]["package"]
 
-    def mean(name: str, metric: str) -> float | None:
-        return mean_of([each[name][metric] for each in measured.values()])
+    def over_tasks(name: str, metric: str) -> float | None:
+        return mean([each[name][metric] for each in measured.values()])
 
     back: list[float | None] = []
     for task, each in measured.items():
         start, whole = (each[name]["answer_nll"] for name in ("emulator_zero_shot", "zero_shot"))
         back.append((start - end["tasks"][task]["answer_nll"]) / (start - whole) if start > whole else None)
     return {
-        "recovery acc": mean("recovery", "acc"),
-        "recovery answer_nll": mean("recovery", "answer_nll"),
-        "gap acc": mean("gap", "acc"),
-        "gap answer_nll": mean("gap", "answer_nll"),
+        "recovery acc": over_tasks("recovery", "acc"),
+        "recovery answer_nll": over_tasks("recovery", "answer_nll"),
+        "gap acc": over_tasks("gap", "acc"),
+        "gap answer_nll": over_tasks("gap", "answer_nll"),
         "lacking": math.log(end["perplexity"] / metrics["corpus_perplexity"]["model"]),
         "won back": end["recovered"],
-        "won back answer_nll": mean_of(back),
-        "attacker acc": statistics.fmean(row["acc"] for row in end["tasks"].values()),
-        "model acc": mean("zero_shot", "acc"),
+        "won back answer_nll": mean(back),
+        "attacker acc": mean([row["acc"] for row in end["tasks"].values()]),
+        "model acc": over_tasks("zero_shot", "acc"),
         "bytes exact": attack["weights"]["exact"],
-        "membership AUC": statistics.fmean(told["calibrated"]["auc"] for told in attack["membership"].values()),
+        "membership AUC": mean([told["calibrated"]["auc"] for told in attack["membership"].values()]),
     }
 
 
@@ -87,9 +80,9 @@ def main() -> None:
             row[name], row[f"{name} ±"] = over_seeds([each[name] for each in seen]) or (None, None)
         rows.append(row)
     write_csv(OUT / "attacks.csv", list(rows[0]), (list(row.values()) for row in rows))
-    panels = [pictures.LACKING, pictures.gap_panel("answer_nll", "the paper's gap, in answer nll; beside a point is α")]
+    panels = [pictures.LACKING, pictures.GAPS["answer_nll"]]
     with whole_file(OUT / "attacks.png") as temporary:
-        pictures.save_png(pictures.frontier(page.by_beta(rows), panels), temporary)
+        pictures.save_png(pictures.frontier(pictures.by_beta(rows), panels), temporary)
     shown = [name for name in rows[0] if not name.endswith("±")]
     table = Table(*shown, title=f"the dial under attack: {len(swept['seeds'])} seeds")
     for row in rows:

@@ -6,7 +6,6 @@ this commit, are not run again, so that a stopped comparison goes on. `make comp
 `make compare SET="data.train_questions=4000"` runs it larger.
 """
 
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from scaleot_core.experiments import experiment_name, read_metrics, run, setting
 from scaleot_core.files import whole_file
 from scaleot_core.params import changed, load_params
 from scaleot_core.progress import console
-from scaleot_core.report import over_seeds, write_csv
+from scaleot_core.report import mean, over_seeds, write_csv
 
 SETTINGS = Path(__file__).with_suffix(".yaml")
 OUT, LOG = Path("docs/studies/compare.csv"), Path("docs/results.md")
@@ -37,11 +36,10 @@ Rows = dict[str, dict[str, Cell]]
 def over_tasks(*path: str) -> Figures:
     """The mean over tasks of a figure in metrics.json, None where a task has none."""
 
-    def mean(metrics: dict[str, Any], method: str) -> float | None:
-        values = [measured[path[0]][path[1]] for measured in metrics["tasks"].values()]
-        return None if None in values else statistics.fmean(values)
+    def figure(metrics: dict[str, Any], method: str) -> float | None:
+        return mean([measured[path[0]][path[1]] for measured in metrics["tasks"].values()])
 
-    return mean
+    return figure
 
 
 def prepared(figure: str, total: Callable[..., float] = sum) -> Figures:

@@ -7,14 +7,17 @@ from pathlib import Path
 
 from scaleot_core import page
 from scaleot_core.ending import ends_in_one_line
+from scaleot_core.errors import UserError
 from scaleot_core.experiments import flat
 from scaleot_core.files import read_json
+from scaleot_core.handover import identity
 from scaleot_core.params import load_params
 from scaleot_core.progress import say
 from scaleot_core.report import read_csv
 
 PLOTS, STUDIES, OUT = Path("plots"), Path("docs/studies"), Path("report.html")
 ATTACK, RECOVERY = Path("attack.json"), Path("artifacts/attack/recovery.csv")
+PACKAGE = Path("artifacts/emulator")
 
 
 def main() -> None:
@@ -30,6 +33,8 @@ def main() -> None:
         for name in ("sweep", "compare", "attacks")
     )
     attack = (read_json(ATTACK), read_csv(RECOVERY)) if ATTACK.exists() and RECOVERY.exists() else None
+    if attack and attack[0]["package"] != identity(PACKAGE):
+        raise UserError(f"{ATTACK}: it is of another package than {PACKAGE}; run `make attack` again, or delete it")
     parts = page.sections(metrics, layers, histories, sweep=sweep, compared=compared, attacks=attacks, attack=attack)
     settings = [{"parameter": name, "value": str(value)} for name, value in flat(params.model_dump()).items()]
     versions = [{"library": name, "version": version} for name, version in metrics["versions"].items()]

@@ -7,7 +7,6 @@ has it.
 
 import itertools
 import math
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,10 @@ from scaleot_core.experiments import Row, experiment_name, run_all
 from scaleot_core.files import whole_file
 from scaleot_core.params import load_params
 from scaleot_core.progress import console
-from scaleot_core.report import write_csv
+from scaleot_core.report import mean, write_csv
 
 ALPHAS, BETAS = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.5, 0.8, 0.95)
 OUT = Path("docs/studies")
-METRICS = {"acc": "accuracy", "answer_nll": "answer nll (nats)"}
 
 
 def setting(alpha: float, beta: float) -> dict[str, float]:
@@ -39,11 +37,11 @@ def name_of(changes: dict[str, float]) -> str:
 def figures(row: Row, tasks: list[str]) -> dict[str, float]:
     """Utility and privacy of one run, each the mean over tasks: plug-in, tuned emulator, gap, and recovery."""
     found: dict[str, float] = {}
-    for metric in METRICS:
+    for metric in pictures.GAPS:
         for name in ("plug_in", "emulator_finetune", "gap", "recovery"):
             values = [row[f"tasks.{task}.{name}.{metric}"] for task in tasks]
-            # recovery is undefined where full fine-tuning gained nothing
-            found[f"{name} {metric}"] = math.nan if None in values else statistics.fmean(values)
+            middle = mean(values)
+            found[f"{name} {metric}"] = math.nan if middle is None else middle
         errors = [
             sum(row[f"tasks.{task}.{name}.{metric}_stderr"] ** 2 for name in ("plug_in", "emulator_finetune"))
             for task in tasks
@@ -67,11 +65,9 @@ def turns(rows: list[dict[str, float]], dial: str, other: str) -> list[str]:
 
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     """The picture: gap against recovery, in accuracy and in answer nll, one line a β along α."""
-    points = [row | {"label": f"{row['alpha']:g}"} for row in rows]
-    lines = {f"β = {beta}": [point for point in points if point["beta"] == beta] for beta in BETAS}
-    panels = [pictures.gap_panel(metric, f"{title}; beside a point is α") for metric, title in METRICS.items()]
+    figure = pictures.frontier(pictures.by_beta(rows), list(pictures.GAPS.values()))
     with whole_file(path) as temporary:
-        pictures.save_png(pictures.frontier(lines, panels), temporary)
+        pictures.save_png(figure, temporary)
 
 
 def main() -> None:

@@ -3,10 +3,11 @@ from contextlib import ExitStack
 import pytest
 import torch
 from conftest import tiny_model
+from test_families import projections
 
 from scaleot_core import decomposition
 from scaleot_core.decomposition import cached, damped, decompose, input_covariances
-from scaleot_core.families import decoder_layers, projections
+from scaleot_core.families import decoder_layers
 from scaleot_core.models import run_stack
 
 SHAPES = [(32, 32), (16, 32), (32, 16)]

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from scaleot_core.decomposition import shapes
 from scaleot_core.emulator import layer_parameters, stand_in
 from scaleot_core.errors import UserError
-from scaleot_core.families import FAMILIES, attention, decoder_layers, family, projections
+from scaleot_core.families import FAMILIES, attention, decoder_layers, family, projection_name
 from scaleot_core.params import changed
 from scaleot_core.plan import Plan, choose_layers
 
@@ -74,10 +74,16 @@ def test_projections_are_all_matrices_of_the_attention_with_their_fused_counts(n
         assert found == SHAPES[name]
 
 
-def test_projections_are_listed_by_their_names_in_the_model(model):
+def projections(model):
+    """Every attention projection of the decoder layers, by its name in the model."""
+    layers, names = range(len(decoder_layers(model))), family(model.config).projections
+    paths = [projection_name(model.config, i, name) for i in layers for name in names]
+    return {path: model.get_submodule(path) for path in paths}
+
+
+def test_projections_have_their_names_in_the_model(model):
     listed = projections(model)
     assert len(listed) == 4 * len(family(model.config).projections)
-    assert all(model.get_submodule(path) is module for path, module in listed.items())
     blocks = [attention(model.config, layer) for layer in decoder_layers(model)]
     assert {id(m) for b in blocks for m in b.modules() if isinstance(m, nn.Linear | Conv1D)} == set(
         map(id, listed.values())

@@ -96,10 +96,16 @@ from scaleot_core.streaming import load_split
 parallel.join(cpu=True)
 where = dict(device=torch.device("cpu"), dtype=torch.float32)
 mine, whole = load_split(Path("artifacts/model"), **where), load_model(Path("artifacts/model"), **where)
-parts = {name: p.to_local() if parallel.is_split(p) else p for name, p in mine.named_parameters()}
-shares = {name: parts[name].numel() / p.numel() for name, p in whole.named_parameters()}
 blocks = torch.arange(64).view(2, 32)
 same = abs(mean_loss(mine, blocks) - mean_loss(whole, blocks)) < 1e-5
+parts = {name: p.to_local() if parallel.is_split(p) else p for name, p in mine.named_parameters()}
+shares = {name: parts[name].numel() / p.numel() for name, p in whole.named_parameters()}
+with torch.no_grad():  # a pass sees the weights as they are now
+    for model in (mine, whole):
+        for name, p in model.named_parameters():
+            if name.startswith("model.layers."):
+                p.mul_(1.5)
+same = same and abs(mean_loss(mine, blocks) - mean_loss(whole, blocks)) < 1e-5
 with open(f"seen-{parallel.is_first()}.json", "w") as out:
     json.dump({"shares": shares, "same": same}, out)
 """
@@ -114,6 +120,21 @@ def test_each_of_two_processes_holds_half_of_every_layer(alone: Path, tmp_path: 
         assert seen["same"]
         for name, share in seen["shares"].items():
             assert share == (0.5 if name.startswith("model.layers.") else 1), name
+
+
+def test_rates_and_patience_with_split_layers_are_those_of_one_process(alone: Path, tmp_path: Path) -> None:
+    one, two = (Path(shutil.copytree(alone, tmp_path / name)) for name in ("one", "two"))
+    output = Path(OUTPUTS["full_finetune"][0])
+    for folder in (one, two):
+        change(folder, full_finetune={"lr": [1e-2, 1e-4], "epochs": 3, "patience": 1, "validation": 0.3})
+        shutil.rmtree(folder / output)
+    succeed(one, "full_finetune")
+    launched(two, "stages/full_finetune.py", "piqa", **FSDP)
+    for file in ("tuning.json", "results.json"):
+        first, second = (json.loads((folder / output / file).read_text()) for folder in (one, two))
+        assert first.keys() == second.keys()
+        for name, value in first.items():
+            assert second[name] == pytest.approx(value, rel=1e-3, abs=1e-3), name
 
 
 def test_lora_inside_split_layers_is_that_of_one_process(alone: Path, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def covariances(owner: Owner, streamed: StreamedModel) -> Callable[[int], dict[s
     Made once for a model and its calibration blocks, and kept in files, one a layer.
     """
     blocks = owner.blocks[: owner.params.src.calibration_blocks]
-    key = fingerprint(owner.folder, str(owner.runtime.dtype), tensor_hash(blocks))
+    key = fingerprint(owner.folder, owner.runtime.device.type, str(owner.runtime.dtype), tensor_hash(blocks))
 
     def file(i: int) -> Path:
         return owner.scratch / f"inputs-{key}" / f"{i}.safetensors"
