@@ -154,7 +154,7 @@ class TensorWriter:
     def __init__(self, path: Path, expected: Shapes) -> None:
         header: dict[str, dict[str, Any]] = {}
         at = 0
-        for name in sorted(expected):
+        for name in sorted(expected, key=lambda n: (-expected[n][1].itemsize, n)):  # so that all are aligned
             shape, dtype = expected[name]
             end = at + math.prod(shape) * dtype.itemsize
             header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": shape, "data_offsets": [at, end]}

@@ -232,6 +232,17 @@ def test_tensors_written_one_by_one_give_the_same_bytes(tmp_path: Path, dtype: t
     assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
+def test_tensors_of_many_dtypes_are_aligned_and_come_back(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3), "b": torch.randn(2).double(), "c": torch.randn(5).half(), "d": torch.arange(3)}
+    write_tensors(tmp_path / "file", tensors)
+    read = read_tensors(tmp_path / "file")
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    size = int.from_bytes((tmp_path / "file").read_bytes()[:8], "little")
+    header = json.loads((tmp_path / "file").read_bytes()[8 : 8 + size])
+    assert size % 8 == 0
+    assert all(entry["data_offsets"][0] % tensors[name].itemsize == 0 for name, entry in header.items())
+
+
 def test_tensor_that_was_not_announced_is_refused(tmp_path: Path) -> None:
     writer = TensorWriter(tmp_path / "file", {"a": ((2,), torch.float32)})
     for name, tensor in (("b", torch.zeros(2)), ("a", torch.zeros(3)), ("a", torch.zeros(2).half())):
