@@ -97,9 +97,10 @@ def main() -> None:
     decomposition.decompose = timed(times, "decomposing", decomposition.decompose)
     StreamedModel.read = timed(times, "reading", StreamedModel.read)  # type: ignore[method-assign]
     TensorWriter.write = timed(times, "writing", TensorWriter.write)  # type: ignore[method-assign]
-    scratch("").mkdir(parents=True, exist_ok=True)
+    place = scratch("bench")
+    place.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(Path("artifacts/model"))
-    with tempfile.TemporaryDirectory(dir=scratch("")) as name:
+    with tempfile.TemporaryDirectory(dir=place) as name:
         folder = Path(name)
         layer = write_model(folder, layers, rank=256)
         blocks = torch.randint(0, 50000, (BLOCKS, 256), dtype=torch.int32)

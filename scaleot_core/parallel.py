@@ -82,7 +82,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_split(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
 
 
-def part_of(tensor: Tensor, like: Tensor) -> Tensor:
+def placed(tensor: Tensor, like: Tensor) -> Tensor:
     """Of a whole tensor what belongs beside `like`: this process's part where that is split."""
     if not is_split(like) or is_split(tensor):
         return tensor.to(like.device)
@@ -162,7 +162,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> None:
 def by_split(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Whole parameters and split ones, which can't be mixed in one update; those groups that there are."""
     parameters = list(parameters)
-    groups = [[p for p in parameters if is_split(p) == split] for split in (False, True)]
+    groups = [[p for p in parameters if is_split(p) == parts] for parts in (False, True)]
     return [group for group in groups if group]
 
 

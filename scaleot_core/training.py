@@ -94,13 +94,13 @@ class Optimizer:
         """Take `tensors()` back."""
         with torch.no_grad():
             for name, master in self.masters.items():
-                master.copy_(parallel.part_of(tensors[f"master/{name}"], master))
+                master.copy_(parallel.placed(tensors[f"master/{name}"], master))
                 self.parameters[name].copy_(master)
                 keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors]
                 for key in keys:
                     value = tensors[f"{key}/{name}"]
                     self.adamw.state[master][key] = (
-                        value.to(master.device) if key == "step" else parallel.part_of(value, master)
+                        value.to(master.device) if key == "step" else parallel.placed(value, master)
                     )
 
 

@@ -297,4 +297,4 @@ def _until_no_better(
 @torch.no_grad()
 def _put(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
     for name, parameter in parameters.items():
-        parameter.copy_(parallel.part_of(values[name], parameter))
+        parameter.copy_(parallel.placed(values[name], parameter))

@@ -132,7 +132,7 @@ def plan(owner: Owner) -> Plan:
 
 def make(owner: Owner) -> Made:
     """The emulator: components and channels go by their scores."""
-    model, settings, cut_down = owner.load(), owner.params.gradot, plan(owner)
+    cut_down, settings, model = plan(owner), owner.params.gradot, owner.load()
     config, names = model.config, family(model.config)
     prefix = {i: f"{names.layers}.{i}." for i in cut_down.cuts}
     maps = [projection_name(config, i, name) for i in cut_down.cuts for name in names.projections]

@@ -75,7 +75,8 @@ def layer_by_layer(owner: Owner, decided: Plan) -> Iterator[tuple[str, Tensor]]:
 def covariances(owner: Owner, streamed: StreamedModel) -> Callable[[int], dict[str, Tensor]]:
     """Each layer's input covariances on the corpus, by the names of its projections.
 
-    Made once for a model and its calibration blocks, and kept in files, one a layer.
+    Made once for a model and its calibration blocks, and kept in files, one a layer; what several projections share is
+    there once, under all of their names.
     """
     blocks = owner.blocks[: owner.params.src.calibration_blocks]
     key = fingerprint(owner.folder, owner.runtime.device.type, str(owner.runtime.dtype), tensor_hash(blocks))
