@@ -33,7 +33,13 @@ def lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: i
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
             windows = sum(math.ceil(len(self.tok_encode(r.args[0])) / self.max_length) for r in requests)
-            return self._watched(super().loglikelihood_rolling, requests, math.ceil(windows / batch_size))
+            self.batch_size_per_gpu = (
+                1  # lm-eval pads texts to the longest in a batch, and the last may fill the context
+            )
+            try:
+                return self._watched(super().loglikelihood_rolling, requests, windows)
+            finally:
+                self.batch_size_per_gpu = batch_size
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
             return self._watched(super().generate_until, requests, math.ceil(len(requests) / batch_size))

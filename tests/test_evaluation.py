@@ -11,6 +11,7 @@ from test_tasks import CLOZE, GSM8K, WEBQS
 
 from scaleot_core.evaluation import evaluate
 from scaleot_core.examples import from_task
+from scaleot_core.models import hooked
 from scaleot_core.params import load_params
 from scaleot_core.tuning import train
 
@@ -130,8 +131,10 @@ PAGES = [{"page": f"page {i} says\n " + " ".join(str(k * i % 89) for k in range(
 
 
 def test_perplexities_of_texts_are_what_the_equations_give(tokenizer):
-    figures = evaluate(tiny_model("llama"), tokenizer, {"wikitext": PAGES}, batch_size=3, label="test")["wikitext"]
-    model, nll, tokens, words = tiny_model("llama"), [], [], []
+    model, nll, tokens, words, batches = tiny_model("llama"), [], [], [], []
+    with hooked(model.register_forward_hook(lambda m, args, out: batches.append(out.logits.shape[0]))):
+        figures = evaluate(model, tokenizer, {"wikitext": PAGES}, batch_size=3, label="test")["wikitext"]
+    assert set(batches) == {1}  # no window is padded to another's length
     for row in PAGES:
         ids = tokenizer(row["page"].replace("\n ", "\n"))["input_ids"]  # as lm-eval takes such a page apart
         total, before = 0.0, [tokenizer.eos_token_id]
