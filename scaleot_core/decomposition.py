@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from scaleot_core.families import attention, family, projection_name
+from scaleot_core.families import attention, family, feed_forward_name, projection_name
 from scaleot_core.files import fingerprint, read_tensors, tensor_hash, write_tensors
 from scaleot_core.models import hooked
 
@@ -58,11 +58,14 @@ def damped(covariance: Tensor) -> Tensor:
 
 
 @contextmanager
-def input_covariances(config: PretrainedConfig, index: int, layer: nn.Module) -> Iterator[dict[str, Tensor]]:
+def input_covariances(
+    config: PretrainedConfig, index: int, layer: nn.Module, *, channels: bool = False
+) -> Iterator[dict[str, Tensor]]:
     """Sum up, in the block, x · xᵀ (in, in) of what goes into a decoder layer's projections, over all tokens that pass.
 
     In float64, by the projection's name in the model: over the number of tokens they are the uncentred covariances.
-    Projections that read the same input share one tensor.
+    Projections that read the same input share one tensor. With `channels` that of the feed-forward channels is there
+    too, by the name of the matrix that takes them.
     """
     sums: dict[str, Tensor] = {}
     latest: list[object] = [None, ""]  # the last input, and the first projection that read it
@@ -80,11 +83,10 @@ def input_covariances(config: PretrainedConfig, index: int, layer: nn.Module) ->
         return hook
 
     block = attention(config, layer)
-    hooks = [
-        block.get_submodule(name).register_forward_pre_hook(accumulate(projection_name(config, index, name)))
-        for name in family(config).projections
-    ]
-    with hooked(*hooks):
+    read = {projection_name(config, index, name): block.get_submodule(name) for name in family(config).projections}
+    if channels:
+        read[feed_forward_name(config, index)] = layer.get_submodule(family(config).feed_forward_out)
+    with hooked(*(module.register_forward_pre_hook(accumulate(name)) for name, module in read.items())):
         yield sums
 
 

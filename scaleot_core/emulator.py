@@ -12,7 +12,7 @@ from scaleot_core.errors import UserError
 from scaleot_core.families import attention, decoder_layers, family
 from scaleot_core.harmonizer import Harmonizer
 from scaleot_core.plan import WHOLE, Kind, Plan
-from scaleot_core.rank_compression import channels_of, compress_layer, keep_channels, kept_ranks
+from scaleot_core.rank_compression import channels_of, compress_layer, keep_channels
 
 
 def stand_in(
@@ -32,10 +32,8 @@ def stand_in(
         elif kind == "removed":
             layers[i] = Removed()
         elif kind == "compressed":
-            cut = plan.cuts.get(i)
-            ranks = cut.ranks if cut else kept_ranks(model, i, beta=plan.beta, semantics=plan.rank_semantics)
-            compress_layer(model, i, ranks=ranks, decompose=decompose)
-            if cut:
+            compress_layer(model, i, ranks=plan.ranks(model, i), decompose=decompose)
+            if cut := plan.cuts.get(i):
                 if cut.channels > channels_of(model, i):
                     raise ValueError(f"layer {i} has {channels_of(model, i)} feed-forward channels, not {cut.channels}")
                 keep_channels(model, i, channels.get(i, torch.arange(cut.channels)))

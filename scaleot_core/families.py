@@ -83,6 +83,11 @@ def projection_name(config: PretrainedConfig, layer: int, name: str) -> str:
     return f"{family(config).layers}.{layer}.{family(config).attention}.{name}"
 
 
+def feed_forward_name(config: PretrainedConfig, layer: int) -> str:
+    """The name in the model of the matrix that takes one layer's feed-forward channels."""
+    return f"{family(config).layers}.{layer}.{family(config).feed_forward_out}"
+
+
 def attention(config: PretrainedConfig, layer: nn.Module) -> nn.Module:
     """The attention of one decoder layer."""
     return layer.get_submodule(family(config).attention)

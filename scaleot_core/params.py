@@ -84,6 +84,8 @@ class Src(_Block):
     """Truncate what projections give out on the corpus, as SVD-LLM does, or plain matrices, as the paper does."""
     calibration_blocks: Positive
     """Training blocks whose projection inputs are the covariance."""
+    channels: Share
+    """Share of the feed-forward channels that are cut, of every layer whose attention is; the paper cuts none."""
 
 
 class Dlr(_Block):

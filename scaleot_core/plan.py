@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from transformers import PreTrainedModel
 
 from scaleot_core.models import check_layers
 from scaleot_core.params import HarmonizerForm, Params, Positive
+from scaleot_core.rank_compression import channels_of, kept_rank, kept_ranks
 
 Kind = Literal["adapter", "harmonizer", "compressed", "removed", "shared"]
 WHOLE: tuple[Kind, ...] = ("adapter", "compressed", "shared")  # kinds that are still decoder layers
@@ -22,6 +24,7 @@ DECIDED_BY = {
     "rank_semantics",
     "harmonizer",
     "seed",
+    "src",
 }  # parameters that decide what the emulator is
 
 
@@ -63,6 +66,11 @@ class Plan:
         """Indices of the layers of one kind, ascending."""
         return [i for i, k in enumerate(self.kinds) if k == kind]
 
+    def ranks(self, model: PreTrainedModel, index: int) -> Mapping[str, Sequence[int]]:
+        """The ranks that one compressed layer's attention projections are cut to, by the projection's name."""
+        cut = self.cuts.get(index)
+        return cut.ranks if cut else kept_ranks(model, index, beta=self.beta, semantics=self.rank_semantics)
+
 
 def choose_layers(scores: Sequence[float], *, adapter_layers: int, alpha: float, placement: str) -> tuple[Kind, ...]:
     """Every layer's kind from its score: N_a adapter layers, then a share α of the others as harmonizers.
@@ -85,9 +93,19 @@ def choose_layers(scores: Sequence[float], *, adapter_layers: int, alpha: float,
     )
 
 
-def plan_for(params: Params, scores: Sequence[float]) -> Plan:
-    """What the parameters make of a model's layers, by their scores."""
+def plan_for(params: Params, scores: Sequence[float], model: PreTrainedModel) -> Plan:
+    """What the parameters make of a model's layers, by their scores. The model needs no weights."""
     kinds = choose_layers(
         scores, adapter_layers=params.adapter_layers, alpha=params.alpha, placement=params.adapter_placement
     )
-    return Plan(kinds, params.beta, params.rank_semantics, params.harmonizer)
+    decided = Plan(kinds, params.beta, params.rank_semantics, params.harmonizer)
+    if not params.src.channels:
+        return decided
+    cuts = {
+        i: Cut(
+            ranks={name: tuple(ranks) for name, ranks in decided.ranks(model, i).items()},
+            channels=kept_rank(channels_of(model, i), params.src.channels, "removed"),
+        )
+        for i in decided.layers("compressed")
+    }
+    return replace(decided, cuts=cuts)

@@ -1,6 +1,6 @@
 """Selective Rank Compression: the attention projections cut to a lower rank by truncated SVD (method section 4).
 
-And, for methods that cut there too, the feed-forward part to fewer channels.
+And, beyond the paper, the feed-forward part to fewer channels.
 """
 
 import math
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from scaleot_core.decomposition import Decompose, Factors
+from scaleot_core.decomposition import Decompose, Factors, damped
 from scaleot_core.families import attention, decoder_layers, family, fused_runs, projection_name
 
 
@@ -142,11 +142,27 @@ def channels_of(model: PreTrainedModel, index: int) -> int:
     return len(weight_of(decoder_layers(model)[index].get_submodule(family(model.config).feed_forward_in[0]))[0])
 
 
+def fewer_channels(weight: Tensor, covariance: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` channels that carry most of what a matrix (D, f) gives out, ascending, and what takes its place.
+
+    Of channels with the covariance C (f, f) those of the largest C_cc · ‖w_c‖², as in Wanda (Sun et al., ICLR 2024),
+    by channel; the matrix (D, count) makes up for the others by least squares, as in channel pruning (He et al., ICCV
+    2017).
+    """
+    whole = weight.double()
+    carried = covariance.diagonal().double() * whole.square().sum(0)
+    kept = carried.argsort(descending=True, stable=True)[:count].sort().values
+    covariance = damped(covariance)
+    refitted = torch.linalg.solve(covariance[kept][:, kept], covariance[kept] @ whole.T).T
+    return kept, refitted.to(weight.dtype)
+
+
 @torch.no_grad()
-def keep_channels(model: PreTrainedModel, index: int, kept: Tensor) -> None:
+def keep_channels(model: PreTrainedModel, index: int, kept: Tensor, refitted: Tensor | None = None) -> None:
     """Leave some channels of one layer's feed-forward part, in place; `kept` are their numbers, ascending.
 
-    Works on the meta device too.
+    `refitted` (D, number of them) takes the place of what the matrix that takes the channels has for them. Works on the
+    meta device too.
     """
     layer, names = decoder_layers(model)[index], family(model.config)
     for into in names.feed_forward_in:
@@ -154,7 +170,8 @@ def keep_channels(model: PreTrainedModel, index: int, kept: Tensor) -> None:
         at = kept.to(weight.device)
         layer.set_submodule(into, _linear(weight[at], None if bias is None else bias[at]))
     weight, bias = weight_of(layer.get_submodule(names.feed_forward_out))
-    layer.set_submodule(names.feed_forward_out, _linear(weight[:, kept.to(weight.device)], bias))
+    left = weight[:, kept.to(weight.device)] if refitted is None else refitted
+    layer.set_submodule(names.feed_forward_out, _linear(left, bias))
 
 
 def weight_of(module: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from scaleot_core.decomposition import decompose
 from scaleot_core.emulator import layer_parameters, plug_in
-from scaleot_core.families import decoder_layers, family
+from scaleot_core.families import attention, decoder_layers, family
 from scaleot_core.files import folder_bytes, write_json, write_tensors
 from scaleot_core.importance import new_harmonizers
 from scaleot_core.methods import METHODS, Owner, budget, crash, distilled, gradot, uniform
@@ -19,6 +19,7 @@ from scaleot_core.models import block_loss
 from scaleot_core.package import assemble, load, plan_bytes, save, tensors_of
 from scaleot_core.params import changed
 from scaleot_core.plan import Plan, plan_for
+from scaleot_core.rank_compression import channels_of, weight_of
 from scaleot_core.runtime import Runtime
 from scaleot_core.training import Checkpoint
 
@@ -320,14 +321,33 @@ def test_what_stays_is_the_models_own(name, owner):
 
 def test_without_a_budget_alpha_and_beta_decide(owner):
     who = owner(alpha=0.5, beta=0.5)
-    assert METHODS["scaleot"](who).plan == plan_for(who.params, who.scores())
+    assert METHODS["scaleot"](who).plan == plan_for(who.params, who.scores(), who.outline())
 
 
 def test_with_a_budget_alpha_is_the_least_that_keeps_to_it(owner):
     who = owner(budget=0.8)
     plan = METHODS["scaleot"](who).plan
-    more = plan_for(changed(who.params, {"alpha": (len(plan.layers("harmonizer")) - 1) / 6}), who.scores())
+    fewer = changed(who.params, {"alpha": (len(plan.layers("harmonizer")) - 1) / 6})
+    more = plan_for(fewer, who.scores(), who.outline())
     assert plan_bytes(who.config, more) > 0.8 * budget.model_bytes(who) >= plan_bytes(who.config, plan)
+
+
+@each_family
+def test_channels_are_cut_beside_the_attention_and_peers_get_as_many_bytes(name, owner):
+    changes = {"src.channels": 0.25, "alpha": 0.5, "beta": 0.0}
+    who = owner(name, **changes)
+    plan, made = emulated(who)
+    real, names = tiny_model(name, num_hidden_layers=LAYERS), family(who.config)
+    assert list(plan.cuts) == plan.layers("compressed") != []
+    for i in plan.cuts:
+        assert channels_of(made, i) == plan.cuts[i].channels == channels_of(real, i) * 3 // 4
+        into, whole = (weight_of(decoder_layers(m)[i].get_submodule(names.feed_forward_in[0]))[0] for m in (made, real))
+        assert {tuple(row.tolist()) for row in into} < {tuple(row.tolist()) for row in whole}
+        ours, theirs = (attention(who.config, decoder_layers(m)[i]).state_dict() for m in (made, real))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    size = plan_bytes(who.config, plan)
+    assert size < plan_bytes(who.config, METHODS["scaleot"](owner(name, alpha=0.5, beta=0.0)).plan)
+    assert budget.target_bytes(owner(name, "uniform", **changes)) == size
 
 
 def test_plan_that_makes_no_sense():

@@ -5,7 +5,14 @@ from test_families import SHAPES
 
 from scaleot_core.decomposition import plain
 from scaleot_core.families import attention, decoder_layers
-from scaleot_core.rank_compression import FusedProjection, LowRankLinear, compress_layer, kept_rank, kept_ranks
+from scaleot_core.rank_compression import (
+    FusedProjection,
+    LowRankLinear,
+    compress_layer,
+    fewer_channels,
+    kept_rank,
+    kept_ranks,
+)
 
 
 def cut(model, index, beta):
@@ -74,3 +81,22 @@ def test_beta_zero_touches_nothing():
     before = dict(layer.named_modules())
     cut(model, 0, 0.0)
     assert dict(layer.named_modules()) == before
+
+
+def test_channels_that_are_left_make_up_for_the_others():
+    draw = torch.Generator().manual_seed(0)
+    mixing = torch.randn(24, 24, generator=draw) * torch.logspace(0, -2, 24)[:, None]
+    hidden = torch.randn(4096, 24, generator=draw) @ mixing  # (tokens, channels), correlated
+    hidden[:, 5] *= 1e-4  # idle, and large in the matrix
+    weight = torch.randn(10, 24, generator=draw)
+    weight[:, 5] *= 100
+    kept, refitted = fewer_channels(weight, hidden.T @ hidden / len(hidden), 16)
+    assert kept.tolist() == sorted(set(kept.tolist())) and len(kept) == 16 and 5 not in kept
+    best = torch.linalg.lstsq(hidden[:, kept].double(), (hidden @ weight.T).double()).solution.T
+    error, least, without = (
+        (hidden @ weight.T - hidden[:, kept] @ w.float().T).norm() for w in (refitted, best, weight[:, kept])
+    )
+    assert least <= error < 1.01 * least and error < 0.5 * without
+    everything, same = fewer_channels(weight, hidden.T @ hidden / len(hidden), 24)
+    assert everything.tolist() == list(range(24))
+    torch.testing.assert_close(same, weight, rtol=1e-4, atol=1e-4)

@@ -13,7 +13,6 @@ from scaleot_core.rank_compression import (
     FusedProjection,
     LowRankLinear,
     channels_of,
-    kept_ranks,
     matrices,
     weight_of,
 )
@@ -49,8 +48,7 @@ def exposure(model: PreTrainedModel, emulator: PreTrainedModel, plan: Plan) -> l
     told: set[str] = set()
     for i in plan.layers("compressed"):
         block, left = (attention(m.config, decoder_layers(m)[i]) for m in (model, emulator))
-        cut = plan.cuts.get(i)
-        ranks = cut.ranks if cut else kept_ranks(model, i, beta=plan.beta, semantics=plan.rank_semantics)
+        ranks = plan.ranks(model, i)
         for name, fused in names.projections.items():
             where = f"{path}.{i}.{names.attention}.{name}.weight"
             originals = matrices(block.get_submodule(name), fused, fused_runs(model.config))  # type: ignore[arg-type]
@@ -64,7 +62,7 @@ def exposure(model: PreTrainedModel, emulator: PreTrainedModel, plan: Plan) -> l
                 row = _row(where if fused == 1 else f"{where}[{k}]", "rank", whole)
                 error = float((whole.float() - given.float()).norm() / whole.float().norm())
                 rows.append({**row, "rank": rank, "error": error, "overlap": overlap(whole, given, rank)})
-        if cut:
+        if cut := plan.cuts.get(i):
             share = cut.channels / channels_of(model, i)
             for inner in (*names.feed_forward_in, names.feed_forward_out):
                 for part_of_it in ("weight", "bias"):

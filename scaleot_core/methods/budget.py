@@ -89,7 +89,7 @@ def target_bytes(owner: Owner) -> int:
     """Most bytes that an emulator may have: `budget`, or, where that is 0, those of ScaleOT's at α and β."""
     if owner.params.budget:
         return int(owner.params.budget * model_bytes(owner))
-    return package.plan_bytes(owner.config, plan_for(owner.params, owner.scores()))
+    return package.plan_bytes(owner.config, plan_for(owner.params, owner.scores(), owner.outline()))
 
 
 def largest(owner: Owner, sizes: range, plan: Callable[[int], Plan]) -> int:

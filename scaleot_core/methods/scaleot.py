@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from scaleot_core import decomposition, dlr, emulator, importance
+from scaleot_core.families import family, feed_forward_name
 from scaleot_core.files import fingerprint, read_tensors, tensor_hash, write_tensors
 from scaleot_core.harmonizer import Harmonizer
 from scaleot_core.methods.budget import Made, Owner, largest
@@ -14,20 +15,20 @@ from scaleot_core.package import assemble, tensors_of
 from scaleot_core.params import changed
 from scaleot_core.plan import Plan, plan_for
 from scaleot_core.progress import say
-from scaleot_core.rank_compression import compress_layer, kept_ranks
+from scaleot_core.rank_compression import compress_layer, fewer_channels, keep_channels, weight_of
 from scaleot_core.runtime import give_back_freed_memory
 from scaleot_core.streaming import StreamedModel
 
 
 def plan(owner: Owner) -> Plan:
     """What α and β make of the layers; with a `budget` the least α that keeps to it."""
-    params, scores = owner.params, owner.scores()
+    params, scores, model = owner.params, owner.scores(), owner.outline()
     if not params.budget:
-        return plan_for(params, scores)
+        return plan_for(params, scores, model)
     others = len(scores) - params.adapter_layers
 
     def keeping(kept: int) -> Plan:
-        return plan_for(changed(params, {"alpha": (others - kept) / others}), scores)
+        return plan_for(changed(params, {"alpha": (others - kept) / others}), scores, model)
 
     return keeping(largest(owner, range(0, others + 1), keeping))
 
@@ -52,7 +53,8 @@ def layer_by_layer(owner: Owner, decided: Plan) -> Iterator[tuple[str, Tensor]]:
     give_back_freed_memory()
     streamed = owner.stream()
     model, scratch = streamed.model, owner.scratch
-    inputs = covariances(owner, streamed) if owner.params.src.whiten and decided.layers("compressed") else None
+    whiten, compressed = owner.params.src.whiten, decided.layers("compressed")
+    inputs = covariances(owner, streamed) if compressed and (whiten or decided.cuts) else None
 
     def named(i: int, layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
         return ((f"{streamed.path}.{i}.{name}", tensor) for name, tensor in layer.state_dict().items())
@@ -66,27 +68,32 @@ def layer_by_layer(owner: Owner, decided: Plan) -> Iterator[tuple[str, Tensor]]:
             continue
         with streamed.layer(i) as layer:
             if kind == "compressed":
-                ranks = kept_ranks(model, i, beta=decided.beta, semantics=decided.rank_semantics)
-                decompose = decomposition.cached(scratch, inputs(i) if inputs else None)
-                compress_layer(model, i, ranks=ranks, decompose=decompose)
+                known = inputs(i) if inputs else {}
+                decompose = decomposition.cached(scratch, known if whiten else None)
+                compress_layer(model, i, ranks=decided.ranks(model, i), decompose=decompose)
+                if cut := decided.cuts.get(i):
+                    weight, _ = weight_of(layer.get_submodule(family(owner.config).feed_forward_out))
+                    covariance = known[feed_forward_name(owner.config, i)].to(weight.device)
+                    keep_channels(model, i, *fewer_channels(weight, covariance, cut.channels))
             yield from named(i, layer)
 
 
 def covariances(owner: Owner, streamed: StreamedModel) -> Callable[[int], dict[str, Tensor]]:
     """Each layer's input covariances on the corpus, by the names of its projections.
 
-    Made once for a model and its calibration blocks, and kept in files, one a layer; what several projections share is
-    there once, under all of their names.
+    With `src.channels` those of the matrix that takes the feed-forward channels too. Made once for a model and its
+    calibration blocks, and kept in files, one a layer; what several projections share is there once, under all of
+    their names.
     """
-    blocks = owner.blocks[: owner.params.src.calibration_blocks]
-    key = fingerprint(owner.folder, owner.runtime.device.type, str(owner.runtime.dtype), tensor_hash(blocks))
+    blocks, channels = owner.blocks[: owner.params.src.calibration_blocks], owner.params.src.channels > 0
+    key = fingerprint(owner.folder, owner.runtime.device.type, str(owner.runtime.dtype), tensor_hash(blocks), channels)
 
     def file(i: int) -> Path:
         return owner.scratch / f"inputs-{key}" / f"{i}.safetensors"
 
     @contextmanager
     def around(i: int, layer: nn.Module) -> Iterator[None]:
-        with decomposition.input_covariances(streamed.model.config, i, layer) as sums:
+        with decomposition.input_covariances(streamed.model.config, i, layer, channels=channels) as sums:
             yield
         shared: dict[int, list[str]] = {}
         for name, total in sums.items():
