@@ -36,16 +36,21 @@ Rows = dict[str, dict[str, Cell]]
 def over_tasks(*path: str) -> Figures:
     """The mean over tasks of a figure in metrics.json, None where a task has none."""
 
-    def figure(metrics: dict[str, Any], method: str) -> float | None:
+    def figure(metrics: dict[str, Any], name: str) -> float | None:
         return mean([measured[path[0]][path[1]] for measured in metrics["tasks"].values()])
 
     return figure
 
 
+def method_of(name: str) -> str:
+    """The method of a row that may name a variant of it: `scaleot, channels` is one of `scaleot`."""
+    return name.partition(",")[0]
+
+
 def prepared(figure: str, total: Callable[..., float] = sum) -> Figures:
     """What preparing the emulator cost, over its stages."""
-    return lambda metrics, method: total(
-        metrics["cost"][stage][figure] for stage in PREPARED.get(method, ("compress",))
+    return lambda metrics, name: total(
+        metrics["cost"][stage][figure] for stage in PREPARED.get(method_of(name), ("compress",))
     )
 
 
@@ -60,8 +65,8 @@ COLUMNS: dict[str, tuple[Figures, bool | None]] = {
     "tuned emulator nll": (over_tasks("emulator_finetune", "answer_nll"), True),
     "gap acc": (over_tasks("gap", "acc"), True),
     "gap nll": (over_tasks("gap", "answer_nll"), True),
-    "share of bytes": (lambda metrics, method: metrics["emulator"]["share_of_model"], None),
-    "perplexity": (lambda metrics, method: metrics["corpus_perplexity"]["emulator"], None),
+    "share of bytes": (lambda metrics, name: metrics["emulator"]["share_of_model"], None),
+    "perplexity": (lambda metrics, name: metrics["corpus_perplexity"]["emulator"], None),
     "tokens": (prepared("tokens"), False),
     "seconds": (prepared("seconds"), False),
     "MiB": (prepared("peak_memory_mib", max), False),
@@ -123,13 +128,16 @@ def write_log(rows: Rows, about: str) -> None:
 def main() -> None:
     compared = yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
     changes = {**compared["changes"], **settings(sys.argv[1:])}
-    changed(load_params(), changes)  # a mistake is found before the first run
-    found: dict[str, list[dict[str, Any]]] = {method: [] for method in compared["methods"]}
+    for name, variant in compared["methods"].items():
+        changed(
+            load_params(), {**changes, "method": method_of(name), **variant}
+        )  # a mistake is found before the first run
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in compared["methods"]}
     for seed in compared["seeds"]:
-        for method in compared["methods"]:
-            name = experiment_name("compare", method, "seed", seed, *sys.argv[1:])
-            row = run(name, {**changes, "method": method, "seed": seed})
-            found[method].append(read_metrics(row))
+        for name, variant in compared["methods"].items():
+            experiment = experiment_name("compare", name, "seed", seed, *sys.argv[1:])
+            row = run(experiment, {**changes, "method": method_of(name), "seed": seed, **variant})
+            found[name].append(read_metrics(row))
     rows = rows_of(found)
     header = ["method", *(f"{column}{suffix}" for column in COLUMNS for suffix in ("", " ±"))]
     write_csv(OUT, header, ([m, *(v for cell in c.values() for v in (cell or ("", "")))] for m, c in rows.items()))

@@ -196,13 +196,14 @@ def test_comparison_has_means_errors_costs_and_the_best(compare_study: dict[str,
     runs = {
         "uniform": [measured_by(0.1, 0.5), measured_by(0.2, 0.7)],
         "scaleot": [measured_by(0.3, 0.5), measured_by(0.3, None)],
+        "scaleot, channels": [measured_by(0.2, 0.5)],
     }
     rows = compare_study["rows_of"](runs)
     assert rows["uniform"]["gap acc"] == pytest.approx((0.15, 0.05)) and rows["scaleot"]["gap acc"] == (0.3, 0.0)
     assert rows["scaleot"]["recovery acc"] is None  # full fine-tuning gained nothing with one seed
     assert (rows["uniform"]["seconds"][0], rows["scaleot"]["seconds"][0]) == (3.0, 6.0)
     assert (rows["uniform"]["tokens"][0], rows["scaleot"]["tokens"][0]) == (7, 21)
-    assert rows["scaleot"]["MiB"][0] == 300
+    assert rows["scaleot"]["MiB"][0] == 300 and rows["scaleot, channels"]["seconds"][0] == 6.0
     best = compare_study["best"]
     assert best(rows, "gap acc") == "scaleot" and best(rows, "seconds") == "uniform"
     assert best(rows, "recovery acc") == "uniform" and best(rows, "share of bytes") is None
@@ -226,8 +227,13 @@ def test_comparison_runs_all_methods_with_all_seeds_and_writes_its_table(
         "<!-- end of compare -->\nafter\n"
     )
     assert "old" not in log and "| gap acc | **0.100 ± 0.000** |" in log
-    assert {(c["method"], c["seed"]) for c in made} == {
-        (m, s) for m in ("uniform", "distilled", "crash", "gradot", "scaleot") for s in (0, 1, 2)
+    assert {(c["method"], c.get("src.channels", 0), c["seed"]) for c in made} == {
+        (method, cut, seed)
+        for method, cut in [
+            *((m, 0) for m in ("uniform", "distilled", "crash", "gradot", "scaleot")),
+            ("scaleot", 0.51),
+        ]
+        for seed in (0, 1, 2)
     }
     assert all(c["data.eval_questions"] == 20 and c["tuning.lr"] == [1e-4, 3e-4] for c in made)
     (tmp_path / "docs/results.md").write_text("no marks")
