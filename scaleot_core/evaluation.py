@@ -33,9 +33,7 @@ def lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: i
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
             windows = sum(math.ceil(len(self.tok_encode(r.args[0])) / self.max_length) for r in requests)
-            self.batch_size_per_gpu = (
-                1  # lm-eval pads texts to the longest in a batch, and the last may fill the context
-            )
+            self.batch_size_per_gpu = 1  # lm-eval pads texts to the longest in a batch
             try:
                 return self._watched(super().loglikelihood_rolling, requests, windows)
             finally:

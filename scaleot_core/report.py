@@ -71,7 +71,7 @@ def misordered(measured: Measured) -> list[str]:
 def measurement_table(tasks: Mapping[str, Measured]) -> Table:
     """The five measurements of every task, each with its standard error."""
     table = Table(title="The five measurements (our own splits, not the official ones)")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     metrics = list(dict.fromkeys(metric for measured in tasks.values() for metric in measured["metrics"]))
     for metric in metrics:
         table.add_column(metric, justify="right")

@@ -12,6 +12,7 @@ from scaleot_core.attacks import exposure, membership, recovery
 from scaleot_core.emulator import layer_parameters
 from scaleot_core.examples import from_task
 from scaleot_core.families import decoder_layers, family
+from scaleot_core.files import write_json
 from scaleot_core.methods import METHODS, Owner
 from scaleot_core.models import mean_loss
 from scaleot_core.package import assemble
@@ -138,18 +139,31 @@ def test_dense_product_of_low_rank_is_at_that_rank(tmp_path):
     assert len(cut) == 8 and {row["rank"] for row in cut} == {29, 14} and all(0 < row["error"] < 0.5 for row in cut)
 
 
-def test_kept_channels_count_as_given(params, tokenizer, blocks, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "given"), [({"method": "gradot", "budget": 0.8}, "exact"), ({"src.channels": 0.25, "beta": 0.0}, "rank")]
+)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_kept_channels_count_as_given(name, method, given, params, blocks, tmp_path):
     from test_methods import LAYERS
 
-    tiny_model("llama", num_hidden_layers=LAYERS).save_pretrained(tmp_path)
-    values = changed(params, {"method": "gradot", "adapter_layers": 2, "budget": 0.8, "gradot.calibration_blocks": 4})
-    owner = Owner(tmp_path, Runtime(CPU, torch.float32), blocks, values, tmp_path, tmp_path, Checkpoint(tmp_path, 1e9))
-    made = METHODS["gradot"](owner)
+    real = tiny_model(name, num_hidden_layers=LAYERS)
+    real.save_pretrained(tmp_path, save_original_format=False)
+    small = {"adapter_layers": 2, "alpha": 0.0, "gradot.calibration_blocks": 4, "src.calibration_blocks": 4}
+    write_json(tmp_path / "scores.json", {"scores": [float(i) for i in range(LAYERS)]})
+    values, none = changed(params, {**small, **method}), Checkpoint(tmp_path / "none", 1e9)
+    owner = Owner(tmp_path, Runtime(CPU, torch.float32), blocks, values, tmp_path, tmp_path / "scratch", none)
+    made = METHODS[values.method](owner)
     plan, model = made.plan, assemble(owner.config, made.plan, made.tensors, device=CPU)
-    rows = exposure.exposure(tiny_model("llama", num_hidden_layers=LAYERS), model, plan)
-    kept = [row for row in rows if row["tensor"].endswith("down_proj.weight (kept channels)")]
-    share = plan.cuts[plan.layers("compressed")[0]].channels / 64
-    assert len(kept) == LAYERS - 2 and all(row["bytes"] == round(64 * 32 * 4 * share) for row in kept)
+    rows = exposure.exposure(real, model, plan)
+    out = family(real.config).feed_forward_out
+    kept = [row for row in rows if row["tensor"].endswith(f"{out}.weight (kept channels)")]
+    whole = real.get_submodule(f"{family(real.config).layers}.0.{out}").weight
+    share = plan.cuts[plan.layers("compressed")[0]].channels / max(whole.shape)
+    assert 0 < share < 1 and len(kept) == LAYERS - 2
+    assert all(row["bytes"] == round(whole.numel() * 4 * share) and row["given"] == given for row in kept)
+    assert given == "exact" or all(row["rank"] == min(whole.shape) for row in kept)
+    into = [row for row in rows if row["tensor"].endswith("weight (kept channels)") and row not in kept]
+    assert into and {row["given"] for row in into} == {"exact"}
     assert sum(exposure.shares(rows).values()) == pytest.approx(1)
 
 

@@ -36,11 +36,16 @@ def _row(name: str, given: str, tensor: Tensor, share: float = 1.0) -> Row:
     return {"tensor": name, "given": given, "bytes": size, "rank": None, "error": None, "overlap": None}
 
 
+def _columns(matrix: Tensor) -> set[bytes]:
+    return {column.numpy().tobytes() for column in matrix.detach().float().cpu().T.contiguous()}
+
+
 def exposure(model: PreTrainedModel, emulator: PreTrainedModel, plan: Plan) -> list[Row]:
     """Of every tensor of the model: whether the package has it `exact`, at a `rank` or `none` of it, and its bytes.
 
     Matrices at a rank have their relative error in Frobenius norm and the `overlap` of their leading subspaces. Of a
-    feed-forward matrix with fewer channels the kept share counts as exact.
+    feed-forward matrix with fewer channels the kept share counts as exact, or, where it was refitted to them, as at the
+    rank that it has; its error isn't told.
     """
     path, names = family(model.config).layers, family(model.config)
     there: Mapping[str, Tensor] = emulator.state_dict()
@@ -70,7 +75,15 @@ def exposure(model: PreTrainedModel, emulator: PreTrainedModel, plan: Plan) -> l
                     tensor = model.state_dict().get(where)
                     if tensor is not None and not (part_of_it == "bias" and inner == names.feed_forward_out):
                         told.add(where)
-                        rows.append(_row(f"{where} (kept channels)", "exact", tensor, share))
+                        kept = _row(f"{where} (kept channels)", "exact", tensor, share)
+                        if part_of_it == "weight" and inner == names.feed_forward_out:
+                            given, whole = (
+                                weight_of(m.get_submodule(f"{path}.{i}.{inner}"))[0] for m in (emulator, model)
+                            )
+                            if not _columns(given) <= _columns(whole):
+                                rank = min(given.shape)
+                                kept |= {"given": "rank", "rank": rank, "overlap": overlap(whole, given, rank)}
+                        rows.append(kept)
                         rows.append(_row(f"{where} (other channels)", "none", tensor, 1 - share))
     for name, tensor in model.state_dict().items():
         if name in told or name in model.all_tied_weights_keys:
