@@ -164,7 +164,7 @@ def prepare(params: Params, device: torch.device) -> list[Row]:
         alone = make(CHANNELS_ALONE, Path(folder))
         ours = {"the default run's stages": (stages, shipped), "feed-forward channels alone": alone}
         reached: dict[str, float] = {}
-        took, steps = 0.0, 80
+        took, steps = 0.0, 100
         while any(took < 20 * ours[name][0] for name in ours.keys() - reached.keys()):
             took, loss = make({"method": "distilled", "distill.steps": steps}, Path(folder))
             reached |= {name: took for name, (_, goal) in ours.items() if loss <= goal and name not in reached}
