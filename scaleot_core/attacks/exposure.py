@@ -36,8 +36,27 @@ def _row(name: str, given: str, tensor: Tensor, share: float = 1.0) -> Row:
     return {"tensor": name, "given": given, "bytes": size, "rank": None, "error": None, "overlap": None}
 
 
-def _columns(matrix: Tensor) -> set[bytes]:
-    return {column.numpy().tobytes() for column in matrix.detach().float().cpu().T.contiguous()}
+def _vectors(matrix: Tensor) -> set[bytes]:
+    return {row.numpy().tobytes() for row in matrix.detach().float().cpu().contiguous()}
+
+
+def _channel_rows(model: PreTrainedModel, emulator: PreTrainedModel, index: int) -> list[Row]:
+    """Rows of one layer's feed-forward matrices, of whose channels a share is given: as they are, or refitted."""
+    names, rows = family(model.config), []
+    share = channels_of(emulator, index) / channels_of(model, index)
+    for inner in (*names.feed_forward_in, names.feed_forward_out):
+        where = f"{names.layers}.{index}.{inner}"
+        (whole, bias), (given, _) = (weight_of(m.get_submodule(where)) for m in (model, emulator))
+        by_channel = (given.T, whole.T) if inner == names.feed_forward_out else (given, whole)
+        kept = _row(f"{where}.weight (kept channels)", "exact", whole, share)
+        if not _vectors(by_channel[0]) <= _vectors(by_channel[1]):
+            rank = min(given.shape)
+            kept |= {"given": "rank", "rank": rank, "overlap": overlap(whole, given, rank)}
+        rows += [kept, _row(f"{where}.weight (other channels)", "none", whole, 1 - share)]
+        if bias is not None and inner in names.feed_forward_in:
+            rows.append(_row(f"{where}.bias (kept channels)", "exact", bias, share))
+            rows.append(_row(f"{where}.bias (other channels)", "none", bias, 1 - share))
+    return rows
 
 
 def exposure(model: PreTrainedModel, emulator: PreTrainedModel, plan: Plan) -> list[Row]:
@@ -67,24 +86,10 @@ def exposure(model: PreTrainedModel, emulator: PreTrainedModel, plan: Plan) -> l
                 row = _row(where if fused == 1 else f"{where}[{k}]", "rank", whole)
                 error = float((whole.float() - given.float()).norm() / whole.float().norm())
                 rows.append({**row, "rank": rank, "error": error, "overlap": overlap(whole, given, rank)})
-        if cut := plan.cuts.get(i):
-            share = cut.channels / channels_of(model, i)
-            for inner in (*names.feed_forward_in, names.feed_forward_out):
-                for part_of_it in ("weight", "bias"):
-                    where = f"{path}.{i}.{inner}.{part_of_it}"
-                    tensor = model.state_dict().get(where)
-                    if tensor is not None and not (part_of_it == "bias" and inner == names.feed_forward_out):
-                        told.add(where)
-                        kept = _row(f"{where} (kept channels)", "exact", tensor, share)
-                        if part_of_it == "weight" and inner == names.feed_forward_out:
-                            given, whole = (
-                                weight_of(m.get_submodule(f"{path}.{i}.{inner}"))[0] for m in (emulator, model)
-                            )
-                            if not _columns(given) <= _columns(whole):
-                                rank = min(given.shape)
-                                kept |= {"given": "rank", "rank": rank, "overlap": overlap(whole, given, rank)}
-                        rows.append(kept)
-                        rows.append(_row(f"{where} (other channels)", "none", tensor, 1 - share))
+        if i in plan.cuts:
+            channels = _channel_rows(model, emulator, i)
+            told |= {row["tensor"].partition(" (")[0] for row in channels}
+            rows += channels
     for name, tensor in model.state_dict().items():
         if name in told or name in model.all_tied_weights_keys:
             continue
