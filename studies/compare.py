@@ -128,16 +128,14 @@ def write_log(rows: Rows, about: str) -> None:
 def main() -> None:
     compared = yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
     changes = {**compared["changes"], **settings(sys.argv[1:])}
-    for name, variant in compared["methods"].items():
-        changed(
-            load_params(), {**changes, "method": method_of(name), **variant}
-        )  # a mistake is found before the first run
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in compared["methods"]}
+    rows_wanted = {name: {**changes, "method": method_of(name), **own} for name, own in compared["methods"].items()}
+    for wanted in rows_wanted.values():
+        changed(load_params(), wanted)  # a mistake is found before the first run
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in rows_wanted}
     for seed in compared["seeds"]:
-        for name, variant in compared["methods"].items():
+        for name, wanted in rows_wanted.items():
             experiment = experiment_name("compare", name, "seed", seed, *sys.argv[1:])
-            row = run(experiment, {**changes, "method": method_of(name), "seed": seed, **variant})
-            found[name].append(read_metrics(row))
+            found[name].append(read_metrics(run(experiment, {**wanted, "seed": seed})))
     rows = rows_of(found)
     header = ["method", *(f"{column}{suffix}" for column in COLUMNS for suffix in ("", " ±"))]
     write_csv(OUT, header, ([m, *(v for cell in c.values() for v in (cell or ("", "")))] for m, c in rows.items()))
