@@ -321,14 +321,14 @@ def test_what_stays_is_the_models_own(name, owner):
 
 def test_without_a_budget_alpha_and_beta_decide(owner):
     who = owner(alpha=0.5, beta=0.5)
-    assert METHODS["scaleot"](who).plan == plan_for(who.params, who.scores(), who.outline())
+    assert METHODS["scaleot"](who).plan == plan_for(who.params, who.scores(), who.outline)
 
 
 def test_with_a_budget_alpha_is_the_least_that_keeps_to_it(owner):
     who = owner(budget=0.8)
     plan = METHODS["scaleot"](who).plan
     fewer = changed(who.params, {"alpha": (len(plan.layers("harmonizer")) - 1) / 6})
-    more = plan_for(fewer, who.scores(), who.outline())
+    more = plan_for(fewer, who.scores(), who.outline)
     assert plan_bytes(who.config, more) > 0.8 * budget.model_bytes(who) >= plan_bytes(who.config, plan)
 
 

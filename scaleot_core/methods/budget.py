@@ -54,8 +54,9 @@ class Owner:
         config.dtype = self.runtime.dtype
         return config
 
+    @cached_property
     def outline(self) -> PreTrainedModel:
-        """The real model without weights."""
+        """The real model without weights, to read shapes from."""
         with init_empty_weights(include_buffers=True):
             return AutoModelForCausalLM.from_config(self.config)
 
@@ -89,7 +90,7 @@ def target_bytes(owner: Owner) -> int:
     """Most bytes that an emulator may have: `budget`, or, where that is 0, those of ScaleOT's at α and β."""
     if owner.params.budget:
         return int(owner.params.budget * model_bytes(owner))
-    return package.plan_bytes(owner.config, plan_for(owner.params, owner.scores(), owner.outline()))
+    return package.plan_bytes(owner.config, plan_for(owner.params, owner.scores(), owner.outline))
 
 
 def largest(owner: Owner, sizes: range, plan: Callable[[int], Plan]) -> int:

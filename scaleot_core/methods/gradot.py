@@ -112,7 +112,7 @@ def plan(owner: Owner) -> Plan:
     total = owner.config.num_hidden_layers
     kinds = choose_layers([0.0] * total, adapter_layers=owner.params.adapter_layers, alpha=0.0, placement="ends")
     middle = [i for i, kind in enumerate(kinds) if kind != "adapter"]
-    model = owner.outline()
+    model = owner.outline
 
     def keeping(size: int) -> Plan:
         share, cuts = size / STEPS, {}

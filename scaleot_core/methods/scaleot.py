@@ -22,7 +22,7 @@ from scaleot_core.streaming import StreamedModel
 
 def plan(owner: Owner) -> Plan:
     """What α and β make of the layers; with a `budget` the least α that keeps to it."""
-    params, scores, model = owner.params, owner.scores(), owner.outline()
+    params, scores, model = owner.params, owner.scores(), owner.outline
     if not params.budget:
         return plan_for(params, scores, model)
     others = len(scores) - params.adapter_layers
