@@ -128,12 +128,13 @@ LACKING = Panel(
 
 
 def by_beta(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
-    """Lines of a frontier: the settings of one β along α, which stands beside each point."""
-    betas = sorted({row["beta"] for row in rows})
-    return {
-        f"β = {beta:g}, over α": [{**row, "label": f"{row['alpha']:g}"} for row in rows if row["beta"] == beta]
-        for beta in betas
+    """Lines of a frontier: the settings of one β along α, which stands beside each point; a point for each `variant`."""
+    dial = [row for row in rows if not row.get("variant")]
+    lines = {
+        f"β = {beta:g}, over α": [{**row, "label": f"{row['alpha']:g}"} for row in dial if row["beta"] == beta]
+        for beta in sorted({row["beta"] for row in dial})
     }
+    return lines | {row["variant"]: [{**row, "label": ""}] for row in rows if row.get("variant")}
 
 
 def frontier(lines: Mapping[str, Sequence[Row]], panels: Sequence[Panel]) -> Figure:

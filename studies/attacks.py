@@ -1,6 +1,6 @@
 """Attacks: what each α and β gives in utility, and what the recovery attack leaves of its privacy; the second frontier.
 
-Every setting is a DVC experiment that runs the pipeline and the stage `attack`, through DVC's queue as in the sweep.
+Beside them stand changes to the method, the variants in attacks.yaml. Every setting is a DVC experiment that runs the pipeline and the stage `attack`, through DVC's queue as in the sweep.
 What is there already, of this commit, is not run again. `make attacks` runs it.
 """
 
@@ -55,29 +55,26 @@ def figures(metrics: Mapping[str, Any], attack: Mapping[str, Any]) -> dict[str, 
 
 def main() -> None:
     swept = yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
-    grid = [(alpha, beta) for alpha in swept["alphas"] for beta in swept["betas"]]
-    wanted: dict[tuple[float, float, int], dict[str, Any]] = {
-        (alpha, beta, seed): {
-            **swept["changes"],
-            "alpha": alpha,
-            "beta": swept["betas"][0] if alpha == 1 else beta,  # with α = 1 no layer is left for β
-            "seed": seed,
-        }
+    own: dict[str, dict[str, Any]] = {
+        f"alpha {alpha} beta {beta}": {"alpha": alpha, "beta": beta}
+        for alpha in swept["alphas"]
+        for beta in swept["betas"][: 1 if alpha == 1 else None]  # with α = 1 no layer is left for β
+    }
+    own |= swept["variants"]
+    wanted = {
+        experiment_name("attacks", name, "seed", seed): {**swept["changes"], **changes, "seed": seed}
         for seed in swept["seeds"]
-        for alpha, beta in grid
+        for name, changes in own.items()
     }
-    names = {
-        key: experiment_name("attacks alpha", changes["alpha"], "beta", changes["beta"], "seed", changes["seed"])
-        for key, changes in wanted.items()
-    }
-    found = run_all({names[key]: changes for key, changes in wanted.items()}, "attacks", TARGETS)
+    found = run_all(wanted, "attacks", TARGETS)
     rows = []
-    for alpha, beta in grid:
-        runs = [found[names[alpha, beta, seed]] for seed in swept["seeds"]]
+    for name in own:
+        runs = [found[experiment_name("attacks", name, "seed", seed)] for seed in swept["seeds"]]
         seen = [figures(read_metrics(run), read_metrics(run, "attack.json")) for run in runs]
-        row: dict[str, Any] = {"alpha": alpha, "beta": beta}
-        for name in seen[0]:
-            row[name], row[f"{name} ±"] = over_seeds([each[name] for each in seen]) or (None, None)
+        row: dict[str, Any] = {"variant": name if name in swept["variants"] else ""}
+        row |= {"alpha": runs[0]["alpha"], "beta": runs[0]["beta"]}
+        for figure in seen[0]:
+            row[figure], row[f"{figure} ±"] = over_seeds([each[figure] for each in seen]) or (None, None)
         rows.append(row)
     write_csv(OUT / "attacks.csv", list(rows[0]), (list(row.values()) for row in rows))
     panels = [pictures.LACKING, pictures.GAPS["answer_nll"]]
@@ -86,7 +83,7 @@ def main() -> None:
     shown = [name for name in rows[0] if not name.endswith("±")]
     table = Table(*shown, title=f"the dial under attack: {len(swept['seeds'])} seeds")
     for row in rows:
-        table.add_row(*("–" if row[name] is None else f"{row[name]:.3g}" for name in shown))
+        table.add_row(row["variant"], *("–" if row[name] is None else f"{row[name]:.3g}" for name in shown[1:]))
     console.print(table)
 
 

@@ -104,7 +104,8 @@ def written(tmp_path):
     compared = {f"{f} {m}{e}": 0.3 for f in ("recovery", "gap") for m in ("acc", "nll") for e in ("", " ±")}
     rows = [{"method": "uniform", **compared}, {"method": "scaleot", **compared, "recovery acc": ""}]
     sweep = [{"alpha": a, "beta": b, **point("", 0.5, a)} for a in (0.0, 0.5) for b in (0.0, 0.8)]
-    attacks = [{**row, "lacking": 1.5, "lacking ±": ""} for row in sweep]
+    attacks = [{"variant": "", **row, "lacking": 1.5, "lacking ±": ""} for row in sweep]
+    attacks.append({**attacks[0], "variant": "half the channels"})
     told = {"auc": 0.625, "auc_stderr": 0.01, "true_positives": 0.03}
     attack = {
         "recovery": {"package": {**CURVE[-1], "tasks": {"piqa": {"acc": 0.59}, "text": {"perplexity": 33.0}}}},
@@ -128,6 +129,7 @@ def test_page_has_every_part_and_needs_nothing_else(written):
         "Methods",
         "The dial",
         "The dial under attack",
+        "half the channels",
         "What an attacker makes of it",
         "0.6125",
         "0.625",

@@ -378,13 +378,16 @@ def test_attacks_over_the_dial(sweep: Sweep) -> None:
     settings = yaml.safe_load((sweep.folder / "studies/attacks.yaml").read_text())
     small = {"tasks": ["piqa"], "attack.steps": 4, "attack.points": 1, "attack.records": 10}
     settings |= {"alphas": [0.5], "betas": [0.8], "seeds": [0, 1], "changes": settings["changes"] | small}
+    settings["variants"] = {"a quarter of the channels": {"alpha": 0.25, "beta": 0.0, "src.channels": 0.25}}
     (sweep.folder / "studies/attacks.yaml").write_text(yaml.safe_dump(settings))
     for command in (("add", "studies"), ("commit", "--quiet", "--message", "studies")):
         subprocess.run(["git", *command], check=True)
     done = subprocess.run([sys.executable, "studies/attacks.py"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    (row,) = read_csv(sweep.folder / "docs/studies/attacks.csv")
-    assert (row["alpha"], row["beta"]) == (0.5, 0.8)
-    assert all(isinstance(row[name], float) for name in ("lacking", "lacking ±", "gap acc", "membership AUC"))
-    assert 0 < row["bytes exact"] < 1 and row["bytes exact ±"] == 0
+    rows = read_csv(sweep.folder / "docs/studies/attacks.csv")
+    told = [(row["variant"], row["alpha"], row["beta"]) for row in rows]
+    assert told == [("", 0.5, 0.8), ("a quarter of the channels", 0.25, 0.0)]
+    for row in rows:
+        assert all(isinstance(row[name], float) for name in ("lacking", "lacking ±", "gap acc", "membership AUC"))
+        assert 0 < row["bytes exact"] < 1 and row["bytes exact ±"] == 0
     assert (sweep.folder / "docs/studies/attacks.png").stat().st_size > 10_000
