@@ -128,7 +128,7 @@ LACKING = Panel(
 
 
 def by_beta(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
-    """Lines of a frontier: the settings of one β along α, which stands beside each point; a point for each `variant`."""
+    """Lines of a frontier: the settings of one β along α, which stands beside each point; each `variant` a point."""
     dial = [row for row in rows if not row.get("variant")]
     lines = {
         f"β = {beta:g}, over α": [{**row, "label": f"{row['alpha']:g}"} for row in dial if row["beta"] == beta]

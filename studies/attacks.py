@@ -1,7 +1,8 @@
 """Attacks: what each α and β gives in utility, and what the recovery attack leaves of its privacy; the second frontier.
 
-Beside them stand changes to the method, the variants in attacks.yaml. Every setting is a DVC experiment that runs the pipeline and the stage `attack`, through DVC's queue as in the sweep.
-What is there already, of this commit, is not run again. `make attacks` runs it.
+Beside them stand changes to the method, the variants in attacks.yaml. Every setting is a DVC experiment that runs the
+pipeline and the stage `attack`, through DVC's queue as in the sweep. What is there already, of this commit, is not run
+again. `make attacks` runs it.
 """
 
 import math

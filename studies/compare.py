@@ -1,9 +1,12 @@
 """Compare: all methods on the same model, tasks, seeds, bytes and tuning, as DVC experiments; a table.
 
 Utility is what the plug-in has, privacy what the tuned emulator lacks of it; cost is what preparing the emulator took:
-for ScaleOT layer importance, DLR and compression, for the others compression. Experiments that are there already, of
-this commit, are not run again, so that a stopped comparison goes on. `make compare` runs it; on a GPU
+for ScaleOT layer importance, DLR and compression, for the others compression. `make compare` runs it; on a GPU
 `make compare SET="data.train_questions=4000"` runs it larger.
+
+Every run's figures are kept in compare-runs.csv, with a hash of its parameters and of the code that DVC's stages depend
+on. A run that is there, or is a DVC experiment of this commit, is not made again, so that a stopped comparison goes on,
+on another machine too.
 """
 
 import sys
@@ -16,14 +19,14 @@ from rich.table import Table
 
 from scaleot_core.ending import ends_in_one_line
 from scaleot_core.errors import UserError
-from scaleot_core.experiments import experiment_name, read_metrics, run, settings
-from scaleot_core.files import whole_file
+from scaleot_core.experiments import ANYHOW, experiment_name, read_metrics, run, settings
+from scaleot_core.files import fingerprint, whole_file
 from scaleot_core.params import changed, load_params
 from scaleot_core.progress import console
-from scaleot_core.report import mean, over_seeds, write_csv
+from scaleot_core.report import mean, over_seeds, read_csv, write_csv
 
 SETTINGS = Path(__file__).with_suffix(".yaml")
-OUT, LOG = Path("docs/studies/compare.csv"), Path("docs/results.md")
+RUNS, OUT, LOG = Path("docs/studies/compare-runs.csv"), Path("docs/studies/compare.csv"), Path("docs/results.md")
 BEGIN, END = "<!-- compare -->\n", "<!-- end of compare -->\n"
 PREPARED = {"scaleot": ("layer_importance", "train_harmonizers", "compress")}  # the others: compress alone
 
@@ -73,12 +76,39 @@ COLUMNS: dict[str, tuple[Figures, bool | None]] = {
 }
 
 
-def rows_of(found: dict[str, list[dict[str, Any]]]) -> Rows:
-    """Every method's columns from its runs' metrics; one seed alone has no error."""
+def code() -> list[Path]:
+    """The project's files that its stages depend on."""
+    stages = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"].values()
+    own = {Path(dep) for stage in stages for dep in stage["deps"] if dep.startswith(("stages/", "scaleot_core/"))}
+    return [file for dep in sorted(own) for file in (sorted(dep.rglob("*.py")) if dep.is_dir() else [dep])]
+
+
+def runs_of(wanted: dict[str, dict[str, Any]], seeds: list[int], name_of: Callable[..., str]) -> list[dict[str, Any]]:
+    """Every seed's run of every method: its columns, read from RUNS or made now and written there at once."""
+    files = code()
+    known = {row["made of"]: row for row in read_csv(RUNS)} if RUNS.exists() else {}
+    runs: list[dict[str, Any]] = []
+    for seed in seeds:
+        for method, changes in wanted.items():
+            params = changed(load_params(), {**changes, "seed": seed}).model_dump(exclude=ANYHOW)
+            made_of = f"sha256-{fingerprint(params, *files)}"
+            if made_of not in known:
+                metrics = read_metrics(run(name_of(method, seed), {**changes, "seed": seed}))
+                known[made_of] = {column: figure(metrics, method) for column, (figure, _) in COLUMNS.items()}
+            found = {column: known[made_of][column] for column in COLUMNS}
+            figures = {column: None if value in ("", None) else float(value) for column, value in found.items()}
+            runs.append({"method": method, "seed": seed, **figures, "made of": made_of})
+            write_csv(RUNS, list(runs[0]), (list(each.values()) for each in runs))
+    return runs
+
+
+def rows_of(runs: list[dict[str, Any]]) -> Rows:
+    """Every method's columns over its runs; one seed alone has no error."""
     rows: Rows = {}
-    for method, runs in found.items():
-        cells = {name: over_seeds([figure(run, method) for run in runs]) for name, (figure, _) in COLUMNS.items()}
-        rows[method] = {name: cell and (cell[0], cell[1] or 0.0) for name, cell in cells.items()}
+    for method in dict.fromkeys(each["method"] for each in runs):
+        own = [each for each in runs if each["method"] == method]
+        cells = {column: over_seeds([each[column] for each in own]) for column in COLUMNS}
+        rows[method] = {column: cell and (cell[0], cell[1] or 0.0) for column, cell in cells.items()}
     return rows
 
 
@@ -131,12 +161,11 @@ def main() -> None:
     rows_wanted = {name: {**changes, "method": method_of(name), **own} for name, own in compared["methods"].items()}
     for wanted in rows_wanted.values():
         changed(load_params(), wanted)  # a mistake is found before the first run
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in rows_wanted}
-    for seed in compared["seeds"]:
-        for name, wanted in rows_wanted.items():
-            experiment = experiment_name("compare", name, "seed", seed, *sys.argv[1:])
-            found[name].append(read_metrics(run(experiment, {**wanted, "seed": seed})))
-    rows = rows_of(found)
+
+    def name_of(method: str, seed: int) -> str:
+        return experiment_name("compare", method, "seed", seed, *sys.argv[1:])
+
+    rows = rows_of(runs_of(rows_wanted, compared["seeds"], name_of))
     header = ["method", *(f"{column}{suffix}" for column in COLUMNS for suffix in ("", " ±"))]
     write_csv(OUT, header, ([m, *(v for cell in c.values() for v in (cell or ("", "")))] for m, c in rows.items()))
     about = f"means of {', '.join(changes['tasks'])}; {len(compared['seeds'])} seeds"

@@ -4,6 +4,7 @@ import csv
 import math
 import runpy
 import shutil
+from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
 from typing import Any
@@ -193,12 +194,17 @@ def measured_by(gap: float, recovery: float | None, tokens: int = 7) -> dict[str
 
 
 def test_comparison_has_means_errors_costs_and_the_best(compare_study: dict[str, Any]) -> None:
-    runs = {
-        "uniform": [measured_by(0.1, 0.5), measured_by(0.2, 0.7)],
-        "scaleot": [measured_by(0.3, 0.5), measured_by(0.3, None)],
-        "scaleot, channels": [measured_by(0.2, 0.5)],
-    }
-    rows = compare_study["rows_of"](runs)
+    measured = [
+        ("uniform", measured_by(0.1, 0.5)),
+        ("scaleot", measured_by(0.3, 0.5)),
+        ("scaleot, channels", measured_by(0.2, 0.5)),
+        ("uniform", measured_by(0.2, 0.7)),
+        ("scaleot", measured_by(0.3, None)),
+    ]
+    columns = compare_study["COLUMNS"]
+    rows = compare_study["rows_of"](
+        [{"method": m, **{c: figure(metrics, m) for c, (figure, _) in columns.items()}} for m, metrics in measured]
+    )
     assert rows["uniform"]["gap acc"] == pytest.approx((0.15, 0.05)) and rows["scaleot"]["gap acc"] == (0.3, 0.0)
     assert rows["scaleot"]["recovery acc"] is None  # full fine-tuning gained nothing with one seed
     assert (rows["uniform"]["seconds"][0], rows["scaleot"]["seconds"][0]) == (3.0, 6.0)
@@ -209,20 +215,37 @@ def test_comparison_has_means_errors_costs_and_the_best(compare_study: dict[str,
     assert best(rows, "recovery acc") == "uniform" and best(rows, "share of bytes") is None
 
 
-def test_comparison_runs_all_methods_with_all_seeds_and_writes_its_table(
+@pytest.fixture
+def compared(
     compare_study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[dict[str, Any]] = []
+) -> Callable[[], list[dict[str, Any]]]:
+    """The comparison in a folder of its own, without DVC: a call makes it and gives what it ran."""
     around = compare_study["main"].__globals__
+    made: list[dict[str, Any]] = []
     monkeypatch.setitem(around, "run", lambda name, changes: made.append(changes) or {"rev": name})
-    monkeypatch.setitem(around, "read_metrics", lambda row: measured_by(0.1, 0.5))
+    monkeypatch.setitem(around, "read_metrics", lambda row: measured_by(0.1, None))
     monkeypatch.setattr("sys.argv", ["compare.py", "data.eval_questions=20"])
-    shutil.copy(ROOT / "params.yaml", tmp_path)
-    monkeypatch.chdir(tmp_path)
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("scaleot_core", "stages"):
+        shutil.copytree(ROOT / name, tmp_path / name)
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs/results.md").write_text("before\n<!-- compare -->\nold\n<!-- end of compare -->\nafter\n")
-    compare_study["main"]()
-    log = (tmp_path / "docs/results.md").read_text()
+    monkeypatch.chdir(tmp_path)
+
+    def call() -> list[dict[str, Any]]:
+        made.clear()
+        compare_study["main"]()
+        return list(made)
+
+    return call
+
+
+def test_comparison_runs_all_methods_with_all_seeds_and_writes_its_table(
+    compare_study: dict[str, Any], compared: Callable[[], list[dict[str, Any]]]
+) -> None:
+    made = compared()
+    log = Path("docs/results.md").read_text()
     assert log.startswith("before\n<!-- compare -->\n| means of piqa") and log.endswith(
         "<!-- end of compare -->\nafter\n"
     )
@@ -236,9 +259,26 @@ def test_comparison_runs_all_methods_with_all_seeds_and_writes_its_table(
         for seed in (0, 1, 2)
     }
     assert all(c["data.eval_questions"] == 20 and c["tuning.lr"] == [1e-4, 3e-4] for c in made)
-    (tmp_path / "docs/results.md").write_text("no marks")
+    Path("docs/results.md").write_text("no marks")
     with pytest.raises(UserError, match="marks"):
         compare_study["write_log"]({}, "x")
+
+
+def test_comparison_goes_on_from_the_runs_that_are_there(compared: Callable[[], list[dict[str, Any]]]) -> None:
+    runs, log = Path("docs/studies/compare-runs.csv"), Path("docs/results.md")
+    compared()
+    whole, table = runs.read_text(), log.read_text()
+    runs.write_text("".join(whole.splitlines(keepends=True)[:-2]))  # stopped before the last two runs
+    again = compared()
+    assert [(c["method"], c["seed"]) for c in again] == [("scaleot", 2), ("scaleot", 2)]
+    assert runs.read_text() == whole and log.read_text() == table
+    Path("scaleot_core/pictures.py").touch()
+    Path("scaleot_core/cli.py").write_text("")  # on which no stage depends
+    assert not compared()
+    for name in ("scaleot_core/methods/gradot.py", "stages/compress.py"):
+        with Path(name).open("a") as stream:
+            stream.write("# another\n")
+        assert len(compared()) == 18
 
 
 # --- presets and the table -------------------------------------------------------------------------------
