@@ -48,7 +48,7 @@ bench: repro  ## ratios against the plain ways, appended to docs/benchmarks.md
 report: repro  ## report.html: what was measured on one page
 	python studies/report.py
 
-compare: repro  ## all methods on one model, three tasks, three seeds: about four hours on 2 cores
+compare: repro  ## all methods on one model, three tasks, three seeds: about two and a half hours on 2 cores
 	python studies/compare.py $(SET)
 
 table: .venv/ready  ## one row of the paper's table: PRESET=opt-1.3b SET="alpha=0.5" (presets.yaml)
