@@ -1,7 +1,8 @@
 """Runs of the pipeline with some parameters changed, as DVC experiments that are made once and read back by name.
 
 Each runs in a folder of its own (`dvc exp run --temp`), so that the project stays as it is, and takes from DVC's cache
-all that the change doesn't touch. One that was stopped is run again; one that is there isn't.
+all that the change doesn't touch. One that was stopped is run again; one that is there isn't. A long study keeps its
+runs' figures in a CSV file too, which git has where DVC's cache is gone.
 """
 
 import json
@@ -9,14 +10,17 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from scaleot_core.errors import UserError
+from scaleot_core.files import fingerprint
 from scaleot_core.params import changed, load_params
 from scaleot_core.progress import progress, say
+from scaleot_core.report import read_csv, write_csv
 
 WAITING = {"Queued", "Running"}
 POLL_SECONDS = 10.0
@@ -24,6 +28,10 @@ ANYHOW = {"device", "threads", "launch", "checkpoint_seconds"}  # parameters tha
 
 Row = dict[str, Any]
 """Metrics and parameters of one experiment, by names such as `tasks.piqa.gap.acc` and `dlr.steps`."""
+Changes = Mapping[str, Any]
+"""To params.yaml, by names such as `dlr.steps`."""
+Figures = Mapping[str, float | None]
+"""What a study takes from one run, by the name of its column; None where a run has none."""
 
 
 def experiment_name(*parts: object) -> str:
@@ -50,11 +58,11 @@ def finished() -> dict[str, Row]:
     return _sorted()[0]
 
 
-def _set(changes: Mapping[str, Any]) -> list[str]:
+def _set(changes: Changes) -> list[str]:
     return [f"--set-param={key}={json.dumps(value)}" for key, value in changes.items()]
 
 
-def _check(name: str, row: Row, changes: Mapping[str, Any]) -> Row:
+def _check(name: str, row: Row, changes: Changes) -> Row:
     """A row that is there; UserError where it was made with other parameters than these changes give now."""
     expected = flat(changed(load_params(), dict(changes)).model_dump())
     for key, value in expected.items():
@@ -75,7 +83,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def run(name: str, changes: Mapping[str, Any]) -> Row:
+def run(name: str, changes: Changes) -> Row:
     """The row of experiment `name`, run now with these parameters if it isn't there; UserError where a run fails."""
     found = finished()
     if name not in found:
@@ -103,30 +111,39 @@ def workers() -> int:
     return max(1, min(len(os.sched_getaffinity(0)) // 4, int(memory // 8)))
 
 
-def run_all(wanted: Mapping[str, Mapping[str, Any]], label: str, targets: Sequence[str] = ()) -> dict[str, Row]:
-    """Rows of many experiments, by name: what isn't there is put into DVC's queue, which as many work off as fit.
+def _ended(todo: dict[str, Changes], done: Mapping[str, Row]) -> Iterator[tuple[str, Row]]:
+    """Take out of `todo` what is done, each with its row."""
+    for name in [name for name in todo if name in done]:
+        yield name, _check(name, done[name], todo.pop(name))
+
+
+def run_all(wanted: Mapping[str, Changes], label: str, targets: Sequence[str] = ()) -> Iterator[tuple[str, Row]]:
+    """Names and rows of many experiments, each as it ends: what isn't there goes into DVC's queue, which as many work
+    off as fit.
 
     `targets` are what each runs, as `dvc repro` takes them; without any the whole pipeline.
     Interrupted, what runs ends and the queue stays: the same command goes on. UserError names one that failed.
     """
     done, waiting = _sorted()
+    todo = dict(wanted)
+    yield from _ended(todo, done)
+    if not todo:
+        return
     jobs = workers()
     shared = {"threads": len(os.sched_getaffinity(0)) // jobs} if jobs > 1 else {}
-    for name in wanted.keys() - done.keys() - waiting:
-        _dvc("exp", "run", "--queue", f"--name={name}", *_set({**wanted[name], **shared}), *targets)
-    if wanted.keys() <= done.keys():
-        return {name: _check(name, done[name], changes) for name, changes in wanted.items()}
+    for name in [name for name in todo if name not in waiting]:
+        _dvc("exp", "run", "--queue", f"--name={name}", *_set({**todo[name], **shared}), *targets)
     _dvc("queue", "start", f"--jobs={jobs}")
     say(f"{label}: {jobs} at once; `dvc queue logs NAME` shows one")
     try:
-        with progress(label, len(wanted), len(wanted.keys() & done.keys())) as tick:
-            while not wanted.keys() <= done.keys():
+        with progress(label, len(wanted), len(wanted) - len(todo)) as tick:
+            while todo:
                 time.sleep(POLL_SECONDS)
-                before = done
                 done, waiting = _sorted()
-                for _ in (done.keys() - before.keys()) & wanted.keys():
+                for ended in _ended(todo, done):
                     tick()
-                if failed := sorted(wanted.keys() - done.keys() - waiting):
+                    yield ended
+                if failed := sorted(todo.keys() - waiting):
                     raise UserError(
                         f"experiment {failed[0]}: it failed; `dvc queue logs {failed[0]}` says why; mend it, then run "
                         "again: what is done is kept"
@@ -134,7 +151,41 @@ def run_all(wanted: Mapping[str, Mapping[str, Any]], label: str, targets: Sequen
     except KeyboardInterrupt:
         _dvc("queue", "stop")
         raise
-    return {name: _check(name, done[name], changes) for name, changes in wanted.items()}
+
+
+def code(*pipelines: str) -> list[Path]:
+    """The project's own files that the stages in these DVC files depend on."""
+    stages = [stage for path in pipelines for stage in yaml.safe_load(Path(path).read_text())["stages"].values()]
+    own = {Path(dep) for stage in stages for dep in stage["deps"] if dep.startswith(("stages/", "scaleot_core/"))}
+    return [file for dep in sorted(own) for file in (sorted(dep.rglob("*.py")) if dep.is_dir() else [dep])]
+
+
+def kept(
+    path: Path,
+    columns: Collection[str],
+    wanted: Mapping[str, Changes],
+    make: Callable[[Mapping[str, Changes]], Iterable[tuple[str, Figures]]],
+    *pipelines: str,
+) -> dict[str, Figures]:
+    """Figures of every wanted run by its name: from the CSV file at `path`, or made now and written there as each ends.
+
+    A line there counts for a run of the same parameters and the same `code` of these DVC files, whatever its name, if
+    it has all columns.
+    """
+    known = {row.get("made of"): row for row in read_csv(path)} if path.exists() else {}
+    files, made_of, found = code(*pipelines), dict[str, str](), dict[str, Figures]()
+    for name, changes in wanted.items():
+        params = changed(load_params(), dict(changes)).model_dump(exclude=ANYHOW)
+        made_of[name] = f"sha256-{fingerprint(params, *files)}"
+        line = known.get(made_of[name], {})
+        if line.keys() >= {*columns}:
+            found[name] = {column: None if line[column] == "" else line[column] for column in columns}
+    for name, figures in make({name: changes for name, changes in wanted.items() if name not in found}):
+        values = {column: figures[column] for column in columns}
+        found[name] = {column: None if value is None else float(value) for column, value in values.items()}
+        there = [(name, found[name], made_of[name]) for name in wanted if name in found]
+        write_csv(path, ["run", *columns, "made of"], ([name, *row.values(), of] for name, row, of in there))
+    return {name: found[name] for name in wanted}
 
 
 def _dvc(*arguments: str) -> None:

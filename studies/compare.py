@@ -10,7 +10,7 @@ on another machine too.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,46 +19,41 @@ from rich.table import Table
 
 from scaleot_core.ending import ends_in_one_line
 from scaleot_core.errors import UserError
-from scaleot_core.experiments import ANYHOW, experiment_name, read_metrics, run, settings
-from scaleot_core.files import fingerprint, whole_file
-from scaleot_core.params import changed, load_params
+from scaleot_core.experiments import Changes, Figures, experiment_name, kept, read_metrics, run, settings
+from scaleot_core.files import whole_file
 from scaleot_core.progress import console
-from scaleot_core.report import mean, over_seeds, read_csv, write_csv
+from scaleot_core.report import mean, over_seeds, write_csv
 
 SETTINGS = Path(__file__).with_suffix(".yaml")
 RUNS, OUT, LOG = Path("docs/studies/compare-runs.csv"), Path("docs/studies/compare.csv"), Path("docs/results.md")
 BEGIN, END = "<!-- compare -->\n", "<!-- end of compare -->\n"
 PREPARED = {"scaleot": ("layer_importance", "train_harmonizers", "compress")}  # the others: compress alone
 
-Figures = Callable[[dict[str, Any], str], float | None]
+Figure = Callable[[dict[str, Any], str], float | None]
+"""From a run's metrics.json and its method."""
 Cell = tuple[float, float] | None
 Rows = dict[str, dict[str, Cell]]
 """Of every method its columns: mean and standard error over seeds."""
 
 
-def over_tasks(*path: str) -> Figures:
+def over_tasks(*path: str) -> Figure:
     """The mean over tasks of a figure in metrics.json, None where a task has none."""
 
-    def figure(metrics: dict[str, Any], name: str) -> float | None:
+    def figure(metrics: dict[str, Any], method: str) -> float | None:
         return mean([measured[path[0]][path[1]] for measured in metrics["tasks"].values()])
 
     return figure
 
 
-def method_of(name: str) -> str:
-    """The method of a row that may name a variant of it: `scaleot, channels` is one of `scaleot`."""
-    return name.partition(",")[0]
-
-
-def prepared(figure: str, total: Callable[..., float] = sum) -> Figures:
+def prepared(figure: str, total: Callable[..., float] = sum) -> Figure:
     """What preparing the emulator cost, over its stages."""
-    return lambda metrics, name: total(
-        metrics["cost"][stage][figure] for stage in PREPARED.get(method_of(name), ("compress",))
+    return lambda metrics, method: total(
+        metrics["cost"][stage][figure] for stage in PREPARED.get(method, ("compress",))
     )
 
 
 # Columns: where a figure comes from, and whether more of it is better; None for what isn't a race.
-COLUMNS: dict[str, tuple[Figures, bool | None]] = {
+COLUMNS: dict[str, tuple[Figure, bool | None]] = {
     "recovery acc": (over_tasks("recovery", "acc"), True),
     "recovery nll": (over_tasks("recovery", "answer_nll"), True),
     "plug-in acc": (over_tasks("plug_in", "acc"), True),
@@ -68,46 +63,19 @@ COLUMNS: dict[str, tuple[Figures, bool | None]] = {
     "tuned emulator nll": (over_tasks("emulator_finetune", "answer_nll"), True),
     "gap acc": (over_tasks("gap", "acc"), True),
     "gap nll": (over_tasks("gap", "answer_nll"), True),
-    "share of bytes": (lambda metrics, name: metrics["emulator"]["share_of_model"], None),
-    "perplexity": (lambda metrics, name: metrics["corpus_perplexity"]["emulator"], None),
+    "share of bytes": (lambda metrics, method: metrics["emulator"]["share_of_model"], None),
+    "perplexity": (lambda metrics, method: metrics["corpus_perplexity"]["emulator"], None),
     "tokens": (prepared("tokens"), False),
     "seconds": (prepared("seconds"), False),
     "MiB": (prepared("peak_memory_mib", max), False),
 }
 
 
-def code() -> list[Path]:
-    """The project's files that its stages depend on."""
-    stages = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"].values()
-    own = {Path(dep) for stage in stages for dep in stage["deps"] if dep.startswith(("stages/", "scaleot_core/"))}
-    return [file for dep in sorted(own) for file in (sorted(dep.rglob("*.py")) if dep.is_dir() else [dep])]
-
-
-def runs_of(wanted: dict[str, dict[str, Any]], seeds: list[int], name_of: Callable[..., str]) -> list[dict[str, Any]]:
-    """Every seed's run of every method: its columns, read from RUNS or made now and written there at once."""
-    files = code()
-    known = {row["made of"]: row for row in read_csv(RUNS)} if RUNS.exists() else {}
-    runs: list[dict[str, Any]] = []
-    for seed in seeds:
-        for method, changes in wanted.items():
-            params = changed(load_params(), {**changes, "seed": seed}).model_dump(exclude=ANYHOW)
-            made_of = f"sha256-{fingerprint(params, *files)}"
-            if made_of not in known:
-                metrics = read_metrics(run(name_of(method, seed), {**changes, "seed": seed}))
-                known[made_of] = {column: figure(metrics, method) for column, (figure, _) in COLUMNS.items()}
-            found = {column: known[made_of][column] for column in COLUMNS}
-            figures = {column: None if value in ("", None) else float(value) for column, value in found.items()}
-            runs.append({"method": method, "seed": seed, **figures, "made of": made_of})
-            write_csv(RUNS, list(runs[0]), (list(each.values()) for each in runs))
-    return runs
-
-
-def rows_of(runs: list[dict[str, Any]]) -> Rows:
-    """Every method's columns over its runs; one seed alone has no error."""
+def rows_of(runs: dict[str, list[Figures]]) -> Rows:
+    """Every method's columns from its runs' figures; one seed alone has no error."""
     rows: Rows = {}
-    for method in dict.fromkeys(each["method"] for each in runs):
-        own = [each for each in runs if each["method"] == method]
-        cells = {column: over_seeds([each[column] for each in own]) for column in COLUMNS}
+    for method, found in runs.items():
+        cells = {column: over_seeds([figures[column] for figures in found]) for column in COLUMNS}
         rows[method] = {column: cell and (cell[0], cell[1] or 0.0) for column, cell in cells.items()}
     return rows
 
@@ -158,17 +126,25 @@ def write_log(rows: Rows, about: str) -> None:
 def main() -> None:
     compared = yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
     changes = {**compared["changes"], **settings(sys.argv[1:])}
-    rows_wanted = {name: {**changes, "method": method_of(name), **own} for name, own in compared["methods"].items()}
-    for wanted in rows_wanted.values():
-        changed(load_params(), wanted)  # a mistake is found before the first run
+    rows_wanted = {
+        name: {**changes, "method": name.partition(",")[0], **own} for name, own in compared["methods"].items()
+    }
 
-    def name_of(method: str, seed: int) -> str:
-        return experiment_name("compare", method, "seed", seed, *sys.argv[1:])
+    def name_of(row: str, seed: int) -> str:
+        return experiment_name("compare", row, "seed", seed, *sys.argv[1:])
 
-    rows = rows_of(runs_of(rows_wanted, compared["seeds"], name_of))
+    def make(missing: Mapping[str, Changes]) -> Iterator[tuple[str, Figures]]:
+        for name, own in missing.items():
+            metrics = read_metrics(run(name, own))
+            yield name, {column: figure(metrics, own["method"]) for column, (figure, _) in COLUMNS.items()}
+
+    seeds = compared["seeds"]
+    wanted = {name_of(row, seed): {**own, "seed": seed} for seed in seeds for row, own in rows_wanted.items()}
+    found = kept(RUNS, COLUMNS, wanted, make, "dvc.yaml")
+    rows = rows_of({row: [found[name_of(row, seed)] for seed in seeds] for row in rows_wanted})
     header = ["method", *(f"{column}{suffix}" for column in COLUMNS for suffix in ("", " ±"))]
     write_csv(OUT, header, ([m, *(v for cell in c.values() for v in (cell or ("", "")))] for m, c in rows.items()))
-    about = f"means of {', '.join(changes['tasks'])}; {len(compared['seeds'])} seeds"
+    about = f"means of {', '.join(changes['tasks'])}; {len(seeds)} seeds"
     write_log(rows, about)
     table = Table("", *rows, title=about)
     for line in lines_of(rows, "[bold]{}[/]"):

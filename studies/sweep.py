@@ -73,7 +73,7 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     tasks = load_params().tasks
     grid = [(alpha, beta) for alpha in ALPHAS for beta in BETAS]
-    found = run_all({name_of(changes): changes for changes in itertools.starmap(setting, grid)}, "sweep")
+    found = dict(run_all({name_of(changes): changes for changes in itertools.starmap(setting, grid)}, "sweep"))
     rows: list[dict[str, Any]] = [
         {"alpha": alpha, "beta": beta, **figures(found[name_of(setting(alpha, beta))], tasks)} for alpha, beta in grid
     ]

@@ -314,12 +314,12 @@ def test_experiment_that_fails_is_told_and_is_not_there() -> None:
 def test_queued_experiments_are_worked_off_and_made_once(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = {"half-of-beta": {"beta": 0.4}, "queued-one": {"alpha": 0.6}, "queued-two": {"alpha": 0.9}}
     before = (sweep.folder / "params.yaml").read_bytes()
-    rows = experiments.run_all(wanted, "test")
+    rows = dict(experiments.run_all(wanted, "test"))
     assert (sweep.folder / "params.yaml").read_bytes() == before
     assert [rows[name]["alpha"] for name in wanted] == [0.25, 0.6, 0.9]
     assert rows["queued-two"]["emulator.bytes"] < rows["half-of-beta"]["emulator.bytes"]
     monkeypatch.setattr(experiments, "_dvc", lambda *arguments: pytest.fail("it ran again"))
-    assert experiments.run_all(wanted, "test") == rows
+    assert dict(experiments.run_all(wanted, "test")) == rows
 
 
 @pytest.mark.usefixtures("inside")
@@ -331,9 +331,9 @@ def test_experiment_of_other_parameters_is_not_taken_for_the_one_that_is_asked_f
 @pytest.mark.usefixtures("inside")
 def test_queued_experiment_that_fails_is_told() -> None:
     with pytest.raises(UserError, match="experiment much-too-much: it failed; `dvc queue logs much-too-much`"):
-        experiments.run_all({"much-too-much": {"adapter_layers": 99}}, "test")
+        dict(experiments.run_all({"much-too-much": {"adapter_layers": 99}}, "test"))
     with pytest.raises(UserError, match="dvc exp run"):
-        experiments.run_all({"no such name": {"no-block.no-key": 1}}, "test")
+        dict(experiments.run_all({"no such name": {"no-block.no-key": 1}}, "test"))
 
 
 def test_two_clones_share_finished_stages_and_experiments(sweep: Sweep, tmp_path: Path) -> None:

@@ -194,16 +194,19 @@ def measured_by(gap: float, recovery: float | None, tokens: int = 7) -> dict[str
 
 
 def test_comparison_has_means_errors_costs_and_the_best(compare_study: dict[str, Any]) -> None:
-    measured = [
-        ("uniform", measured_by(0.1, 0.5)),
-        ("scaleot", measured_by(0.3, 0.5)),
-        ("scaleot, channels", measured_by(0.2, 0.5)),
-        ("uniform", measured_by(0.2, 0.7)),
-        ("scaleot", measured_by(0.3, None)),
-    ]
+    runs = {
+        "uniform": [measured_by(0.1, 0.5), measured_by(0.2, 0.7)],
+        "scaleot": [measured_by(0.3, 0.5), measured_by(0.3, None)],
+        "scaleot, channels": [measured_by(0.2, 0.5)],
+    }
     columns = compare_study["COLUMNS"]
     rows = compare_study["rows_of"](
-        [{"method": m, **{c: figure(metrics, m) for c, (figure, _) in columns.items()}} for m, metrics in measured]
+        {
+            row: [
+                {c: figure(metrics, row.partition(",")[0]) for c, (figure, _) in columns.items()} for metrics in found
+            ]
+            for row, found in runs.items()
+        }
     )
     assert rows["uniform"]["gap acc"] == pytest.approx((0.15, 0.05)) and rows["scaleot"]["gap acc"] == (0.3, 0.0)
     assert rows["scaleot"]["recovery acc"] is None  # full fine-tuning gained nothing with one seed
