@@ -154,9 +154,9 @@ def run_all(wanted: Mapping[str, Changes], label: str, targets: Sequence[str] = 
 
 
 def code(*pipelines: str) -> list[Path]:
-    """The project's own files that the stages in these DVC files depend on."""
+    """The project's own files that the stages in these DVC files depend on: all but what stages make."""
     stages = [stage for path in pipelines for stage in yaml.safe_load(Path(path).read_text())["stages"].values()]
-    own = {Path(dep) for stage in stages for dep in stage["deps"] if dep.startswith(("stages/", "scaleot_core/"))}
+    own = {Path(dep) for stage in stages for dep in stage["deps"] if not dep.startswith(("artifacts/", "costs"))}
     return [file for dep in sorted(own) for file in (sorted(dep.rglob("*.py")) if dep.is_dir() else [dep])]
 
 

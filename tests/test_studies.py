@@ -228,7 +228,7 @@ def compared(
     monkeypatch.setitem(around, "run", lambda name, changes: made.append(changes) or {"rev": name})
     monkeypatch.setitem(around, "read_metrics", lambda row: measured_by(0.1, None))
     monkeypatch.setattr("sys.argv", ["compare.py", "data.eval_questions=20"])
-    for name in ("params.yaml", "dvc.yaml"):
+    for name in ("params.yaml", "dvc.yaml", "embedded.lock"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("scaleot_core", "stages"):
         shutil.copytree(ROOT / name, tmp_path / name)
@@ -278,7 +278,7 @@ def test_comparison_goes_on_from_the_runs_that_are_there(compared: Callable[[], 
     Path("scaleot_core/pictures.py").touch()
     Path("scaleot_core/cli.py").write_text("")  # on which no stage depends
     assert not compared()
-    for name in ("scaleot_core/methods/gradot.py", "stages/compress.py"):
+    for name in ("scaleot_core/methods/gradot.py", "stages/compress.py", "embedded.lock"):
         with Path(name).open("a") as stream:
             stream.write("# another\n")
         assert len(compared()) == 18
