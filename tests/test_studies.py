@@ -176,11 +176,10 @@ def compare_study() -> dict[str, Any]:
 
 def measured_by(gap: float, recovery: float | None, tokens: int = 7) -> dict[str, Any]:
     """metrics.json of a run, with the figures that matter; each stage costs 1 s more than the one before."""
-    figures = {"acc": 0.5, "answer_nll": 3.0}
-    task = {name: figures for name in MEASUREMENTS} | {
-        "gap": {"acc": gap, "answer_nll": gap},
-        "recovery": {"acc": recovery, "answer_nll": recovery},
-    }
+    whole, plugged = 0.0 if recovery is None else 1.0, recovery or 0.0  # of what there is to gain
+    gained = {name: 0.0 for name in MEASUREMENTS} | {"full_finetune": whole, "plug_in": plugged}
+    task: dict[str, Any] = {name: {"acc": 0.5 + g / 10, "answer_nll": 3.0 - g} for name, g in gained.items()}
+    task["gap"] = {"acc": gap, "answer_nll": gap}
     cost = {
         stage: {"tokens": tokens, "seconds": float(i), "peak_memory_mib": 100 * i}
         for i, stage in enumerate(("layer_importance", "train_harmonizers", "compress"), start=1)
@@ -213,6 +212,10 @@ def test_comparison_has_means_errors_costs_and_the_best(compare_study: dict[str,
     assert (rows["uniform"]["seconds"][0], rows["scaleot"]["seconds"][0]) == (3.0, 6.0)
     assert (rows["uniform"]["tokens"][0], rows["scaleot"]["tokens"][0]) == (7, 21)
     assert rows["scaleot"]["MiB"][0] == 300 and rows["scaleot, channels"]["seconds"][0] == 6.0
+    unlike = measured_by(0.1, 0.5)
+    unlike["tasks"]["b"] = measured_by(0.1, None)["tasks"]["b"]  # has nothing to gain, and divides nothing
+    assert columns["recovery acc"][0](unlike, "uniform") == pytest.approx(0.5)
+    assert columns["recovery nll"][0](unlike, "uniform") == pytest.approx(0.5)
     best = compare_study["best"]
     assert best(rows, "gap acc") == "scaleot" and best(rows, "seconds") == "uniform"
     assert best(rows, "recovery acc") == "uniform" and best(rows, "share of bytes") is None
