@@ -25,6 +25,7 @@ from scaleot_core import decomposition, emulator, examples, package
 from scaleot_core.ending import ends_in_one_line
 from scaleot_core.errors import UserError
 from scaleot_core.evaluation import evaluate
+from scaleot_core.experiments import PREPARING
 from scaleot_core.files import read_json, read_jsonl, read_tensors
 from scaleot_core.methods import METHODS, Owner
 from scaleot_core.models import load_model, load_tokenizer, mean_loss
@@ -36,7 +37,6 @@ from scaleot_core.training import Checkpoint
 from scaleot_core.tuning import train
 
 ARTIFACTS, COSTS, LOG = Path("artifacts"), Path("costs"), Path("docs/benchmarks.md")
-PREPARING = ("layer_importance", "train_harmonizers", "compress")
 ROUNDS = 3
 CHANNELS_ALONE = {"alpha": 0.0, "beta": 0.0, "src.channels": 0.51, "adapter_placement": "ends"}  # the default's bytes
 

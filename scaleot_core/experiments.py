@@ -26,6 +26,8 @@ WAITING = {"Queued", "Running"}
 POLL_SECONDS = 10.0
 ANYHOW = {"device", "threads", "launch", "checkpoint_seconds"}  # parameters that no figure hangs on
 
+PREPARING = ("layer_importance", "train_harmonizers", "compress")  # the stages that ScaleOT's emulator takes
+
 Row = dict[str, Any]
 """Metrics and parameters of one experiment, by names such as `tasks.piqa.gap.acc` and `dlr.steps`."""
 Changes = Mapping[str, Any]
@@ -153,9 +155,13 @@ def run_all(wanted: Mapping[str, Changes], label: str, targets: Sequence[str] = 
         raise
 
 
-def code(*pipelines: str) -> list[Path]:
-    """The project's own files that the stages in these DVC files depend on: all but what stages make."""
-    stages = [stage for path in pipelines for stage in yaml.safe_load(Path(path).read_text())["stages"].values()]
+def code(*targets: str) -> list[Path]:
+    """The project's own files that targets of DVC, a file or a stage of it, depend on; nothing that stages make."""
+    stages: list[dict[str, Any]] = []
+    for target in targets:
+        path, _, stage = target.partition(":")
+        there = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["stages"]
+        stages += [there[stage]] if stage else there.values()
     own = {Path(dep) for stage in stages for dep in stage["deps"] if not dep.startswith(("artifacts/", "costs"))}
     return [file for dep in sorted(own) for file in (sorted(dep.rglob("*.py")) if dep.is_dir() else [dep])]
 
@@ -165,18 +171,18 @@ def kept(
     columns: Collection[str],
     wanted: Mapping[str, Changes],
     make: Callable[[Mapping[str, Changes]], Iterable[tuple[str, Figures]]],
-    *pipelines: str,
+    *targets: str,
 ) -> dict[str, Figures]:
     """Figures of every wanted run by its name: from the CSV file at `path`, or made now and written there as each ends.
 
-    A line there counts for a run of the same parameters and the same `code` of these DVC files, whatever its name, if
-    it has all columns.
+    A line there counts for a run of the same parameters and the same `code` of these targets, whatever its name, if it
+    has all columns.
     """
     known = {row.get("made of"): row for row in read_csv(path)} if path.exists() else {}
-    files, made_of, found = code(*pipelines), dict[str, str](), dict[str, Figures]()
+    source, made_of, found = fingerprint(*code(*targets)), dict[str, str](), dict[str, Figures]()
     for name, changes in wanted.items():
         params = changed(load_params(), dict(changes)).model_dump(exclude=ANYHOW)
-        made_of[name] = f"sha256-{fingerprint(params, *files)}"
+        made_of[name] = f"sha256-{fingerprint(params, source)}"
         line = known.get(made_of[name], {})
         if line.keys() >= {*columns}:
             found[name] = {column: None if line[column] == "" else line[column] for column in columns}

@@ -22,7 +22,6 @@ from scaleot_core.progress import console
 from scaleot_core.report import mean, over_seeds, write_csv
 
 SETTINGS, OUT = Path(__file__).with_suffix(".yaml"), Path("docs/studies")
-PIPELINES = ("dvc.yaml", "studies/dvc.yaml")
 TARGETS = ("dvc.yaml", "studies/dvc.yaml:attack")
 COLUMNS = (
     *("recovery acc", "recovery answer_nll", "gap acc", "gap answer_nll"),  # the paper's
@@ -69,6 +68,11 @@ def figures(metrics: Mapping[str, Any], attack: Mapping[str, Any]) -> dict[str, 
     }
 
 
+def name_of(setting: str, seed: int) -> str:
+    """The name of a setting's experiment."""
+    return experiment_name("attacks", setting, "seed", seed)
+
+
 def main() -> None:
     swept = yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
     own: dict[str, dict[str, Any]] = {
@@ -79,7 +83,7 @@ def main() -> None:
     own |= swept["variants"]
     seeds = swept["seeds"]
     wanted = {
-        experiment_name("attacks", name, "seed", seed): {**swept["changes"], **changes, "seed": seed}
+        name_of(name, seed): {**swept["changes"], **changes, "seed": seed}
         for seed in seeds
         for name, changes in own.items()
     }
@@ -88,13 +92,13 @@ def main() -> None:
         for name, run in run_all(missing, "attacks", TARGETS):
             yield name, figures(read_metrics(run), read_metrics(run, "attack.json"))
 
-    found = kept(OUT / "attacks-runs.csv", COLUMNS, wanted, make, *PIPELINES)
+    found = kept(OUT / "attacks-runs.csv", COLUMNS, wanted, make, *TARGETS)
     rows = []
     for name, changes in own.items():
         dial = changed(load_params(), changes)
-        row: dict[str, Any] = {"variant": "" if name not in swept["variants"] else name}
+        row: dict[str, Any] = {"variant": name if name in swept["variants"] else ""}
         row |= {"alpha": dial.alpha, "beta": dial.beta}
-        seen = [found[experiment_name("attacks", name, "seed", seed)] for seed in seeds]
+        seen = [found[name_of(name, seed)] for seed in seeds]
         for figure in COLUMNS:
             row[figure], row[f"{figure} ±"] = over_seeds([each[figure] for each in seen]) or (None, None)
         rows.append(row)

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from scaleot_core.ending import ends_in_one_line
 from scaleot_core.errors import UserError
-from scaleot_core.experiments import Changes, Figures, experiment_name, kept, read_metrics, run, settings
+from scaleot_core.experiments import PREPARING, Changes, Figures, experiment_name, kept, read_metrics, run, settings
 from scaleot_core.files import whole_file
 from scaleot_core.progress import console
 from scaleot_core.report import MEASUREMENTS, mean, over_seeds, utility, write_csv
@@ -27,7 +27,7 @@ from scaleot_core.report import MEASUREMENTS, mean, over_seeds, utility, write_c
 SETTINGS = Path(__file__).with_suffix(".yaml")
 RUNS, OUT, LOG = Path("docs/studies/compare-runs.csv"), Path("docs/studies/compare.csv"), Path("docs/results.md")
 BEGIN, END = "<!-- compare -->\n", "<!-- end of compare -->\n"
-PREPARED = {"scaleot": ("layer_importance", "train_harmonizers", "compress")}  # the others: compress alone
+PREPARED = {"scaleot": PREPARING}  # the others: compress alone
 
 Figure = Callable[[dict[str, Any], str], float | None]
 """From a run's metrics.json and its method."""

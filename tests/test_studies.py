@@ -17,6 +17,7 @@ from test_stages import settings, succeed
 from transformers import PreTrainedTokenizerFast
 
 from scaleot_core.errors import UserError
+from scaleot_core.experiments import code
 from scaleot_core.importance import new_harmonizers
 from scaleot_core.params import Params, changed
 from scaleot_core.report import MEASUREMENTS, utility
@@ -285,6 +286,14 @@ def test_comparison_goes_on_from_the_runs_that_are_there(compared: Callable[[], 
         with Path(name).open("a") as stream:
             stream.write("# another\n")
         assert len(compared()) == 18
+
+
+def test_code_is_what_a_stage_or_a_pipeline_depends_on_and_nothing_that_stages_make() -> None:
+    with chdir(ROOT):
+        attack, studies = code("studies/dvc.yaml:attack"), code("studies/dvc.yaml")
+    assert {Path("stages/attack.py"), Path("scaleot_core/attacks/recovery.py")} < {*attack} < {*studies}
+    assert Path("studies/scores.py") in {*studies} - {*attack}
+    assert not [path for path in studies if path.suffix != ".py"]
 
 
 # --- presets and the table -------------------------------------------------------------------------------
