@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import yaml
@@ -23,8 +24,9 @@ from scaleot_core.progress import progress, say
 from scaleot_core.report import read_csv, write_csv
 
 WAITING = {"Queued", "Running"}
-POLL_SECONDS = 10.0
+POLL_SECONDS = 30.0  # asking DVC takes a core seconds where there are many experiments
 ANYHOW = {"device", "threads", "launch", "checkpoint_seconds"}  # parameters that no figure hangs on
+DRAWING = Path("scaleot_core/pictures.py")  # and code that none hangs on
 
 PREPARING = ("layer_importance", "train_harmonizers", "compress")  # the stages that ScaleOT's emulator takes
 
@@ -139,30 +141,33 @@ def run_all(wanted: Mapping[str, Changes], label: str, targets: Sequence[str] = 
     say(f"{label}: {jobs} at once; `dvc queue logs NAME` shows one")
     try:
         with progress(label, len(wanted), len(wanted) - len(todo)) as tick:
+            gone = set[str]()  # once may be a run that DVC was just taking from one of its lists to the next
             while todo:
                 time.sleep(POLL_SECONDS)
                 done, waiting = _sorted()
                 for ended in _ended(todo, done):
                     tick()
                     yield ended
-                if failed := sorted(todo.keys() - waiting):
+                if failed := sorted(gone & (todo.keys() - waiting)):
                     raise UserError(
                         f"experiment {failed[0]}: it failed; `dvc queue logs {failed[0]}` says why; mend it, then run "
                         "again: what is done is kept"
                     )
+                gone = todo.keys() - waiting
     except KeyboardInterrupt:
         _dvc("queue", "stop")
         raise
 
 
 def code(*targets: str) -> list[Path]:
-    """The project's own files that targets of DVC, a file or a stage of it, depend on; nothing that stages make."""
+    """The project's own files that figures of DVC's targets, a file or a stage of it, hang on."""
     stages: list[dict[str, Any]] = []
     for target in targets:
         path, _, stage = target.partition(":")
         there = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["stages"]
         stages += [there[stage]] if stage else there.values()
     own = {Path(dep) for stage in stages for dep in stage["deps"] if not dep.startswith(("artifacts/", "costs"))}
+    own.discard(DRAWING)
     return [file for dep in sorted(own) for file in (sorted(dep.rglob("*.py")) if dep.is_dir() else [dep])]
 
 
@@ -195,9 +200,11 @@ def kept(
 
 
 def _dvc(*arguments: str) -> None:
-    done = subprocess.run(["dvc", *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"dvc {arguments[0]} {arguments[1]}: {' '.join((done.stdout + done.stderr).split())[-300:]}")
+    """Run DVC silently; UserError with its last words. A file takes them: a queue's worker would keep a pipe open."""
+    with TemporaryFile("w+") as said:
+        if subprocess.run(["dvc", *arguments], stdout=said, stderr=subprocess.STDOUT).returncode:
+            said.seek(0)
+            raise UserError(f"dvc {arguments[0]} {arguments[1]}: {' '.join(said.read().split())[-300:]}")
 
 
 def read_metrics(row: Row, name: str = "metrics.json") -> Any:

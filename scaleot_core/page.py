@@ -119,9 +119,12 @@ def sections(
         text = "ScaleOT over α, the number beside a point, and β. Up and to the right is better."
         found.append(_frontier("The dial", text, pictures.by_beta(sweep)))
     if attacks:
-        text = "ScaleOT over α, the number beside a point, and β: what is kept from an attacker, and the paper's gap."
+        text = (
+            "ScaleOT over α, β and `src.channels`, the number beside a point, and changes to the default: what is kept "
+            "from an attacker, and the paper's gap."
+        )
         panels = [pictures.LACKING, pictures.GAPS["answer_nll"]]
-        found.append(_frontier("The dial under attack", text, pictures.by_beta(attacks), panels))
+        found.append(_frontier("The dial under attack", text, pictures.by_line(attacks), panels))
     found.append(_measurements(metrics["tasks"]))
     kinds = list(zip(*(layers[name] for name in ("prior", "scores", "kinds")), strict=True))
     rows = [{"layer": i, "prior": p, "score": s, "became": kind} for i, (p, s, kind) in enumerate(kinds)]

@@ -30,6 +30,7 @@ KIND_COLOURS = {
     "shared": "#9aa5b1",
     "removed": "#d8d8d8",
 }
+MARKERS = "os^DvP*X"
 
 Row = Mapping[str, Any]
 
@@ -107,7 +108,7 @@ class Panel:
     y: str
     title: str
     y_label: str
-    x_label: str = "recovery: how much of full fine-tuning's gain the plug-in has"
+    x_label: str = "recovery: share of full fine-tuning's gain"
 
 
 def gap_panel(metric: str, title: str) -> Panel:
@@ -127,14 +128,19 @@ LACKING = Panel(
 )
 
 
+def by_line(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
+    """Lines of a frontier: rows of one `line` in their order; what stands beside a point is its `label`, if any."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        label = f"{row['label']:g}" if isinstance(row["label"], int | float) else ""
+        lines.setdefault(row["line"], []).append({**row, "label": label})
+    return lines
+
+
 def by_beta(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
-    """Lines of a frontier: the settings of one β along α, which stands beside each point; each `variant` a point."""
-    dial = [row for row in rows if not row.get("variant")]
-    lines = {
-        f"β = {beta:g}, over α": [{**row, "label": f"{row['alpha']:g}"} for row in dial if row["beta"] == beta]
-        for beta in sorted({row["beta"] for row in dial})
-    }
-    return lines | {row["variant"]: [{**row, "label": ""}] for row in rows if row.get("variant")}
+    """Lines of a frontier: the settings of one β along α."""
+    dial = sorted(rows, key=lambda row: row["beta"])
+    return by_line([{**row, "line": f"β = {row['beta']:g}, over α", "label": row["alpha"]} for row in dial])
 
 
 def frontier(lines: Mapping[str, Sequence[Row]], panels: Sequence[Panel]) -> Figure:
@@ -142,14 +148,15 @@ def frontier(lines: Mapping[str, Sequence[Row]], panels: Sequence[Panel]) -> Fig
 
     A point is left out where a figure is undefined (None or NaN).
     """
-    figure = Figure(figsize=(5 * len(panels), 4.4))
+    figure = Figure(figsize=(5 * len(panels), 4.8), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)
     colours = matplotlib.colormaps["viridis"]
     for axis, panel in zip(axes.flat, panels, strict=True):
         for k, (name, points) in enumerate(lines.items()):
             known = [p for p in points if p[panel.x] not in (None, "") and p[panel.y] not in (None, "")]
             x, y, errors = ([float(p[part] or 0) for p in known] for part in (panel.x, panel.y, f"{panel.y} ±"))
-            axis.errorbar(x, y, errors, color=colours(k / len(lines)), marker="o", label=name)
+            marker = MARKERS[k % len(MARKERS)]
+            axis.errorbar(x, y, errors, color=colours(k / len(lines)), marker=marker, label=name)
             for point, at, height in zip(known, x, y, strict=True):
                 if math.isfinite(at):
                     axis.annotate(point["label"], (at, height), (3, 4), textcoords="offset points", fontsize=7)
@@ -157,7 +164,8 @@ def frontier(lines: Mapping[str, Sequence[Row]], panels: Sequence[Panel]) -> Fig
         axis.set_xlabel(panel.x_label)
         axis.set_ylabel(panel.y_label)
         axis.set_title(panel.title, fontsize=9)
-        axis.legend(fontsize=8, frameon=False)
+    known = axes.flat[0].get_legend_handles_labels()
+    figure.legend(*known, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return figure
 
 

@@ -1,8 +1,8 @@
 """Attacks: what each α and β gives in utility, and what the recovery attack leaves of its privacy; the second frontier.
 
-Beside them stand changes to the method, the variants in attacks.yaml. Every setting is a DVC experiment that runs the
-pipeline and the stage `attack`, through DVC's queue as in the sweep. A run that is there already, as an experiment of
-this commit or as figures in attacks-runs.csv, is not made again. `make attacks` runs it.
+Beside them stand `src.channels` alone and changes to the method, the variants in attacks.yaml. Every setting is a DVC
+experiment that runs the pipeline and the stage `attack`, through DVC's queue as in the sweep. A run that is there
+already, as an experiment of this commit or as figures in attacks-runs.csv, is not made again. `make attacks` runs it.
 """
 
 import math
@@ -25,27 +25,23 @@ SETTINGS, OUT = Path(__file__).with_suffix(".yaml"), Path("docs/studies")
 TARGETS = ("dvc.yaml", "studies/dvc.yaml:attack")
 COLUMNS = (
     *("recovery acc", "recovery answer_nll", "gap acc", "gap answer_nll"),  # the paper's
-    *("lacking", "won back", "won back answer_nll", "attacker acc", "model acc", "bytes exact"),  # the package's
+    *("lacking", "won back", "attacker acc", "model acc", "bytes exact"),  # the package's
     *("membership AUC", "membership true positives", "answers said", "answers said of others"),  # the adapter's
 )
+SHOWN = ("recovery answer_nll", "gap answer_nll", "lacking", "bytes exact", "membership AUC")
 
 
 def figures(metrics: Mapping[str, Any], attack: Mapping[str, Any]) -> dict[str, float | None]:
     """Utility and privacy of one run, the mean over tasks, and what the attacker has in the end.
 
     `lacking` is the log-perplexity (nats) that the attacker's model still lacks to the real one; `won back` the share
-    of the distance at the start that was made good, in log-perplexity and in answer nll. `answers said` is the share of
-    the private questions' answers that the plug-in says word for word.
+    of the distance at the start that was made good. `answers said` is the share of the private questions' answers that
+    the plug-in says word for word.
     """
     measured, end = metrics["tasks"], attack["recovery"]["package"]
 
     def over_tasks(name: str, metric: str) -> float | None:
         return mean([each[name][metric] for each in measured.values()])
-
-    back: list[float | None] = []
-    for task, each in measured.items():
-        start, whole = (each[name]["answer_nll"] for name in ("emulator_zero_shot", "zero_shot"))
-        back.append((start - end["tasks"][task]["answer_nll"]) / (start - whole) if start > whole else None)
 
     def members(name: str, figure: str) -> float | None:
         return mean([told[name][figure] for told in attack["membership"].values()])
@@ -57,7 +53,6 @@ def figures(metrics: Mapping[str, Any], attack: Mapping[str, Any]) -> dict[str, 
         "gap answer_nll": over_tasks("gap", "answer_nll"),
         "lacking": math.log(end["perplexity"] / metrics["corpus_perplexity"]["model"]),
         "won back": end["recovered"],
-        "won back answer_nll": mean(back),
         "attacker acc": mean([row["acc"] for row in end["tasks"].values()]),
         "model acc": over_tasks("zero_shot", "acc"),
         "bytes exact": attack["weights"]["exact"],
@@ -68,6 +63,20 @@ def figures(metrics: Mapping[str, Any], attack: Mapping[str, Any]) -> dict[str, 
     }
 
 
+def settings(swept: Mapping[str, Any]) -> dict[str, tuple[str, float | str, Changes]]:
+    """Every setting by its name: the line of the picture that it is on, what stands beside its point, its changes."""
+    found: dict[str, tuple[str, float | str, Changes]] = {}
+    for beta in swept["betas"]:
+        for alpha in swept["alphas"]:
+            if alpha < 1 or beta == swept["betas"][0]:  # with α = 1 no layer is left for β
+                changes = {"alpha": alpha, "beta": beta}
+                found[f"alpha {alpha} beta {beta}"] = f"β = {beta:g}, over α", alpha, changes
+    for share in swept["channels"]:
+        changes = {"alpha": 0.0, "beta": 0.0, "src.channels": share}
+        found[f"channels {share}"] = "α = β = 0, over src.channels", share, changes
+    return found | {name: (name, "", changes) for name, changes in swept["variants"].items()}
+
+
 def name_of(setting: str, seed: int) -> str:
     """The name of a setting's experiment."""
     return experiment_name("attacks", setting, "seed", seed)
@@ -75,17 +84,11 @@ def name_of(setting: str, seed: int) -> str:
 
 def main() -> None:
     swept = yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
-    own: dict[str, dict[str, Any]] = {
-        f"alpha {alpha} beta {beta}": {"alpha": alpha, "beta": beta}
-        for alpha in swept["alphas"]
-        for beta in swept["betas"][: 1 if alpha == 1 else None]  # with α = 1 no layer is left for β
-    }
-    own |= swept["variants"]
-    seeds = swept["seeds"]
+    own, seeds = settings(swept), swept["seeds"]
     wanted = {
         name_of(name, seed): {**swept["changes"], **changes, "seed": seed}
         for seed in seeds
-        for name, changes in own.items()
+        for name, (_, _, changes) in own.items()
     }
 
     def make(missing: Mapping[str, Changes]) -> Iterator[tuple[str, Figures]]:
@@ -94,10 +97,10 @@ def main() -> None:
 
     found = kept(OUT / "attacks-runs.csv", COLUMNS, wanted, make, *TARGETS)
     rows = []
-    for name, changes in own.items():
-        dial = changed(load_params(), changes)
-        row: dict[str, Any] = {"variant": name if name in swept["variants"] else ""}
-        row |= {"alpha": dial.alpha, "beta": dial.beta}
+    for name, (line, label, changes) in own.items():
+        dial = changed(load_params(), dict(changes))
+        row: dict[str, Any] = {"line": line, "label": label}
+        row |= {"alpha": dial.alpha, "beta": dial.beta, "channels": dial.src.channels}
         seen = [found[name_of(name, seed)] for seed in seeds]
         for figure in COLUMNS:
             row[figure], row[f"{figure} ±"] = over_seeds([each[figure] for each in seen]) or (None, None)
@@ -105,11 +108,10 @@ def main() -> None:
     write_csv(OUT / "attacks.csv", list(rows[0]), (list(row.values()) for row in rows))
     panels = [pictures.LACKING, pictures.GAPS["answer_nll"]]
     with whole_file(OUT / "attacks.png") as temporary:
-        pictures.save_png(pictures.frontier(pictures.by_beta(rows), panels), temporary)
-    shown = [name for name in rows[0] if not name.endswith("±")]
-    table = Table(*shown, title=f"the dial under attack: {len(seeds)} seeds")
-    for row in rows:
-        table.add_row(row["variant"], *("–" if row[name] is None else f"{row[name]:.3g}" for name in shown[1:]))
+        pictures.save_png(pictures.frontier(pictures.by_line(rows), panels), temporary)
+    table = Table("", *SHOWN, title=f"the dial under attack, means of seeds {seeds}; all figures: {OUT}/attacks.csv")
+    for name, row in zip(own, rows, strict=True):
+        table.add_row(name, *("–" if row[figure] is None else f"{row[figure]:.3g}" for figure in SHOWN))
     console.print(table)
 
 

@@ -104,8 +104,8 @@ def written(tmp_path):
     compared = {f"{f} {m}{e}": 0.3 for f in ("recovery", "gap") for m in ("acc", "nll") for e in ("", " ±")}
     rows = [{"method": "uniform", **compared}, {"method": "scaleot", **compared, "recovery acc": ""}]
     sweep = [{"alpha": a, "beta": b, **point("", 0.5, a)} for a in (0.0, 0.5) for b in (0.0, 0.8)]
-    attacks = [{"variant": "", **row, "lacking": 1.5, "lacking ±": ""} for row in sweep]
-    attacks.append({**attacks[0], "variant": "half the channels"})
+    attacks = [{"line": "over α", **row, "label": row["alpha"], "lacking": 1.5, "lacking ±": ""} for row in sweep]
+    attacks.append({**attacks[0], "line": "half the channels", "label": ""})
     told = {"auc": 0.625, "auc_stderr": 0.01, "true_positives": 0.03}
     attack = {
         "recovery": {"package": {**CURVE[-1], "tasks": {"piqa": {"acc": 0.59}, "text": {"perplexity": 33.0}}}},

@@ -314,12 +314,17 @@ def test_experiment_that_fails_is_told_and_is_not_there() -> None:
 def test_queued_experiments_are_worked_off_and_made_once(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = {"half-of-beta": {"beta": 0.4}, "queued-one": {"alpha": 0.6}, "queued-two": {"alpha": 0.9}}
     before = (sweep.folder / "params.yaml").read_bytes()
-    rows = dict(experiments.run_all(wanted, "test"))
+    monkeypatch.setattr(experiments, "workers", lambda: 1)
+    rows, waiting = {}, []
+    for name, row in experiments.run_all(wanted, "test"):
+        rows[name] = row
+        waiting.append(len(experiments._sorted()[1]))
+    assert waiting[1:] == [1, 0]  # each is told as it ends
     assert (sweep.folder / "params.yaml").read_bytes() == before
     assert [rows[name]["alpha"] for name in wanted] == [0.25, 0.6, 0.9]
     assert rows["queued-two"]["emulator.bytes"] < rows["half-of-beta"]["emulator.bytes"]
     monkeypatch.setattr(experiments, "_dvc", lambda *arguments: pytest.fail("it ran again"))
-    assert dict(experiments.run_all(wanted, "test")) == rows
+    assert dict(experiments.run_all(wanted, "test")).keys() == wanted.keys()
 
 
 @pytest.mark.usefixtures("inside")
@@ -377,7 +382,8 @@ def test_attacks_over_the_dial(sweep: Sweep) -> None:
     shutil.copytree(ROOT / "studies", sweep.folder / "studies", ignore=shutil.ignore_patterns("__pycache__"))
     settings = yaml.safe_load((sweep.folder / "studies/attacks.yaml").read_text())
     small = {"tasks": ["piqa"], "attack.steps": 4, "attack.points": 1, "attack.records": 10}
-    settings |= {"alphas": [0.5], "betas": [0.8], "seeds": [0, 1], "changes": settings["changes"] | small}
+    settings |= {"alphas": [0.5], "betas": [0.8], "channels": [], "seeds": [0, 1]}
+    settings["changes"] |= small
     settings["variants"] = {"a quarter of the channels": {"alpha": 0.25, "beta": 0.0, "src.channels": 0.25}}
     (sweep.folder / "studies/attacks.yaml").write_text(yaml.safe_dump(settings))
     for command in (("add", "studies"), ("commit", "--quiet", "--message", "studies")):
@@ -385,8 +391,8 @@ def test_attacks_over_the_dial(sweep: Sweep) -> None:
     done = subprocess.run([sys.executable, "studies/attacks.py"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = read_csv(sweep.folder / "docs/studies/attacks.csv")
-    told = [(row["variant"], row["alpha"], row["beta"]) for row in rows]
-    assert told == [("", 0.5, 0.8), ("a quarter of the channels", 0.25, 0.0)]
+    told = [(row["line"], row["alpha"], row["beta"], row["channels"]) for row in rows]
+    assert told == [("β = 0.8, over α", 0.5, 0.8, 0.0), ("a quarter of the channels", 0.25, 0.0, 0.25)]
     for row in rows:
         assert all(isinstance(row[name], float) for name in ("lacking", "lacking ±", "gap acc", "membership AUC"))
         assert 0 < row["bytes exact"] < 1 and row["bytes exact ±"] == 0

@@ -279,8 +279,8 @@ def test_comparison_goes_on_from_the_runs_that_are_there(compared: Callable[[], 
     again = compared()
     assert [(c["method"], c["seed"]) for c in again] == [("scaleot", 2), ("scaleot", 2)]
     assert runs.read_text() == whole and log.read_text() == table
-    Path("scaleot_core/pictures.py").touch()
-    Path("scaleot_core/cli.py").write_text("")  # on which no stage depends
+    for name in ("scaleot_core/pictures.py", "scaleot_core/cli.py"):  # on which no figure depends
+        Path(name).write_text("")
     assert not compared()
     for name in ("scaleot_core/methods/gradot.py", "stages/compress.py", "embedded.lock"):
         with Path(name).open("a") as stream:
@@ -294,6 +294,20 @@ def test_code_is_what_a_stage_or_a_pipeline_depends_on_and_nothing_that_stages_m
     assert {Path("stages/attack.py"), Path("scaleot_core/attacks/recovery.py")} < {*attack} < {*studies}
     assert Path("studies/scores.py") in {*studies} - {*attack}
     assert not [path for path in studies if path.suffix != ".py"]
+
+
+def test_attacks_are_over_the_dial_over_channels_and_on_the_variants() -> None:
+    study = runpy.run_path(str(ROOT / "studies/attacks.py"))
+    swept = {"alphas": [0.5, 1.0], "betas": [0.0, 0.8], "channels": [0.75], "variants": {"ends": {"alpha": 0.25}}}
+    assert study["settings"](swept) == {
+        "alpha 0.5 beta 0.0": ("β = 0, over α", 0.5, {"alpha": 0.5, "beta": 0.0}),
+        "alpha 1.0 beta 0.0": ("β = 0, over α", 1.0, {"alpha": 1.0, "beta": 0.0}),  # and no layer is left for β
+        "alpha 0.5 beta 0.8": ("β = 0.8, over α", 0.5, {"alpha": 0.5, "beta": 0.8}),
+        "channels 0.75": ("α = β = 0, over src.channels", 0.75, {"alpha": 0.0, "beta": 0.0, "src.channels": 0.75}),
+        "ends": ("ends", "", {"alpha": 0.25}),
+    }
+    for changes in yaml.safe_load(study["SETTINGS"].read_text())["variants"].values():
+        changed(Params.model_validate(yaml.safe_load((ROOT / "params.yaml").read_text())), changes)
 
 
 # --- presets and the table -------------------------------------------------------------------------------
