@@ -46,8 +46,17 @@ def experiment_name(*parts: object) -> str:
 def _rows() -> list[Row]:
     """All experiments of the commit at hand, those that wait, run or failed too."""
     import dvc.api
+    from dvc.exceptions import NotDvcRepoError
 
-    return [row for row in dvc.api.exp_show() if row["Experiment"]]
+    tries = 5
+    while True:
+        try:
+            return [row for row in dvc.api.exp_show() if row["Experiment"]]
+        except NotDvcRepoError:  # DVC was looking into the folder of a run that was just ending
+            tries -= 1
+            if not tries:
+                raise
+            time.sleep(1.0)
 
 
 def _sorted() -> tuple[dict[str, Row], set[str]]:
