@@ -12,7 +12,6 @@ import subprocess
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import yaml
@@ -24,7 +23,7 @@ from scaleot_core.progress import progress, say
 from scaleot_core.report import read_csv, write_csv
 
 WAITING = {"Queued", "Running"}
-POLL_SECONDS = 30.0  # asking DVC takes a core seconds where there are many experiments
+POLL_SECONDS = 10.0
 ANYHOW = {"device", "threads", "launch", "checkpoint_seconds"}  # parameters that no figure hangs on
 DRAWING = Path("scaleot_core/pictures.py")  # and code that none hangs on
 
@@ -46,17 +45,8 @@ def experiment_name(*parts: object) -> str:
 def _rows() -> list[Row]:
     """All experiments of the commit at hand, those that wait, run or failed too."""
     import dvc.api
-    from dvc.exceptions import NotDvcRepoError
 
-    tries = 5
-    while True:
-        try:
-            return [row for row in dvc.api.exp_show() if row["Experiment"]]
-        except NotDvcRepoError:  # DVC was looking into the folder of a run that was just ending
-            tries -= 1
-            if not tries:
-                raise
-            time.sleep(1.0)
+    return [row for row in dvc.api.exp_show() if row["Experiment"]]
 
 
 def _sorted() -> tuple[dict[str, Row], set[str]]:
@@ -150,19 +140,17 @@ def run_all(wanted: Mapping[str, Changes], label: str, targets: Sequence[str] = 
     say(f"{label}: {jobs} at once; `dvc queue logs NAME` shows one")
     try:
         with progress(label, len(wanted), len(wanted) - len(todo)) as tick:
-            gone = set[str]()  # once may be a run that DVC was just taking from one of its lists to the next
             while todo:
                 time.sleep(POLL_SECONDS)
                 done, waiting = _sorted()
                 for ended in _ended(todo, done):
                     tick()
                     yield ended
-                if failed := sorted(gone & (todo.keys() - waiting)):
+                if failed := sorted(todo.keys() - waiting):
                     raise UserError(
                         f"experiment {failed[0]}: it failed; `dvc queue logs {failed[0]}` says why; mend it, then run "
                         "again: what is done is kept"
                     )
-                gone = todo.keys() - waiting
     except KeyboardInterrupt:
         _dvc("queue", "stop")
         raise
@@ -209,11 +197,9 @@ def kept(
 
 
 def _dvc(*arguments: str) -> None:
-    """Run DVC silently; UserError with its last words. A file takes them: a queue's worker would keep a pipe open."""
-    with TemporaryFile("w+") as said:
-        if subprocess.run(["dvc", *arguments], stdout=said, stderr=subprocess.STDOUT).returncode:
-            said.seek(0)
-            raise UserError(f"dvc {arguments[0]} {arguments[1]}: {' '.join(said.read().split())[-300:]}")
+    done = subprocess.run(["dvc", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"dvc {arguments[0]} {arguments[1]}: {' '.join((done.stdout + done.stderr).split())[-300:]}")
 
 
 def read_metrics(row: Row, name: str = "metrics.json") -> Any:

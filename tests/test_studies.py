@@ -13,11 +13,9 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, form, tiny_model, write_project
-from dvc.exceptions import NotDvcRepoError
 from test_stages import settings, succeed
 from transformers import PreTrainedTokenizerFast
 
-from scaleot_core import experiments
 from scaleot_core.errors import UserError
 from scaleot_core.experiments import code
 from scaleot_core.importance import new_harmonizers
@@ -310,33 +308,6 @@ def test_attacks_are_over_the_dial_over_channels_and_on_the_variants() -> None:
     }
     for changes in yaml.safe_load(study["SETTINGS"].read_text())["variants"].values():
         changed(Params.model_validate(yaml.safe_load((ROOT / "params.yaml").read_text())), changes)
-
-
-def test_run_between_two_of_the_queues_lists_has_not_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiments, "POLL_SECONDS", 0.0)
-    monkeypatch.setattr(experiments, "_dvc", lambda *arguments: None)
-
-    def seen(*lists: tuple[dict[str, Any], set[str]]) -> list[tuple[str, Any]]:
-        each = iter(lists)
-        monkeypatch.setattr(experiments, "_sorted", lambda: next(each))
-        return list(experiments.run_all({"a": {}}, "test"))
-
-    assert seen(({}, set()), ({}, {"a"}), ({}, set()), ({"a": {}}, set())) == [("a", {})]
-    with pytest.raises(UserError, match="a: it failed"):
-        seen(({}, set()), ({}, {"a"}), ({}, set()), ({}, set()))
-
-
-def test_experiments_are_read_again_where_one_just_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = iter([NotDvcRepoError("its folder is gone"), [{"Experiment": None}, {"Experiment": "a", "State": "x"}]])
-
-    def exp_show() -> Any:
-        if isinstance(answer := next(answers), Exception):
-            raise answer
-        return answer
-
-    monkeypatch.setattr("dvc.api.exp_show", exp_show)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    assert list(experiments.finished()) == ["a"]
 
 
 # --- presets and the table -------------------------------------------------------------------------------
