@@ -137,10 +137,15 @@ def by_line(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
     return lines
 
 
+def line_of(beta: float) -> str:
+    """The name of the line that one β makes along α."""
+    return f"β = {beta:g}, over α"
+
+
 def by_beta(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
     """Lines of a frontier: the settings of one β along α."""
     dial = sorted(rows, key=lambda row: row["beta"])
-    return by_line([{**row, "line": f"β = {row['beta']:g}, over α", "label": row["alpha"]} for row in dial])
+    return by_line([{**row, "line": line_of(row["beta"]), "label": row["alpha"]} for row in dial])
 
 
 def frontier(lines: Mapping[str, Sequence[Row]], panels: Sequence[Panel]) -> Figure:
@@ -164,8 +169,9 @@ def frontier(lines: Mapping[str, Sequence[Row]], panels: Sequence[Panel]) -> Fig
         axis.set_xlabel(panel.x_label)
         axis.set_ylabel(panel.y_label)
         axis.set_title(panel.title, fontsize=9)
-    known = axes.flat[0].get_legend_handles_labels()
-    figure.legend(*known, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.legend(
+        *axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False
+    )
     return figure
 
 

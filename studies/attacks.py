@@ -70,7 +70,7 @@ def settings(swept: Mapping[str, Any]) -> dict[str, tuple[str, float | str, Chan
         for alpha in swept["alphas"]:
             if alpha < 1 or beta == swept["betas"][0]:  # with α = 1 no layer is left for β
                 changes = {"alpha": alpha, "beta": beta}
-                found[f"alpha {alpha} beta {beta}"] = f"β = {beta:g}, over α", alpha, changes
+                found[f"alpha {alpha} beta {beta}"] = pictures.line_of(beta), alpha, changes
     for share in swept["channels"]:
         changes = {"alpha": 0.0, "beta": 0.0, "src.channels": share}
         found[f"channels {share}"] = "α = β = 0, over src.channels", share, changes
