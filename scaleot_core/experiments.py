@@ -9,6 +9,7 @@ import json
 import os
 import re
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,12 +19,16 @@ import yaml
 
 from scaleot_core.errors import UserError
 from scaleot_core.files import fingerprint
-from scaleot_core.params import changed, load_params
+from scaleot_core.params import Params, changed, checked, load_params
 from scaleot_core.progress import progress, say
 from scaleot_core.report import read_csv, write_csv
 
-WAITING = {"Queued", "Running"}
-POLL_SECONDS = 10.0
+POLL_SECONDS = 20.0
+DVC_SECONDS = 120.0  # more than its own commands ever take, those that run an experiment apart
+# In what `dvc queue status` says:
+TASK = re.compile(r"^([0-9a-f]{7})\s+(\S+)\s.*\s(Queued|Running|Failed|Success)\s*$", re.MULTILINE)
+NO_WORKER = "Worker status: 0 active, 0 idle"
+PATIENCE = 10  # times that DVC sees no worker, or says nothing, before we believe it: one may be busy
 ANYHOW = {"device", "threads", "launch", "checkpoint_seconds"}  # parameters that no figure hangs on
 DRAWING = Path("scaleot_core/pictures.py")  # and code that none hangs on
 
@@ -42,40 +47,35 @@ def experiment_name(*parts: object) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", " ".join(map(str, parts))).strip("-")
 
 
-def _rows() -> list[Row]:
-    """All experiments of the commit at hand, those that wait, run or failed too."""
-    import dvc.api
-
-    return [row for row in dvc.api.exp_show() if row["Experiment"]]
-
-
-def _sorted() -> tuple[dict[str, Row], set[str]]:
-    """Experiments of the commit at hand: those that ended well, by name, and the names of those that wait or run."""
-    rows = _rows()
-    done = {row["Experiment"]: row for row in rows if row.get("State") not in {"Failed", *WAITING}}
-    return done, {row["Experiment"] for row in rows if row.get("State") in WAITING}
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"git {' '.join(arguments)}: {' '.join(done.stderr.split())}")
+    return done.stdout
 
 
-def finished() -> dict[str, Row]:
-    """Experiments of the commit at hand that ended well, by name."""
-    return _sorted()[0]
+def finished() -> dict[str, str]:
+    """Experiments of the commit at hand that ended well, by name: DVC has a git reference to the commit of each."""
+    head = _git("rev-parse", "HEAD").strip()
+    listed = _git("for-each-ref", "--format=%(refname:lstrip=4) %(objectname)", f"refs/exps/{head[:2]}/{head[2:]}")
+    return dict(line.split(" ") for line in listed.splitlines())
 
 
 def _set(changes: Changes) -> list[str]:
     return [f"--set-param={key}={json.dumps(value)}" for key, value in changes.items()]
 
 
-def _check(name: str, row: Row, changes: Changes) -> Row:
-    """A row that is there; UserError where it was made with other parameters than these changes give now."""
-    expected = flat(changed(load_params(), dict(changes)).model_dump())
-    for key, value in expected.items():
-        shown = str(value) if isinstance(value, bool) else value  # as DVC's rows have it
-        if key in row and isinstance(shown, int | float | str) and key not in ANYHOW and row[key] != shown:
+def _row(name: str, commit: str, changes: Changes) -> Row:
+    """An experiment's row; UserError where it was made with other parameters than these changes give now."""
+    made = flat(checked(Params, yaml.safe_load(_git("show", f"{commit}:params.yaml"))).model_dump())
+    for key, value in flat(changed(load_params(), dict(changes)).model_dump()).items():
+        if key not in ANYHOW and made.get(key) != value:
             raise UserError(
-                f"experiment {name}: it is there with {key} = {row[key]!r}, and would now have {value!r}; "
+                f"experiment {name}: it is there with {key} = {made.get(key)!r}, and would now have {value!r}; "
                 f"commit params.yaml, or `dvc exp remove {name}`"
             )
-    return row
+    row = {"commit": commit, **made}
+    return row | flat(read_metrics(row))
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -94,7 +94,7 @@ def run(name: str, changes: Changes) -> Row:
         if subprocess.run(["dvc", "exp", "run", "--temp", f"--name={name}", *_set(changes)]).returncode:
             raise UserError(f"experiment {name}: it failed; see above, mend it, then run again: what is done is kept")
         found = finished()
-    return _check(name, found[name], changes)
+    return _row(name, found[name], changes)
 
 
 def settings(arguments: Iterable[str]) -> dict[str, Any]:
@@ -114,10 +114,11 @@ def workers() -> int:
     return max(1, min(len(os.sched_getaffinity(0)) // 4, int(memory // 8)))
 
 
-def _ended(todo: dict[str, Changes], done: Mapping[str, Row]) -> Iterator[tuple[str, Row]]:
+def _ended(todo: dict[str, Changes]) -> Iterator[tuple[str, Row]]:
     """Take out of `todo` what is done, each with its row."""
+    done = finished()
     for name in [name for name in todo if name in done]:
-        yield name, _check(name, done[name], todo.pop(name))
+        yield name, _row(name, done[name], todo.pop(name))
 
 
 def run_all(wanted: Mapping[str, Changes], label: str, targets: Sequence[str] = ()) -> Iterator[tuple[str, Row]]:
@@ -127,11 +128,14 @@ def run_all(wanted: Mapping[str, Changes], label: str, targets: Sequence[str] = 
     `targets` are what each runs, as `dvc repro` takes them; without any the whole pipeline.
     Interrupted, what runs ends and the queue stays: the same command goes on. UserError names one that failed.
     """
-    done, waiting = _sorted()
+    for changes in wanted.values():
+        changed(load_params(), dict(changes))  # what is wrong is said before the first one runs
     todo = dict(wanted)
-    yield from _ended(todo, done)
+    yield from _ended(todo)
     if not todo:
         return
+    before = TASK.findall(_dvc("queue", "status"))
+    waiting = {name for _, name, state in before if state in {"Queued", "Running"}}
     jobs = workers()
     shared = {"threads": len(os.sched_getaffinity(0)) // jobs} if jobs > 1 else {}
     for name in [name for name in todo if name not in waiting]:
@@ -140,20 +144,36 @@ def run_all(wanted: Mapping[str, Changes], label: str, targets: Sequence[str] = 
     say(f"{label}: {jobs} at once; `dvc queue logs NAME` shows one")
     try:
         with progress(label, len(wanted), len(wanted) - len(todo)) as tick:
-            while todo:
-                time.sleep(POLL_SECONDS)
-                done, waiting = _sorted()
-                for ended in _ended(todo, done):
-                    tick()
-                    yield ended
-                if failed := sorted(todo.keys() - waiting):
-                    raise UserError(
-                        f"experiment {failed[0]}: it failed; `dvc queue logs {failed[0]}` says why; mend it, then run "
-                        "again: what is done is kept"
-                    )
+            for ended in _watched(todo, {task for task, *_ in before}):
+                tick()
+                yield ended
     except KeyboardInterrupt:
         _dvc("queue", "stop")
         raise
+
+
+def _watched(todo: dict[str, Changes], before: set[str]) -> Iterator[tuple[str, Row]]:
+    """What DVC's workers end of `todo`, as they do; UserError for one that failed, but for the tasks of `before`."""
+    unseen = 0  # times in a row that no worker was
+    while todo:
+        time.sleep(POLL_SECONDS)
+        yield from _ended(todo)
+        try:
+            status = _dvc("queue", "status")
+        except UserError:
+            status = NO_WORKER  # DVC trips at times over a run that ends while it looks
+        for task, name, state in TASK.findall(status):
+            if name in todo and state == "Failed" and task not in before:
+                raise UserError(
+                    f"experiment {name}: it failed; `dvc queue logs {name}` says why; mend it, then run again: what is "
+                    "done is kept"
+                )
+        unseen = unseen + 1 if NO_WORKER in status else 0
+        if todo and unseen == PATIENCE:
+            raise UserError(
+                f"experiment {next(iter(todo))}: no worker of DVC's is left for it; `dvc queue kill` what `dvc queue "
+                "status` has as running, then run again: what is done is kept"
+            )
 
 
 def code(*targets: str) -> list[Path]:
@@ -196,14 +216,21 @@ def kept(
     return {name: found[name] for name in wanted}
 
 
-def _dvc(*arguments: str) -> None:
-    done = subprocess.run(["dvc", *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"dvc {arguments[0]} {arguments[1]}: {' '.join((done.stdout + done.stderr).split())[-300:]}")
+def _dvc(*arguments: str) -> str:
+    """What one of DVC's short commands says, into a file: a worker that it starts would keep a pipe open to its end."""
+    with tempfile.TemporaryFile("w+") as said:
+        try:
+            code = subprocess.run(["dvc", *arguments], stdout=said, stderr=said, timeout=DVC_SECONDS).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+        said.seek(0)
+        text = said.read()
+    if code != 0:
+        ending = "no end" if code is None else f"exit code {code}"
+        raise UserError(f"dvc {arguments[0]} {arguments[1]}: {ending}; {' '.join(text.split())[-300:]}")
+    return text
 
 
 def read_metrics(row: Row, name: str = "metrics.json") -> Any:
-    """All of an experiment's metrics.json, or of another file of metrics: a row has its numbers alone."""
-    import dvc.api
-
-    return json.loads(dvc.api.read(name, rev=row["rev"]))
+    """All of an experiment's metrics.json, or of another file of metrics that git has."""
+    return json.loads(_git("show", f"{row['commit']}:{name}"))

@@ -299,7 +299,13 @@ def test_experiments_are_made_once_and_leave_the_project_as_it_is(
     assert before == {name: (sweep.folder / name).read_bytes() for name in before}
     assert (row["alpha"], row["beta"]) == (0.25, 0.4)
     assert row["emulator.bytes"] > read_metrics(sweep.at_first)["emulator"]["bytes"]
-    monkeypatch.setattr("subprocess.run", lambda *args, **options: pytest.fail("it ran again"))
+    call = subprocess.run
+
+    def git_alone(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        assert command[0] == "git", "it ran again"
+        return call(command, **options)
+
+    monkeypatch.setattr("subprocess.run", git_alone)
     assert experiments.run("half-of-beta", {"beta": 0.4}) == row
 
 
@@ -314,6 +320,12 @@ def test_experiment_that_fails_is_told_and_is_not_there() -> None:
 def test_queued_experiments_are_worked_off_and_made_once(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = {"half-of-beta": {"beta": 0.4}, "queued-one": {"alpha": 0.6}, "queued-two": {"alpha": 0.9}}
     before = (sweep.folder / "params.yaml").read_bytes()
+    monkeypatch.setattr(experiments, "workers", lambda: 2)
+    stopped = experiments.run_all(wanted, "test")
+    assert next(stopped)[0] == "half-of-beta"  # it was there
+    assert next(stopped)[0].startswith("queued-")
+    with pytest.raises(KeyboardInterrupt):
+        stopped.throw(KeyboardInterrupt)  # type: ignore[attr-defined]
     rows = dict(experiments.run_all(wanted, "test"))
     assert (sweep.folder / "params.yaml").read_bytes() == before
     assert [rows[name]["alpha"] for name in wanted] == [0.25, 0.6, 0.9]
@@ -332,8 +344,10 @@ def test_experiment_of_other_parameters_is_not_taken_for_the_one_that_is_asked_f
 def test_queued_experiment_that_fails_is_told() -> None:
     with pytest.raises(UserError, match="experiment much-too-much: it failed; `dvc queue logs much-too-much`"):
         dict(experiments.run_all({"much-too-much": {"adapter_layers": 99}}, "test"))
-    with pytest.raises(UserError, match="dvc exp run"):
-        dict(experiments.run_all({"no such name": {"no-block.no-key": 1}}, "test"))
+    with pytest.raises(UserError, match=r"no-block\.no-key is no parameter"):
+        dict(experiments.run_all({"half-of-beta": {"beta": 0.4}, "no-parameter": {"no-block.no-key": 1}}, "test"))
+    with pytest.raises(UserError, match=r"dvc exp run: exit code 255; .*no such name"):
+        dict(experiments.run_all({"no such name": {"beta": 0.2}}, "test"))
 
 
 def test_two_clones_share_finished_stages_and_experiments(sweep: Sweep, tmp_path: Path) -> None:
