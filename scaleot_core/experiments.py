@@ -27,6 +27,7 @@ POLL_SECONDS = 20.0
 DVC_SECONDS = 120.0  # more than its own commands ever take, those that run an experiment apart
 # In what `dvc queue status` says:
 TASK = re.compile(r"^([0-9a-f]{7})\s+(\S+)\s.*\s(Queued|Running|Failed|Success)\s*$", re.MULTILINE)
+WAITING = {"Queued", "Running"}
 NO_WORKER = "Worker status: 0 active, 0 idle"
 PATIENCE = 10  # times that DVC sees no worker, or says nothing, before we believe it: one may be busy
 ANYHOW = {"device", "threads", "launch", "checkpoint_seconds"}  # parameters that no figure hangs on
@@ -134,9 +135,9 @@ def run_all(wanted: Mapping[str, Changes], label: str, targets: Sequence[str] = 
     yield from _ended(todo)
     if not todo:
         return
-    before = TASK.findall(_dvc("queue", "status"))
-    waiting = {name for _, name, state in before if state in {"Queued", "Running"}}
-    jobs = workers()
+    waiting, jobs = _waiting(), workers()
+    tasks = TASK.findall(_dvc("queue", "status"))
+    others = {task for task, name, state in tasks if state not in WAITING or name not in waiting}
     shared = {"threads": len(os.sched_getaffinity(0)) // jobs} if jobs > 1 else {}
     for name in [name for name in todo if name not in waiting]:
         _dvc("exp", "run", "--queue", f"--name={name}", *_set({**todo[name], **shared}), *targets)
@@ -144,7 +145,7 @@ def run_all(wanted: Mapping[str, Changes], label: str, targets: Sequence[str] = 
     say(f"{label}: {jobs} at once; `dvc queue logs NAME` shows one")
     try:
         with progress(label, len(wanted), len(wanted) - len(todo)) as tick:
-            for ended in _watched(todo, {task for task, *_ in before}):
+            for ended in _watched(todo, others):
                 tick()
                 yield ended
     except KeyboardInterrupt:
@@ -152,8 +153,15 @@ def run_all(wanted: Mapping[str, Changes], label: str, targets: Sequence[str] = 
         raise
 
 
-def _watched(todo: dict[str, Changes], before: set[str]) -> Iterator[tuple[str, Row]]:
-    """What DVC's workers end of `todo`, as they do; UserError for one that failed, but for the tasks of `before`."""
+def _waiting() -> set[str]:
+    """Names of the experiments of the commit at hand that are in DVC's queue, or run."""
+    import dvc.api
+
+    return {row["Experiment"] for row in dvc.api.exp_show() if row.get("State") in WAITING}
+
+
+def _watched(todo: dict[str, Changes], others: set[str]) -> Iterator[tuple[str, Row]]:
+    """What DVC's workers end of `todo`, as they do; UserError for one that failed, but for `others` among its tasks."""
     unseen = 0  # times in a row that no worker was
     while todo:
         time.sleep(POLL_SECONDS)
@@ -163,7 +171,7 @@ def _watched(todo: dict[str, Changes], before: set[str]) -> Iterator[tuple[str, 
         except UserError:
             status = NO_WORKER  # DVC trips at times over a run that ends while it looks
         for task, name, state in TASK.findall(status):
-            if name in todo and state == "Failed" and task not in before:
+            if name in todo and state == "Failed" and task not in others:
                 raise UserError(
                     f"experiment {name}: it failed; `dvc queue logs {name}` says why; mend it, then run again: what is "
                     "done is kept"

@@ -341,9 +341,10 @@ def test_experiment_of_other_parameters_is_not_taken_for_the_one_that_is_asked_f
 
 
 @pytest.mark.usefixtures("inside")
-def test_queued_experiment_that_fails_is_told() -> None:
+def test_queued_experiment_that_fails_is_told_and_made_once_it_is_mended() -> None:
     with pytest.raises(UserError, match="experiment much-too-much: it failed; `dvc queue logs much-too-much`"):
         dict(experiments.run_all({"much-too-much": {"adapter_layers": 99}}, "test"))
+    assert dict(experiments.run_all({"much-too-much": {"beta": 0.7}}, "test"))["much-too-much"]["beta"] == 0.7
     with pytest.raises(UserError, match=r"no-block\.no-key is no parameter"):
         dict(experiments.run_all({"half-of-beta": {"beta": 0.4}, "no-parameter": {"no-block.no-key": 1}}, "test"))
     with pytest.raises(UserError, match=r"dvc exp run: exit code 255; .*no such name"):
