@@ -39,7 +39,7 @@ sweep: repro  ## the dial: alpha by beta, a table and a picture; an hour and a h
 attack: repro  ## what an attacker makes of the package and of the adapters: recovery, weights, membership
 	dvc repro studies/dvc.yaml:attack
 
-attacks: repro  ## the recovery attack over alpha and beta, three seeds: about three hours on 2 cores
+attacks: repro  ## the recovery attack over alpha, beta and src.channels, three seeds: about three hours on 2 cores
 	python studies/attacks.py
 
 bench: repro  ## ratios against the plain ways, appended to docs/benchmarks.md

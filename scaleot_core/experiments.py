@@ -24,15 +24,16 @@ from scaleot_core.progress import progress, say
 from scaleot_core.report import read_csv, write_csv
 
 POLL_SECONDS = 20.0
-DVC_SECONDS = 120.0  # more than its own commands ever take, those that run an experiment apart
 # In what `dvc queue status` says:
 TASK = re.compile(r"^([0-9a-f]{7})\s+(\S+)\s.*\s(Queued|Running|Failed|Success)\s*$", re.MULTILINE)
 WAITING = {"Queued", "Running"}
 NO_WORKER = "Worker status: 0 active, 0 idle"
-PATIENCE = 10  # times that DVC sees no worker, or says nothing, before we believe it: one may be busy
+STATUS_SECONDS = 120.0  # far more than it takes
+PATIENCE = 10  # times that it has no worker, or says nothing, before we believe it: one may be busy
 ANYHOW = {"device", "threads", "launch", "checkpoint_seconds"}  # parameters that no figure hangs on
 DRAWING = Path("scaleot_core/pictures.py")  # and code that none hangs on
 
+PIPELINE = ("dvc.yaml",)  # all of its stages, as a target
 PREPARING = ("layer_importance", "train_harmonizers", "compress")  # the stages that ScaleOT's emulator takes
 
 Row = dict[str, Any]
@@ -55,10 +56,13 @@ def _git(*arguments: str) -> str:
     return done.stdout
 
 
-def finished() -> dict[str, str]:
-    """Experiments of the commit at hand that ended well, by name: DVC has a git reference to the commit of each."""
-    head = _git("rev-parse", "HEAD").strip()
-    listed = _git("for-each-ref", "--format=%(refname:lstrip=4) %(objectname)", f"refs/exps/{head[:2]}/{head[2:]}")
+def _commit(revision: str = "HEAD") -> str:
+    return _git("rev-parse", revision).strip()
+
+
+def finished(base: str) -> dict[str, str]:
+    """Commits of the experiments of commit `base` that ended well, by name: DVC has a git reference to each."""
+    listed = _git("for-each-ref", "--format=%(refname:lstrip=4) %(objectname)", f"refs/exps/{base[:2]}/{base[2:]}")
     return dict(line.split(" ") for line in listed.splitlines())
 
 
@@ -66,15 +70,25 @@ def _set(changes: Changes) -> list[str]:
     return [f"--set-param={key}={json.dumps(value)}" for key, value in changes.items()]
 
 
-def _row(name: str, commit: str, changes: Changes) -> Row:
-    """An experiment's row; UserError where it was made with other parameters than these changes give now."""
+def _expected(changes: Changes) -> dict[str, Any]:
+    """All parameters with these changes, flat; UserError where one is wrong."""
+    return flat(changed(load_params(), dict(changes)).model_dump())
+
+
+def _row(name: str, commit: str, expected: Mapping[str, Any], targets: Sequence[str]) -> Row:
+    """An experiment's row; UserError where it was made with other parameters or another code of its targets."""
     made = flat(checked(Params, yaml.safe_load(_git("show", f"{commit}:params.yaml"))).model_dump())
-    for key, value in flat(changed(load_params(), dict(changes)).model_dump()).items():
+    for key, value in expected.items():
         if key not in ANYHOW and made.get(key) != value:
             raise UserError(
                 f"experiment {name}: it is there with {key} = {made.get(key)!r}, and would now have {value!r}; "
                 f"commit params.yaml, or `dvc exp remove {name}`"
             )
+    if edited := _git("diff", "--name-only", commit, "--", *map(str, code(*targets))).split():
+        raise UserError(
+            f"experiment {name}: it is there, made before {edited[0]} was changed; commit that, or "
+            f"`dvc exp remove {name}`"
+        )
     row = {"commit": commit, **made}
     return row | flat(read_metrics(row))
 
@@ -89,13 +103,12 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def run(name: str, changes: Changes) -> Row:
     """The row of experiment `name`, run now with these parameters if it isn't there; UserError where a run fails."""
-    found = finished()
-    if name not in found:
+    expected, base = _expected(changes), _commit()
+    if name not in finished(base):
         say(f"experiment {name}", style="bold")
         if subprocess.run(["dvc", "exp", "run", "--temp", f"--name={name}", *_set(changes)]).returncode:
             raise UserError(f"experiment {name}: it failed; see above, mend it, then run again: what is done is kept")
-        found = finished()
-    return _row(name, found[name], changes)
+    return _row(name, finished(base)[name], expected, PIPELINE)
 
 
 def settings(arguments: Iterable[str]) -> dict[str, Any]:
@@ -110,78 +123,75 @@ def settings(arguments: Iterable[str]) -> dict[str, Any]:
 
 
 def workers() -> int:
-    """How many experiments this machine runs at once: one for every four cores and eight GiB of memory."""
+    """How many experiments this machine runs at once: one for every four cores and eight GiB; on a GPU one."""
+    import torch
+
+    if load_params().device != "cpu" and torch.cuda.is_available():
+        return 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return max(1, min(len(os.sched_getaffinity(0)) // 4, int(memory // 8)))
 
 
-def _ended(todo: dict[str, Changes]) -> Iterator[tuple[str, Row]]:
-    """Take out of `todo` what is done, each with its row."""
-    done = finished()
-    for name in [name for name in todo if name in done]:
-        yield name, _row(name, done[name], todo.pop(name))
-
-
-def run_all(wanted: Mapping[str, Changes], label: str, targets: Sequence[str] = ()) -> Iterator[tuple[str, Row]]:
+def run_all(wanted: Mapping[str, Changes], label: str, targets: Sequence[str] = PIPELINE) -> Iterator[tuple[str, Row]]:
     """Names and rows of many experiments, each as it ends: what isn't there goes into DVC's queue, which as many work
     off as fit.
 
-    `targets` are what each runs, as `dvc repro` takes them; without any the whole pipeline.
-    Interrupted, what runs ends and the queue stays: the same command goes on. UserError names one that failed.
+    `targets` are what each runs, as `dvc repro` takes them. Whoever stops watching doesn't stop the queue, and watches
+    it again with the same command. UserError names an experiment that failed.
     """
-    for changes in wanted.values():
-        changed(load_params(), dict(changes))  # what is wrong is said before the first one runs
-    todo = dict(wanted)
-    yield from _ended(todo)
+    todo, base = {name: _expected(changes) for name, changes in wanted.items()}, _commit()
+
+    def ended() -> Iterator[tuple[str, Row]]:
+        done = finished(base)
+        for name in [name for name in todo if name in done]:
+            yield name, _row(name, done[name], todo.pop(name), targets)
+
+    yield from ended()
     if not todo:
         return
-    waiting, jobs = _waiting(), workers()
-    tasks = TASK.findall(_dvc("queue", "status"))
-    others = {task for task, name, state in tasks if state not in WAITING or name not in waiting}
-    shared = {"threads": len(os.sched_getaffinity(0)) // jobs} if jobs > 1 else {}
-    for name in [name for name in todo if name not in waiting]:
-        _dvc("exp", "run", "--queue", f"--name={name}", *_set({**todo[name], **shared}), *targets)
-    _dvc("queue", "start", f"--jobs={jobs}")
-    say(f"{label}: {jobs} at once; `dvc queue logs NAME` shows one")
-    try:
-        with progress(label, len(wanted), len(wanted) - len(todo)) as tick:
-            for ended in _watched(todo, others):
-                tick()
-                yield ended
-    except KeyboardInterrupt:
-        _dvc("queue", "stop")
-        raise
-
-
-def _waiting() -> set[str]:
-    """Names of the experiments of the commit at hand that are in DVC's queue, or run."""
-    import dvc.api
-
-    return {row["Experiment"] for row in dvc.api.exp_show() if row.get("State") in WAITING}
-
-
-def _watched(todo: dict[str, Changes], others: set[str]) -> Iterator[tuple[str, Row]]:
-    """What DVC's workers end of `todo`, as they do; UserError for one that failed, but for `others` among its tasks."""
+    others = _queue({name: wanted[name] for name in todo}, base, label, targets)
     unseen = 0  # times in a row that no worker was
-    while todo:
-        time.sleep(POLL_SECONDS)
-        yield from _ended(todo)
-        try:
-            status = _dvc("queue", "status")
-        except UserError:
-            status = NO_WORKER  # DVC trips at times over a run that ends while it looks
-        for task, name, state in TASK.findall(status):
-            if name in todo and state == "Failed" and task not in others:
+    with progress(label, len(wanted), len(wanted) - len(todo)) as tick:
+        while True:
+            for each in ended():
+                tick()
+                yield each
+            if not todo:
+                return
+            time.sleep(POLL_SECONDS)
+            try:
+                status = _dvc("queue", "status", seconds=STATUS_SECONDS)
+            except UserError:
+                status = NO_WORKER  # DVC trips at times over a run that ends while it looks
+            for task, name, state in TASK.findall(status):
+                if name in todo and state == "Failed" and task not in others:
+                    raise UserError(
+                        f"experiment {name}: it failed; `dvc queue logs {name}` says why; mend it, then run again: "
+                        "what is done is kept"
+                    )
+            unseen = unseen + 1 if NO_WORKER in status else 0
+            if unseen == PATIENCE:
                 raise UserError(
-                    f"experiment {name}: it failed; `dvc queue logs {name}` says why; mend it, then run again: what is "
-                    "done is kept"
+                    f"experiment {next(iter(todo))}: DVC has no worker for it; `dvc queue kill` what `dvc queue "
+                    "status` has as running though nothing runs, then run again: what is done is kept"
                 )
-        unseen = unseen + 1 if NO_WORKER in status else 0
-        if todo and unseen == PATIENCE:
-            raise UserError(
-                f"experiment {next(iter(todo))}: no worker of DVC's is left for it; `dvc queue kill` what `dvc queue "
-                "status` has as running, then run again: what is done is kept"
-            )
+
+
+def _queue(missing: Mapping[str, Changes], base: str, label: str, targets: Sequence[str]) -> set[str]:
+    """Have DVC's queue worked off, with what is missing and not in it yet; gives its tasks that are none of ours."""
+    tasks = TASK.findall(_dvc("queue", "status"))
+    waiting = {task: name for task, name, state in tasks if state in WAITING}
+    ours = {task: name for task, name in waiting.items() if _commit(f"{task}^") == base}
+    others = {task for task, *_ in tasks} - ours.keys()
+    if first := [waiting[task] for task in waiting.keys() & others]:
+        say(f"{label}: in DVC's queue {first[0]} goes first, of another commit; `dvc queue remove --queued` empties it")
+    jobs = workers()
+    shared = {"threads": len(os.sched_getaffinity(0)) // jobs} if jobs > 1 else {}
+    for name in [name for name in missing if name not in ours.values()]:
+        _dvc("exp", "run", "--queue", f"--name={name}", *_set({**missing[name], **shared}), *targets)
+    _dvc("queue", "start", f"--jobs={jobs}")
+    say(f"{label}: {jobs} at once, also if this is stopped; `dvc queue logs NAME` shows one, `dvc queue stop` ends it")
+    return others
 
 
 def code(*targets: str) -> list[Path]:
@@ -206,29 +216,33 @@ def kept(
     """Figures of every wanted run by its name: from the CSV file at `path`, or made now and written there as each ends.
 
     A line there counts for a run of the same parameters and the same `code` of these targets, whatever its name, if it
-    has all columns.
+    has all columns. Lines of other runs stay. UserError where the code is changed meanwhile.
     """
-    known = {row.get("made of"): row for row in read_csv(path)} if path.exists() else {}
+    lines = [line for line in (read_csv(path) if path.exists() else []) if line.keys() >= {"run", *columns, "made of"}]
+    known = {line["made of"]: line for line in lines}
     source, made_of, found = fingerprint(*code(*targets)), dict[str, str](), dict[str, Figures]()
     for name, changes in wanted.items():
         params = changed(load_params(), dict(changes)).model_dump(exclude=ANYHOW)
         made_of[name] = f"sha256-{fingerprint(params, source)}"
-        line = known.get(made_of[name], {})
-        if line.keys() >= {*columns}:
+        if line := known.get(made_of[name]):
             found[name] = {column: None if line[column] == "" else line[column] for column in columns}
+    rest = [line for line in lines if line["run"] not in wanted and line["made of"] not in made_of.values()]
     for name, figures in make({name: changes for name, changes in wanted.items() if name not in found}):
+        if fingerprint(*code(*targets)) != source:
+            raise UserError(f"{path}: the code was changed while {name} was made; commit it and run again, or undo it")
         values = {column: figures[column] for column in columns}
         found[name] = {column: None if value is None else float(value) for column, value in values.items()}
-        there = [(name, found[name], made_of[name]) for name in wanted if name in found]
-        write_csv(path, ["run", *columns, "made of"], ([name, *row.values(), of] for name, row, of in there))
+        there = [[name, *found[name].values(), made_of[name]] for name in wanted if name in found]
+        there += [[line["run"], *(line[column] for column in columns), line["made of"]] for line in rest]
+        write_csv(path, ["run", *columns, "made of"], there)
     return {name: found[name] for name in wanted}
 
 
-def _dvc(*arguments: str) -> str:
-    """What one of DVC's short commands says, into a file: a worker that it starts would keep a pipe open to its end."""
+def _dvc(*arguments: str, seconds: float | None = None) -> str:
+    """What one of DVC's commands says, into a file: a worker that it starts would keep a pipe open to its end."""
     with tempfile.TemporaryFile("w+") as said:
         try:
-            code = subprocess.run(["dvc", *arguments], stdout=said, stderr=said, timeout=DVC_SECONDS).returncode
+            code = subprocess.run(["dvc", *arguments], stdout=said, stderr=said, timeout=seconds).returncode
         except subprocess.TimeoutExpired:
             code = None
         said.seek(0)

@@ -83,7 +83,7 @@ def name_of(setting: str, seed: int) -> str:
 
 
 def main() -> None:
-    swept = yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
+    params, swept = load_params(), yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
     own, seeds = settings(swept), swept["seeds"]
     wanted = {
         name_of(name, seed): {**swept["changes"], **changes, "seed": seed}
@@ -98,7 +98,7 @@ def main() -> None:
     found = kept(OUT / "attacks-runs.csv", COLUMNS, wanted, make, *TARGETS)
     rows = []
     for name, (line, label, changes) in own.items():
-        dial = changed(load_params(), dict(changes))
+        dial = changed(params, dict(changes))
         row: dict[str, Any] = {"line": line, "label": label}
         row |= {"alpha": dial.alpha, "beta": dial.beta, "channels": dial.src.channels}
         seen = [found[name_of(name, seed)] for seed in seeds]

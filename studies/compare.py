@@ -6,7 +6,7 @@ for ScaleOT layer importance, DLR and compression, for the others compression. `
 
 Every run's figures are kept in compare-runs.csv, with a hash of its parameters and of the code that DVC's stages depend
 on. A run that is there, or is a DVC experiment of this commit, is not made again, so that a stopped comparison goes on,
-on another machine too.
+on another machine too: on one like the first, since seconds and MiB are the machine's.
 """
 
 import sys
@@ -155,7 +155,7 @@ def main() -> None:
     rows = rows_of({row: [found[name_of(row, seed)] for seed in seeds] for row in rows_wanted})
     header = ["method", *(f"{column}{suffix}" for column in COLUMNS for suffix in ("", " ±"))]
     write_csv(OUT, header, ([m, *(v for cell in c.values() for v in (cell or ("", "")))] for m, c in rows.items()))
-    about = f"means of {', '.join(changes['tasks'])}; {len(seeds)} seeds"
+    about = "; ".join([f"means of {', '.join(changes['tasks'])}", f"{len(seeds)} seeds", *sys.argv[1:]])
     write_log(rows, about)
     table = Table("", *rows, title=about)
     for line in lines_of(rows, "[bold]{}[/]"):

@@ -313,7 +313,9 @@ def test_experiments_are_made_once_and_leave_the_project_as_it_is(
 def test_experiment_that_fails_is_told_and_is_not_there() -> None:
     with pytest.raises(UserError, match="experiment too-much: it failed"):
         experiments.run("too-much", {"adapter_layers": 99})
-    assert "too-much" not in experiments.finished()
+    head = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    done = experiments.finished(head)
+    assert "half-of-beta" in done and "too-much" not in done
 
 
 @pytest.mark.usefixtures("inside")
@@ -324,8 +326,7 @@ def test_queued_experiments_are_worked_off_and_made_once(sweep: Sweep, monkeypat
     stopped = experiments.run_all(wanted, "test")
     assert next(stopped)[0] == "half-of-beta"  # it was there
     assert next(stopped)[0].startswith("queued-")
-    with pytest.raises(KeyboardInterrupt):
-        stopped.throw(KeyboardInterrupt)  # type: ignore[attr-defined]
+    del stopped  # the queue goes on
     rows = dict(experiments.run_all(wanted, "test"))
     assert (sweep.folder / "params.yaml").read_bytes() == before
     assert [rows[name]["alpha"] for name in wanted] == [0.25, 0.6, 0.9]
@@ -335,9 +336,17 @@ def test_queued_experiments_are_worked_off_and_made_once(sweep: Sweep, monkeypat
 
 
 @pytest.mark.usefixtures("inside")
-def test_experiment_of_other_parameters_is_not_taken_for_the_one_that_is_asked_for() -> None:
+def test_experiment_of_other_parameters_or_code_is_not_taken_for_the_one_that_is_asked_for() -> None:
     with pytest.raises(UserError, match=r"half-of-beta: it is there with beta = 0\.4, and would now have 0\.3"):
         experiments.run("half-of-beta", {"beta": 0.3})
+    stage = Path("stages/compress.py")
+    before = stage.read_text()
+    stage.write_text(before + "# edited\n")
+    try:
+        with pytest.raises(UserError, match=r"half-of-beta: it is there, made before stages/compress\.py was changed"):
+            experiments.run("half-of-beta", {"beta": 0.4})
+    finally:
+        stage.write_text(before)
 
 
 @pytest.mark.usefixtures("inside")

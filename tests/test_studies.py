@@ -271,7 +271,9 @@ def test_comparison_runs_all_methods_with_all_seeds_and_writes_its_table(
         compare_study["write_log"]({}, "x")
 
 
-def test_comparison_goes_on_from_the_runs_that_are_there(compared: Callable[[], list[dict[str, Any]]]) -> None:
+def test_comparison_goes_on_from_the_runs_that_are_there(
+    compared: Callable[[], list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs, log = Path("docs/studies/compare-runs.csv"), Path("docs/results.md")
     compared()
     whole, table = runs.read_text(), log.read_text()
@@ -282,10 +284,26 @@ def test_comparison_goes_on_from_the_runs_that_are_there(compared: Callable[[], 
     for name in ("scaleot_core/pictures.py", "scaleot_core/cli.py"):  # on which no figure depends
         Path(name).write_text("")
     assert not compared()
+    monkeypatch.setattr("sys.argv", ["compare.py", "data.eval_questions=30"])
+    assert len(compared()) == 18 and "data.eval_questions=30 |" in log.read_text()
+    monkeypatch.setattr("sys.argv", ["compare.py", "data.eval_questions=20"])
+    assert not compared()  # both are kept
     for name in ("scaleot_core/methods/gradot.py", "stages/compress.py", "embedded.lock"):
         with Path(name).open("a") as stream:
             stream.write("# another\n")
         assert len(compared()) == 18
+
+
+def test_code_that_is_changed_while_a_study_runs_is_told(
+    compare_study: dict[str, Any], compared: Callable[[], list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was made may be of either code."""
+    monkeypatch.setitem(
+        compare_study["main"].__globals__, "run", lambda name, own: Path("stages/compress.py").write_text("")
+    )
+    with pytest.raises(UserError, match=r"compare-runs\.csv: the code was changed while compare-uniform-seed-0"):
+        compared()
+    assert not Path("docs/studies/compare-runs.csv").exists()
 
 
 def test_code_is_what_a_stage_or_a_pipeline_depends_on_and_nothing_that_stages_make() -> None:
