@@ -203,7 +203,8 @@ def code(*targets: str) -> list[Path]:
         stages += [there[stage]] if stage else there.values()
     own = {Path(dep) for stage in stages for dep in stage["deps"] if not dep.startswith(("artifacts/", "costs"))}
     own.discard(DRAWING)
-    return [file for dep in sorted(own) for file in (sorted(dep.rglob("*.py")) if dep.is_dir() else [dep])]
+    files = [file for dep in sorted(own) for file in (sorted(dep.rglob("*")) if dep.is_dir() else [dep])]
+    return [file for file in files if file.suffix in {".py", ".yaml", ".lock"}]
 
 
 def kept(

@@ -1,7 +1,7 @@
 """Sweep: the dial, α × β, as DVC experiments: what utility and privacy each setting gives, as a table and a picture.
 
 The grid goes into DVC's queue, and as many settings run at once as the machine has room for, also if this is stopped.
-What is there already, of this commit, is not run again. `make sweep` runs it; what isn't swept is as params.yaml has it.
+What is there already, of this commit, is not run again. `make sweep` runs it, the rest as params.yaml has it.
 """
 
 import itertools

@@ -111,6 +111,7 @@ def test_shares_of_the_way_back_are_in_log_perplexity():
         ("other", 9, 1.0),
     ]
     assert rows[1]["perplexity"] == pytest.approx(math.exp(3.5))
+    assert [row["recovered"] for row in recovery.curves(found, 4.0)] == [None] * 4  # nothing was cut
 
 
 # --- weights given away ----------------------------------------------------------------------------------

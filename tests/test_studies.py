@@ -310,8 +310,9 @@ def test_code_is_what_a_stage_or_a_pipeline_depends_on_and_nothing_that_stages_m
     with chdir(ROOT):
         attack, studies = code("studies/dvc.yaml:attack"), code("studies/dvc.yaml")
     assert {Path("stages/attack.py"), Path("scaleot_core/attacks/recovery.py")} < {*attack} < {*studies}
+    assert Path("scaleot_core/lm_tasks/commonsense_qa_cloze.yaml") in attack
     assert Path("studies/scores.py") in {*studies} - {*attack}
-    assert not [path for path in studies if path.suffix != ".py"]
+    assert all(path.is_file() and path.parts[0] in {"scaleot_core", "stages", "studies"} for path in studies)
 
 
 def test_attacks_are_over_the_dial_over_channels_and_on_the_variants() -> None:

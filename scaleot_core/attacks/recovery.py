@@ -127,7 +127,8 @@ def recover(
 def curves(found: Mapping[str, Sequence[Mapping[str, float]]], whole: float) -> list[dict[str, Any]]:
     """Rows of all targets' curves: perplexity, and the share of the way from the package to the model that it is.
 
-    `whole` is the model's loss (nats); the way is that from the first target's first loss, in log-perplexity.
+    `whole` is the model's loss (nats); the way is that from the first target's first loss, in log-perplexity. Where
+    nothing was cut there is none, and the share is None.
     """
     start = next(iter(found.values()))[0]["loss"]
     return [
@@ -135,7 +136,7 @@ def curves(found: Mapping[str, Sequence[Mapping[str, float]]], whole: float) -> 
             "target": name,
             "tokens": point["tokens"],
             "perplexity": math.exp(point["loss"]),
-            "recovered": (start - point["loss"]) / (start - whole),
+            "recovered": (start - point["loss"]) / (start - whole) if start > whole else None,
         }
         for name, curve in found.items()
         for point in curve
