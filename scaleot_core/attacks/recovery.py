@@ -136,7 +136,7 @@ def curves(found: Mapping[str, Sequence[Mapping[str, float]]], whole: float) -> 
             "target": name,
             "tokens": point["tokens"],
             "perplexity": math.exp(point["loss"]),
-            "recovered": (start - point["loss"]) / (start - whole) if start > whole else None,
+            "recovered": (start - point["loss"]) / (start - whole) if start != whole else None,
         }
         for name, curve in found.items()
         for point in curve
