@@ -243,13 +243,13 @@ def _dvc(*arguments: str, seconds: float | None = None) -> str:
     """What one of DVC's commands says, into a file: a worker that it starts would keep a pipe open to its end."""
     with tempfile.TemporaryFile("w+") as said:
         try:
-            code = subprocess.run(["dvc", *arguments], stdout=said, stderr=said, timeout=seconds).returncode
+            exit_code = subprocess.run(["dvc", *arguments], stdout=said, stderr=said, timeout=seconds).returncode
         except subprocess.TimeoutExpired:
-            code = None
+            exit_code = None
         said.seek(0)
         text = said.read()
-    if code != 0:
-        ending = "no end" if code is None else f"exit code {code}"
+    if exit_code != 0:
+        ending = "no end" if exit_code is None else f"exit code {exit_code}"
         raise UserError(f"dvc {arguments[0]} {arguments[1]}: {ending}; {' '.join(text.split())[-300:]}")
     return text
 
