@@ -120,7 +120,7 @@ def sections(
         found.append(_frontier("The dial", text, pictures.by_beta(sweep)))
     if attacks:
         text = (
-            "ScaleOT over α, β and `src.channels`, the number beside a point, and changes to the default: what is kept "
+            "ScaleOT over α, β and src.channels, the number beside a point, and changes to the default: what is kept "
             "from an attacker, and the paper's gap."
         )
         panels = [pictures.LACKING, pictures.GAPS["answer_nll"]]
