@@ -313,8 +313,7 @@ def test_experiments_are_made_once_and_leave_the_project_as_it_is(
 def test_experiment_that_fails_is_told_and_is_not_there() -> None:
     with pytest.raises(UserError, match="experiment too-much: it failed"):
         experiments.run("too-much", {"adapter_layers": 99})
-    head = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-    done = experiments.finished(head)
+    done = experiments.finished(experiments._commit())
     assert "half-of-beta" in done and "too-much" not in done
 
 
@@ -322,10 +321,11 @@ def test_experiment_that_fails_is_told_and_is_not_there() -> None:
 def test_queued_experiments_are_worked_off_and_made_once(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = {"half-of-beta": {"beta": 0.4}, "queued-one": {"alpha": 0.6}, "queued-two": {"alpha": 0.9}}
     before = (sweep.folder / "params.yaml").read_bytes()
-    monkeypatch.setattr(experiments, "workers", lambda: 2)
+    monkeypatch.setattr(experiments, "workers", lambda: 1)
     stopped = experiments.run_all(wanted, "test")
     assert next(stopped)[0] == "half-of-beta"  # it was there
     assert next(stopped)[0].startswith("queued-")
+    assert len(wanted.keys() & experiments.finished(experiments._commit())) == 2  # each is told as it ends
     del stopped  # the queue goes on
     rows = dict(experiments.run_all(wanted, "test"))
     assert (sweep.folder / "params.yaml").read_bytes() == before
