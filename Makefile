@@ -31,28 +31,28 @@ studies: repro  ## what the defaults were chosen by: about an hour and a half on
 	dvc repro studies/dvc.yaml:harmonizers studies/dvc.yaml:scores
 
 ablations: repro  ## the open questions of the method, one run each; hours
-	python studies/ablations.py
+	python -m studies.ablations
 
 sweep: repro  ## the dial: alpha by beta, a table and a picture; an hour and a half on 2 cores
-	python studies/sweep.py
+	python -m studies.sweep
 
 attack: repro  ## what an attacker makes of the package and of the adapters: recovery, weights, membership
 	dvc repro studies/dvc.yaml:attack
 
 attacks: repro  ## the recovery attack over alpha, beta and src.channels, three seeds: about three hours on 2 cores
-	python studies/attacks.py
+	python -m studies.attacks
 
 bench: repro  ## ratios against the plain ways, appended to docs/benchmarks.md
 	python benchmarks/bench.py
 
 report: repro  ## report.html: what was measured on one page
-	python studies/report.py
+	python -m studies.report
 
 compare: repro  ## all methods on one model, three tasks, three seeds: about two and a half hours on 2 cores
-	python studies/compare.py $(SET)
+	python -m studies.compare $(SET)
 
 table: .venv/ready  ## one row of the paper's table: PRESET=opt-1.3b SET="alpha=0.5" (presets.yaml)
-	python studies/table.py $(PRESET) $(SET)
+	python -m studies.table $(PRESET) $(SET)
 
 check-default: repro  ## the full default run, and whether its measurements come out in the right order
 	python -m pytest tests/check_default.py

@@ -21,20 +21,25 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from scaleot_core import decomposition, emulator, examples, package
-from scaleot_core.ending import ends_in_one_line
-from scaleot_core.errors import UserError
-from scaleot_core.evaluation import evaluate
-from scaleot_core.experiments import PREPARING
-from scaleot_core.files import read_json, read_jsonl, read_tensors
-from scaleot_core.methods import METHODS, Owner
-from scaleot_core.models import load_model, load_tokenizer, mean_loss
+from scaleot_core.common.entrypoint import run_command
+from scaleot_core.common.errors import UserError
+from scaleot_core.common.files import read_json, read_jsonl
+from scaleot_core.common.progress import console, say
+from scaleot_core.common.runtime import DTYPES, Runtime, setup
+from scaleot_core.common.tensors import read_tensors
+from scaleot_core.compression import emulator, svd
+from scaleot_core.evaluation.harness import evaluate
+from scaleot_core.evaluation.tasks import load_task
+from scaleot_core.exchange import package
+from scaleot_core.exchange.tokenizer import load_untrusted_tokenizer
+from scaleot_core.methods import METHODS, ModelOwner
+from scaleot_core.models.forward import mean_loss
+from scaleot_core.models.loading import load_model, load_tokenizer
 from scaleot_core.params import Params, changed, load_params
-from scaleot_core.progress import console, say
-from scaleot_core.runtime import DTYPES, Runtime, setup
-from scaleot_core.tasks import load_task
-from scaleot_core.training import Checkpoint
-from scaleot_core.tuning import train
+from scaleot_core.training.checkpoint import Checkpoint
+from scaleot_core.tuning import examples
+from scaleot_core.tuning.tuner import train
+from studies.experiments import EMULATOR_STAGES
 
 ARTIFACTS, COSTS, LOG = Path("artifacts"), Path("costs"), Path("docs/benchmarks.md")
 ROUNDS = 3
@@ -71,7 +76,7 @@ def tune(params: Params, device: torch.device) -> list[Row]:
     rows = read_jsonl(ARTIFACTS / "tasks" / task / "train.jsonl")[:160]
     model, plan = package.load(ARTIFACTS / "emulator", device=device)
     data = examples.from_task(
-        model, package.load_tokenizer(ARTIFACTS / "emulator"), task, rows, block_size=params.data.block_size
+        model, load_untrusted_tokenizer(ARTIFACTS / "emulator"), task, rows, block_size=params.data.block_size
     )
     adapters = emulator.layer_parameters(model, plan, "adapter")
     start = {name: p.detach().clone() for name, p in adapters.items()}
@@ -148,17 +153,17 @@ def prepare(params: Params, device: torch.device) -> list[Row]:
         """Seconds that a method takes, and the held-out loss of its emulator."""
         runtime, checkpoint = Runtime(device, DTYPES[params.dtype]), Checkpoint(folder / "none", 1e9)
         changed_to, harmonizers = changed(params, changes), ARTIFACTS / "harmonizers"
-        owner = Owner(ARTIFACTS / "model", runtime, train, changed_to, harmonizers, folder, checkpoint)
+        owner = ModelOwner(ARTIFACTS / "model", runtime, train, changed_to, harmonizers, folder, checkpoint)
         start = time.perf_counter()
         made = METHODS[changed_to.method](owner)
-        model = package.assemble(owner.config, made.plan, made.tensors, device=device)
+        model = emulator.assemble(owner.config, made.plan, made.tensors, device=device)
         took = time.perf_counter() - start
         loss = mean_loss(model, heldout)
-        size = package.plan_bytes(owner.config, made.plan)
+        size = emulator.plan_bytes(owner.config, made.plan)
         say(f"{changes}: {took:.0f} s, {size:,} bytes, held-out loss {loss:.2f}")
         return took, loss
 
-    stages = sum(read_json(COSTS / f"{stage}.json")["seconds"] for stage in PREPARING)
+    stages = sum(read_json(COSTS / f"{stage}.json")["seconds"] for stage in EMULATOR_STAGES)
     shipped = mean_loss(package.load(ARTIFACTS / "emulator", device=device)[0], heldout)
     with TemporaryDirectory() as folder:
         alone = make(CHANNELS_ALONE, Path(folder))
@@ -184,7 +189,7 @@ def decompose(params: Params, device: torch.device) -> list[Row]:
         weight, inputs = (torch.randn(n, width, generator=draw) for n in (width, 2 * width))
         inputs *= torch.logspace(0, -3, width)
         covariance = inputs.T @ inputs
-        whitener = torch.linalg.cholesky(decomposition.damped(covariance))
+        whitener = torch.linalg.cholesky(svd.damped(covariance))
         rank, errors = width // 5, {}
 
         def error(left: torch.Tensor, right: torch.Tensor) -> float:
@@ -192,10 +197,10 @@ def decompose(params: Params, device: torch.device) -> list[Row]:
             return float(rest.norm())
 
         def ours() -> None:
-            errors["ours"] = error(*decomposition.decompose(weight, covariance))  # noqa: B023
+            errors["ours"] = error(*svd.decompose(weight, covariance))  # noqa: B023
 
         def baseline() -> None:
-            again = torch.linalg.cholesky(decomposition.damped(covariance))  # noqa: B023
+            again = torch.linalg.cholesky(svd.damped(covariance))  # noqa: B023
             u, s, vt = torch.linalg.svd(weight.double() @ again, full_matrices=False)  # noqa: B023
             right = torch.linalg.solve_triangular(again, s[:, None] * vt, upper=False, left=False)
             errors["baseline"] = error(u, right)  # noqa: B023
@@ -285,4 +290,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    ends_in_one_line(main)
+    run_command(main)

@@ -17,17 +17,19 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, OPTConfig
 
-from scaleot_core import decomposition, package
-from scaleot_core.ending import ends_in_one_line
-from scaleot_core.errors import UserError
-from scaleot_core.files import TensorWriter, write_json, write_tensors
-from scaleot_core.harmonizer import Harmonizer
-from scaleot_core.methods import METHODS, Owner
-from scaleot_core.models import load_tokenizer
+from scaleot_core.common.entrypoint import run_command
+from scaleot_core.common.errors import UserError
+from scaleot_core.common.files import write_json
+from scaleot_core.common.runtime import Runtime
+from scaleot_core.common.tensors import TensorWriter, write_tensors
+from scaleot_core.compression import svd
+from scaleot_core.compression.harmonizer import Harmonizer
+from scaleot_core.exchange import package
+from scaleot_core.methods import METHODS, ModelOwner
+from scaleot_core.models.loading import load_tokenizer
+from scaleot_core.models.streaming import StreamedModel
 from scaleot_core.params import changed, load_params
-from scaleot_core.runtime import Runtime
-from scaleot_core.streaming import StreamedModel
-from scaleot_core.training import Checkpoint, scratch
+from scaleot_core.training.checkpoint import Checkpoint, scratch_dir
 
 WIDTH, BLOCKS = 4096, 8
 
@@ -94,10 +96,10 @@ def main() -> None:
         "dlr.after_src": 0,
     }
     params, times = changed(load_params(), small), defaultdict[str, float](float)
-    decomposition.decompose = timed(times, "decomposing", decomposition.decompose)
+    svd.decompose = timed(times, "decomposing", svd.decompose)
     StreamedModel.read = timed(times, "reading", StreamedModel.read)  # type: ignore[method-assign]
     TensorWriter.write = timed(times, "writing", TensorWriter.write)  # type: ignore[method-assign]
-    place = scratch("bench")
+    place = scratch_dir("bench")
     place.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(Path("artifacts/model"))
     with tempfile.TemporaryDirectory(dir=place) as name:
@@ -105,7 +107,7 @@ def main() -> None:
         layer = write_model(folder, layers, rank=256)
         blocks = torch.randint(0, 50000, (BLOCKS, 256), dtype=torch.int32)
         runtime = Runtime(torch.device("cpu"), torch.bfloat16)
-        owner = Owner(folder, runtime, blocks, params, folder, folder / "scratch", Checkpoint(folder, 1e9))
+        owner = ModelOwner(folder, runtime, blocks, params, folder, folder / "scratch", Checkpoint(folder, 1e9))
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew here
         before, start = memory("VmRSS"), time.perf_counter()
         made = METHODS["scaleot"](owner)
@@ -117,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    ends_in_one_line(main)
+    run_command(main)

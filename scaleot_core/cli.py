@@ -14,12 +14,14 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from scaleot_core.ending import ends_in_one_line
-from scaleot_core.errors import UserError, printable
-from scaleot_core.progress import say
+from scaleot_core.common.entrypoint import run_command
+from scaleot_core.common.errors import UserError, printable
+from scaleot_core.common.progress import say
 
 if TYPE_CHECKING:
-    from scaleot_core.adapter import Movement
+    from scaleot_core.exchange.adapter import LayerChange
+
+    pass
 
 PROGRESS_SECONDS = 60.0  # between two checkpoints of `tune`
 
@@ -49,11 +51,12 @@ def pack(
 
     Beside it comes OUT.private.json, with the layers' scores and the parameters, which stays with you.
     """
-    from scaleot_core import handover
-    from scaleot_core.files import read_json, write_json
-    from scaleot_core.package import LONGEST_LICENCE, UNSTATED, read_manifest
+    from scaleot_core.common.files import read_json, write_json
+    from scaleot_core.compression.plan import DECIDED_BY
+    from scaleot_core.exchange.archive import new_output
+    from scaleot_core.exchange.manifest import copy_files, manifest_sha256
+    from scaleot_core.exchange.package import LONGEST_LICENCE, UNSTATED, read_manifest
     from scaleot_core.params import load_params
-    from scaleot_core.plan import DECIDED_BY
 
     licence = UNSTATED if licence is None else licence
     if len(licence) > LONGEST_LICENCE:
@@ -63,9 +66,9 @@ def pack(
     if known["params"] != load_params(project / "params.yaml").model_dump(include=DECIDED_BY):
         raise UserError(f"{made}: it was made with other parameters than params.yaml has now; run `dvc repro` first")
     manifest = read_manifest(made)
-    with handover.new(out) as folder:
-        handover.copy(made, folder, manifest, licence=licence)
-        identity = handover.identity(folder)
+    with new_output(out) as folder:
+        copy_files(made, folder, manifest, licence=licence)
+        identity = manifest_sha256(folder)
     write_json(_private(out), {"package": identity, **known})
     _show({"package": str(out), "id": identity, "private": str(_private(out))}, as_json)
 
@@ -79,13 +82,15 @@ def inspect(
 
     A package is checked to the last shape; an adapter by `scaleot check`, which knows the package it belongs to.
     """
-    from scaleot_core import adapter, handover
-    from scaleot_core.package import outline
+    from scaleot_core.exchange import adapter, untrusted
+    from scaleot_core.exchange.archive import unpacked
+    from scaleot_core.exchange.manifest import Manifest, manifest_format, manifest_sha256
+    from scaleot_core.exchange.package import outline
 
-    with handover.opened(path) as folder:
+    with unpacked(path) as folder:
         found: dict[str, Any] = {"path": str(path)}
-        manifest: handover.Manifest
-        if handover.format_of(folder) == adapter.FORMAT:
+        manifest: Manifest
+        if manifest_format(folder) == adapter.FORMAT:
             manifest = given = adapter.read_manifest(folder)
             found |= {
                 "format": f"{given.format} {given.format_version}",
@@ -97,7 +102,7 @@ def inspect(
             }
         else:
             manifest, model, expected = outline(folder)
-            handover.check_tensors(expected)
+            untrusted.check_tensors(expected)
             found |= {
                 "format": f"{manifest.format} {manifest.format_version}",
                 "licence": manifest.licence,
@@ -109,7 +114,7 @@ def inspect(
                 "harmonizer rank": manifest.harmonizer.rank,
                 "sound": True,
             }
-        found["id"] = handover.identity(folder)
+        found["id"] = manifest_sha256(folder)
         _show(found | {"files": {name: entry.model_dump() for name, entry in manifest.files.items()}}, as_json)
 
 
@@ -175,20 +180,25 @@ def tune(
     The same command goes on where it was stopped. Beside the adapter comes OUT.private.json, with the losses, which
     stays with you.
     """
-    from scaleot_core import adapter, examples, handover
-    from scaleot_core.files import fingerprint, read_jsonl, write_json
-    from scaleot_core.models import check_tokenizer
-    from scaleot_core.package import load, load_tokenizer, read_manifest
-    from scaleot_core.params import OffsiteTuning, checked
-    from scaleot_core.questions import training
-    from scaleot_core.runtime import setup
-    from scaleot_core.tasks import check_rows
-    from scaleot_core.training import Checkpoint
-    from scaleot_core.tuning import tune as tune_parameters
+    from scaleot_core.common.files import fingerprint, read_jsonl, write_json
+    from scaleot_core.common.runtime import setup
+    from scaleot_core.common.validation import validate_block
+    from scaleot_core.data.questions import training
+    from scaleot_core.evaluation.tasks import check_rows
+    from scaleot_core.exchange import adapter
+    from scaleot_core.exchange.archive import new_output, unpacked
+    from scaleot_core.exchange.manifest import manifest_sha256
+    from scaleot_core.exchange.package import load, read_manifest
+    from scaleot_core.exchange.tokenizer import load_untrusted_tokenizer
+    from scaleot_core.models.loading import check_tokenizer
+    from scaleot_core.params import OffsiteTuning
+    from scaleot_core.training.checkpoint import Checkpoint
+    from scaleot_core.tuning import examples
+    from scaleot_core.tuning.selection import tune as tune_parameters
 
     if data is None and task is None:
         raise UserError("nothing to tune on: name a file with --data, or a task of lm-eval with --task")
-    settings = checked(
+    settings = validate_block(
         OffsiteTuning,
         {
             "epochs": epochs,
@@ -208,12 +218,12 @@ def tune(
             "delta": delta,
         },
     )
-    with handover.opened(package) as folder, handover.new(out) as target:
+    with unpacked(package) as folder, new_output(out) as target:
         manifest = read_manifest(folder)
-        identity = handover.identity(folder)
+        identity = manifest_sha256(folder)
         runtime = setup(_Settings(device, manifest.dtype, threads), "tune")
         model, plan = load(folder, device=runtime.device)
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_untrusted_tokenizer(folder)
         check_tokenizer(tokenizer, model.config)
         if task is None:
             assert data is not None
@@ -257,12 +267,12 @@ def check(adapter: Adapter, package: Package, as_json: AsJson = False) -> None:
     Relative change is the norm of a layer's change over the norm of what was shipped; the outlier is the largest change
     of one weight over the root mean square of all changes in its tensor, about 5 for noise.
     """
-    from scaleot_core import handover
-    from scaleot_core.adapter import receive
+    from scaleot_core.exchange.adapter import check_adapter
+    from scaleot_core.exchange.archive import unpacked
 
-    with handover.opened(adapter) as folder, handover.opened(package) as shipped:
-        found = receive(folder, shipped)
-    _show_movements({"adapter": str(adapter), "sound": True}, found.movements, as_json)
+    with unpacked(adapter) as folder, unpacked(package) as shipped:
+        found = check_adapter(folder, shipped)
+    _show_changes({"adapter": str(adapter), "sound": True}, found.layer_changes, as_json)
 
 
 @app.command()
@@ -282,16 +292,17 @@ def plug(
     """Model owner: check an adapter and plug it into the real model. OUT loads with transformers alone."""
     import torch
 
-    from scaleot_core import emulator, handover
-    from scaleot_core.adapter import receive
-    from scaleot_core.files import whole_folder
-    from scaleot_core.models import read_model
-    from scaleot_core.runtime import DTYPES
+    from scaleot_core.common.files import atomic_folder
+    from scaleot_core.common.runtime import DTYPES
+    from scaleot_core.compression import emulator
+    from scaleot_core.exchange.adapter import check_adapter
+    from scaleot_core.exchange.archive import check_new, unpacked
+    from scaleot_core.models.loading import read_model
 
-    handover.check_new(out)
-    with handover.opened(adapter) as folder, handover.opened(package) as shipped:
-        found = receive(folder, shipped)
-    for moved in found.movements:
+    check_new(out)
+    with unpacked(adapter) as folder, unpacked(package) as shipped:
+        found = check_adapter(folder, shipped)
+    for moved in found.layer_changes:
         for name, limit, value in (("change", max_change, moved.relative), ("outlier", max_outlier, moved.outlier)):
             if limit is not None and not value <= limit:
                 raise UserError(
@@ -304,10 +315,10 @@ def plug(
         if name not in here or not torch.equal(here[name], tensor):
             raise UserError(f"{base}: its {name!r} is not that of the package, which was made from another model")
     emulator.plug_in(model, found.plan, found.tuned)
-    with whole_folder(out) as target:
+    with atomic_folder(out) as target:
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
-    _show_movements({"model": str(out)}, found.movements, as_json)
+    _show_changes({"model": str(out)}, found.layer_changes, as_json)
 
 
 def _private(out: Path) -> Path:
@@ -340,20 +351,20 @@ def _text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else printable(str(value))
 
 
-def _show_movements(found: dict[str, Any], movements: "list[Movement]", as_json: bool) -> None:
+def _show_changes(found: dict[str, Any], changes: "list[LayerChange]", as_json: bool) -> None:
     if as_json:
-        print(json.dumps(found | {"movements": [asdict(moved) for moved in movements]}))
+        print(json.dumps(found | {"layer_changes": [asdict(moved) for moved in changes]}))
         return
     _show(found, as_json)
     table = Table("layer", "relative change", "outlier", title="How far each adapter layer moved")
-    for moved in movements:
+    for moved in changes:
         table.add_row(str(moved.layer), f"{moved.relative:.4f}", f"{moved.outlier:.1f}")
     Console().print(table)
 
 
 def main() -> None:
     """Run the command line."""
-    ends_in_one_line(lambda: app(prog_name="scaleot"))
+    run_command(lambda: app(prog_name="scaleot"))
 
 
 if __name__ == "__main__":

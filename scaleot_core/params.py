@@ -1,36 +1,22 @@
 """params.yaml as checked values. Every key there is a field here, with its type, range and meaning."""
 
-import operator
-from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
-from pydantic.fields import FieldInfo
+from pydantic import BeforeValidator, Field, field_validator
 
-from scaleot_core.errors import UserError, one_line
+from scaleot_core.common.errors import UserError
+from scaleot_core.common.validation import Block, validate_block
 
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 Name = Annotated[str, Field(min_length=1)]
 TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
-class _Block(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML reads `no` as false, which would count as 0."""
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError("Input should not be true or false")
-        return value
-
-
-class Data(_Block):
+class Data(Block):
     """What `prepare_data` reads and how much of it."""
 
     source: Name
@@ -49,7 +35,7 @@ class Data(_Block):
     """Most evaluated questions a task."""
 
 
-class HarmonizerForm(_Block):
+class HarmonizerForm(Block):
     """What the stand-in for one decoder layer is (method section 1)."""
 
     rank: Positive
@@ -60,7 +46,7 @@ class HarmonizerForm(_Block):
     """Whether the input of W_down is divided by its root mean square."""
 
 
-class LayerImportance(_Block):
+class LayerImportance(Block):
     """The prior: local fits and sensitivities (method section 2)."""
 
     estimator: Literal["sensitivity", "block_influence", "taylor", "zero"]
@@ -77,25 +63,25 @@ class LayerImportance(_Block):
     """Training blocks on which a layer's sensitivity is measured."""
 
 
-class Src(_Block):
+class Src(Block):
     """Selective Rank Compression (method section 4)."""
 
     whiten: bool
     """Truncate what projections give out on the corpus, as SVD-LLM does, or plain matrices, as the paper does."""
     calibration_blocks: Positive
     """Training blocks whose projection inputs are the covariance."""
-    channels: Share
+    channels: Fraction
     """Share of the feed-forward channels that are cut, of every layer whose attention is; the paper cuts none."""
 
 
-class Dlr(_Block):
+class Dlr(Block):
     """Dynamic LayerReplace (method section 2)."""
 
     init: Literal["prior", "zero"]
     """Scores start at the prior or at zero."""
     group_size: Annotated[int, Field(ge=2)]
     """N_g: neighbouring layers in a group, half of which is replaced in a sample."""
-    settled: Share
+    settled: Fraction
     """Layers whose p_i is above this leave the draw and are kept; 1 for none, the paper's rule."""
     steps: Annotated[int, Field(ge=0)]
     """Harmonizer updates."""
@@ -117,7 +103,7 @@ class Dlr(_Block):
     """Harmonizer updates in the finished emulator, by stage `compress`, to make up for what the truncation costs."""
 
 
-class Distill(_Block):
+class Distill(Block):
     """Offsite-tuning's distillation, where `method` is distilled."""
 
     steps: Annotated[int, Field(ge=0)]
@@ -130,14 +116,14 @@ class Distill(_Block):
     """Weight of the hidden states' error beside the cross-entropy."""
 
 
-class Crash(_Block):
+class Crash(Block):
     """CRaSh, where `method` is crash."""
 
     calibration_blocks: Annotated[int, Field(ge=2)]
     """Training blocks on which layers are compared."""
 
 
-class Gradot(_Block):
+class Gradot(Block):
     """GradOT, where `method` is gradot."""
 
     calibration_blocks: Positive
@@ -148,7 +134,7 @@ class Gradot(_Block):
     """λ of feed-forward channels."""
 
 
-class Tuning(_Block):
+class Tuning(Block):
     """How weights are tuned on a task, for the adapter layers and for full fine-tuning alike (method section 5)."""
 
     epochs: Positive
@@ -163,11 +149,11 @@ class Tuning(_Block):
         Field(min_length=1),
     ]
     """AdamW's peak learning rate. Of several the one that is best on a part of the training questions is taken."""
-    validation: Share
+    validation: Fraction
     """Share of the training questions that is held out, to choose between rates and to know when to stop."""
     patience: Annotated[int, Field(ge=0)]
     """Stop after so many epochs without a lower held-out loss; 0 for no held-out part and all epochs."""
-    warmup: Share
+    warmup: Fraction
     """Share of the steps in which the rate rises to its peak; then it falls linearly to zero."""
     weight_decay: Annotated[float, Field(ge=0)]
     """AdamW's weight decay."""
@@ -192,7 +178,7 @@ class OffsiteTuning(Tuning):
     """δ of differential privacy: less than one over the number of questions."""
 
 
-class Attack(_Block):
+class Attack(Block):
     """The attacker's budget, where stage `attack` is run."""
 
     steps: Annotated[int, Field(ge=1)]
@@ -209,23 +195,23 @@ class Attack(_Block):
     """Most private training questions, and as many held-out ones, that membership is told for."""
 
 
-class Evaluate(_Block):
+class Evaluate(Block):
     """Evaluation by lm-eval."""
 
     batch_size: Positive
     """Requests in a forward pass."""
 
 
-class Params(_Block):
+class Params(Block):
     """All of params.yaml."""
 
-    alpha: Share
+    alpha: Fraction
     """α: share of the non-adapter layers that harmonizers replace."""
-    beta: Share
+    beta: Fraction
     """β: share of the attention rank that is cut from the other layers (see rank_semantics)."""
     method: Literal["scaleot", "uniform", "distilled", "crash", "gradot"]
     """How the emulator is made."""
-    budget: Share
+    budget: Fraction
     """Most bytes of the emulator as a share of the model's; 0 for what ScaleOT's has at α and β."""
     model: Name
     """The model owner's model: `embedded`, a hub id, or a local folder."""
@@ -262,8 +248,12 @@ class Params(_Block):
     evaluate: Evaluate
     attack: Attack
 
-
-B = TypeVar("B", bound=_Block)
+    @field_validator("tasks")
+    @classmethod
+    def _each_once(cls, tasks: list[str]) -> list[str]:
+        if len(set(tasks)) < len(tasks):
+            raise ValueError("a task is named twice; name each once")
+        return tasks
 
 
 def changed(params: Params, values: dict[str, Any]) -> Params:
@@ -274,38 +264,7 @@ def changed(params: Params, values: dict[str, Any]) -> Params:
         if blocks and blocks[0] not in data:
             raise UserError(f"{key} is no parameter; correct its name or delete it")
         (data[blocks[0]] if blocks else data)[name] = value
-    return checked(Params, data)
-
-
-def _at(data: Any, location: tuple[int | str, ...]) -> Any:
-    """The value at an error's location."""
-    return reduce(operator.getitem, location, data)
-
-
-def _field(block: Any, location: tuple[int | str, ...]) -> FieldInfo | None:
-    """The declaration behind an error's location in a block, or None where no field has that name."""
-    found = None
-    for part in location:
-        if isinstance(part, int) and get_origin(block) is list:
-            found = FieldInfo.from_annotation(get_args(block)[0])
-            continue
-        fields = getattr(block, "model_fields", {})
-        if part not in fields:
-            return found
-        found = fields[part]
-        block = found.annotation
-    return found
-
-
-def _range(field: FieldInfo | None) -> str:
-    """The range of a numeric field in words, such as `; the range is 0 to 1`, or nothing."""
-    low = high = None
-    for bound in field.metadata if field else ():
-        low = getattr(bound, "ge", getattr(bound, "gt", low))
-        high = getattr(bound, "le", getattr(bound, "lt", high))
-    if high is not None:
-        return f"; the range is {low} to {high}"
-    return f"; the least is {low}" if low is not None else ""
+    return validate_block(Params, data)
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
@@ -317,30 +276,6 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     try:
-        return checked(Params, data)
+        return validate_block(Params, data)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-
-
-def checked(kind: type[B], data: Any) -> B:
-    """Values as a block of parameters, or as all; UserError names the first key that is wrong, its value and range."""
-    try:
-        block = kind.model_validate(data)
-    except ValidationError as error:
-        errors = error.errors(include_url=False)
-        first = min(
-            errors, key=lambda found: found["type"] != "extra_forbidden"
-        )  # a mistyped key explains a missing one
-        location = first["loc"]
-        if location[-1:] == (0,) and not isinstance(_at(data, location[:-1]), list):
-            location = location[:-1]  # a single value may stand for a list of one
-        key = ".".join(str(part) for part in location) or "the file"
-        if first["type"] == "extra_forbidden":
-            raise UserError(f"{key} is no parameter; correct its name or delete it") from None
-        if first["type"] == "missing":
-            raise UserError(f"{key} is missing; add it (params.yaml in the repository shows how)") from None
-        message = one_line(ValueError(first["msg"]))
-        raise UserError(f"{key} = {first['input']!r}: {message}{_range(_field(kind, first['loc']))}") from None
-    if isinstance(block, Params) and len(set(block.tasks)) < len(block.tasks):
-        raise UserError(f"tasks = {block.tasks!r}: a task is named twice; name each once")
-    return block

@@ -10,26 +10,32 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
-from scaleot_core import adapter, emulator, handover, package, pictures, report
-from scaleot_core.ending import ends_in_one_line
-from scaleot_core.evaluation import evaluate
-from scaleot_core.files import (
+from scaleot_core.common.entrypoint import run_command
+from scaleot_core.common.files import (
+    atomic_folder,
+    cached_json,
     fingerprint,
     folder_bytes,
-    once,
     read_json,
     read_jsonl,
-    read_tensors,
-    whole_folder,
     write_json,
 )
-from scaleot_core.models import load_model, load_tokenizer, mean_loss
+from scaleot_core.common.runtime import setup
+from scaleot_core.common.tensors import read_tensors
+from scaleot_core.compression import emulator
+from scaleot_core.compression.plan import LayerKind
+from scaleot_core.evaluation import measurements
+from scaleot_core.evaluation.harness import evaluate
+from scaleot_core.evaluation.tasks import load_task
+from scaleot_core.evaluation.tasks import metrics as metrics_of
+from scaleot_core.exchange import adapter, package
+from scaleot_core.exchange.manifest import manifest_sha256
+from scaleot_core.models.forward import mean_loss
+from scaleot_core.models.loading import load_model, load_tokenizer
 from scaleot_core.params import load_params
-from scaleot_core.plan import Kind
-from scaleot_core.runtime import Meter, setup
-from scaleot_core.tasks import load_task
-from scaleot_core.tasks import metrics as metrics_of
-from scaleot_core.training import scratch
+from scaleot_core.reporting import figures, tables
+from scaleot_core.training.checkpoint import scratch_dir
+from scaleot_core.training.cost import Meter
 
 ARTIFACTS, COSTS = Path("artifacts"), Path("costs")
 
@@ -39,7 +45,7 @@ def main() -> None:
     runtime = setup(params, "evaluate")
     meter = Meter(runtime)
     folders = [ARTIFACTS / name for name in ("model", "emulator", "adapters", "tasks", "corpus")]
-    done = scratch(f"evaluate-{fingerprint(params.dtype, params.tasks, *folders)}")
+    done = scratch_dir(f"evaluate-{fingerprint(params.dtype, params.tasks, *folders)}")
 
     questions = {task: read_jsonl(ARTIFACTS / "tasks" / task / "eval.jsonl") for task in params.tasks}
     heldout = read_tensors(ARTIFACTS / "corpus" / "heldout.safetensors")["blocks"]
@@ -47,15 +53,18 @@ def main() -> None:
     size = params.evaluate.batch_size
 
     model, plan = package.load(ARTIFACTS / "emulator", device=runtime.device)
-    shipped, identity = emulator.layer_parameters(model, plan, "adapter"), handover.identity(ARTIFACTS / "emulator")
+    shipped, identity = (
+        emulator.layer_parameters(model, plan, "adapter"),
+        manifest_sha256(ARTIFACTS / "emulator"),
+    )
     adapters = {
         task: adapter.read(ARTIFACTS / "adapters" / task / "adapter", model, plan, shipped, package=identity)
         for task in params.tasks
     }
-    emulator_loss = once(done / "emulator_loss.json", partial(mean_loss, model, heldout))
+    emulator_loss = cached_json(done / "emulator_loss.json", partial(mean_loss, model, heldout))
     label = "emulator_zero_shot"
     measure = partial(evaluate, model, tokenizer, questions, batch_size=size, label=label)
-    untuned = once(done / f"{label}.json", measure)
+    untuned = cached_json(done / f"{label}.json", measure)
     tuned: dict[str, dict[str, Any]] = {}
     for name in ("emulator_finetune", "plug_in"):
         if name == "plug_in":
@@ -68,7 +77,7 @@ def main() -> None:
                 emulator.plug_in(model, plan, read_tensors(tuned_along), "harmonizer")
             only, label = {task: questions[task]}, f"{name}@{task}"
             measure = partial(evaluate, model, tokenizer, only, batch_size=size, label=label)
-            tuned[name][task] = once(done / f"{label}.json", measure)[task]
+            tuned[name][task] = cached_json(done / f"{label}.json", measure)[task]
 
     tasks = {}
     for task in params.tasks:
@@ -84,7 +93,7 @@ def main() -> None:
             "offsite_tune": read_json(ARTIFACTS / "adapters" / task / "tuning.json")["lr"],
             "full_finetune": read_json(ARTIFACTS / "baselines" / f"full_finetune-{task}" / "tuning.json")["lr"],
         }
-        tasks[task] = measured | report.utility(measured) | {"lr": rates}
+        tasks[task] = measured | measurements.utility(measured) | {"lr": rates}
     model_bytes, emulator_bytes = (folder_bytes(ARTIFACTS / name, ".safetensors") for name in ("model", "emulator"))
     model_loss = read_json(ARTIFACTS / "importance" / "scores.json")["model_heldout_loss"]
     metrics = {
@@ -94,7 +103,7 @@ def main() -> None:
             "bytes": emulator_bytes,
             "model_bytes": model_bytes,
             "share_of_model": emulator_bytes / model_bytes,
-            **{f"{kind}_layers": len(plan.layers(kind)) for kind in get_args(Kind)},
+            **{f"{kind}_layers": len(plan.layers(kind)) for kind in get_args(LayerKind)},
         },
         "corpus_perplexity": {"model": math.exp(model_loss), "emulator": math.exp(emulator_loss)},
         "cost": {file.stem: read_json(file) for file in sorted(COSTS.glob("*.json"))} | {"evaluate": meter.read()},
@@ -110,16 +119,16 @@ def main() -> None:
         },
     }
     layers = read_json(ARTIFACTS / "harmonizers" / "scores.json") | {"kinds": plan.kinds}
-    with whole_folder(Path("plots")) as out:
-        report.write_curves(out / "loss", histories)
-        report.write_layers(out / "layers.csv", layers["prior"], layers["scores"], layers["kinds"])
-        pictures.save_png(pictures.measurements(tasks), out / "measurements.png")
-        pictures.save_png(pictures.layers(layers), out / "layers.png")
-        pictures.save_png(pictures.curves(histories), out / "curves.png")
+    with atomic_folder(Path("plots")) as out:
+        tables.write_curves(out / "loss", histories)
+        tables.write_layers(out / "layers.csv", layers["prior"], layers["scores"], layers["kinds"])
+        figures.save_png(figures.measurements(tasks), out / "measurements.png")
+        figures.save_png(figures.layers(layers), out / "layers.png")
+        figures.save_png(figures.curves(histories), out / "curves.png")
     write_json(Path("metrics.json"), metrics)
-    report.show(metrics)
+    tables.show(metrics)
     shutil.rmtree(done)
 
 
 if __name__ == "__main__":
-    ends_in_one_line(main)
+    run_command(main)

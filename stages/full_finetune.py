@@ -3,16 +3,20 @@
 from functools import partial
 from pathlib import Path
 
-from scaleot_core import examples, parallel
-from scaleot_core.ending import ends_in_one_line
-from scaleot_core.evaluation import evaluate
-from scaleot_core.files import fingerprint, read_jsonl, whole_folder, write_json
-from scaleot_core.models import load_tokenizer
+from _stage import named_task
+
+from scaleot_core.common import distributed
+from scaleot_core.common.entrypoint import run_command
+from scaleot_core.common.files import atomic_folder, fingerprint, read_jsonl, write_json
+from scaleot_core.common.runtime import setup
+from scaleot_core.evaluation.harness import evaluate
+from scaleot_core.models.loading import load_tokenizer
+from scaleot_core.models.streaming import load_sharded
 from scaleot_core.params import load_params
-from scaleot_core.runtime import cost, named_task, setup
-from scaleot_core.streaming import load_split
-from scaleot_core.training import Checkpoint, scratch
-from scaleot_core.tuning import tune
+from scaleot_core.training.checkpoint import Checkpoint, scratch_dir
+from scaleot_core.training.cost import cost
+from scaleot_core.tuning import examples
+from scaleot_core.tuning.selection import tune
 
 MODEL = Path("artifacts/model")
 
@@ -25,9 +29,9 @@ def main() -> None:
     key = fingerprint(
         params.full_finetune.model_dump(), params.data.block_size, params.seed, params.dtype, MODEL, folder
     )
-    checkpoint = Checkpoint(scratch(f"full_finetune-{task}-{key}"), params.checkpoint_seconds)
+    checkpoint = Checkpoint(scratch_dir(f"full_finetune-{task}-{key}"), params.checkpoint_seconds)
     with cost(Path(f"costs/full_finetune-{task}.json"), runtime) as meter:
-        model, tokenizer = load_split(MODEL, device=runtime.device, dtype=runtime.dtype), load_tokenizer(MODEL)
+        model, tokenizer = load_sharded(MODEL, device=runtime.device, dtype=runtime.dtype), load_tokenizer(MODEL)
         meter.count(model)
         size, rows = params.data.block_size, read_jsonl(folder / "train.jsonl")
         data = examples.from_task(model, tokenizer, task, rows, block_size=size)
@@ -37,8 +41,8 @@ def main() -> None:
         questions = {task: read_jsonl(folder / "eval.jsonl")}
         batch = params.evaluate.batch_size
         measure = partial(evaluate, model, tokenizer, questions, batch_size=batch, label="full_finetune")
-        results = parallel.from_first(measure)
-        with whole_folder(Path(f"artifacts/baselines/full_finetune-{task}")) as out:
+        results = distributed.broadcast_from_main(measure)
+        with atomic_folder(Path(f"artifacts/baselines/full_finetune-{task}")) as out:
             write_json(out / "results.json", results[task])
             write_json(out / "tuning.json", {"lr": tuned.lr, "validation_loss": tuned.validation_loss})
             write_json(out / "history.json", tuned.history)
@@ -46,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    ends_in_one_line(main)
+    run_command(main)

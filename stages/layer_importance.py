@@ -5,13 +5,16 @@ Reads the model and the corpus; writes prior scores and fitted harmonizers. `dvc
 
 from pathlib import Path
 
-from scaleot_core import importance
-from scaleot_core.ending import ends_in_one_line
-from scaleot_core.files import fingerprint, read_tensors, whole_folder, write_json, write_tensors
-from scaleot_core.models import load_model, mean_loss
+from scaleot_core.common.entrypoint import run_command
+from scaleot_core.common.files import atomic_folder, fingerprint, write_json
+from scaleot_core.common.runtime import setup
+from scaleot_core.common.tensors import read_tensors, write_tensors
+from scaleot_core.compression import layer_importance
+from scaleot_core.models.forward import mean_loss
+from scaleot_core.models.loading import load_model
 from scaleot_core.params import load_params
-from scaleot_core.runtime import cost, setup
-from scaleot_core.training import Checkpoint, scratch
+from scaleot_core.training.checkpoint import Checkpoint, scratch_dir
+from scaleot_core.training.cost import cost
 
 MODEL, CORPUS, OUT = Path("artifacts/model"), Path("artifacts/corpus"), Path("artifacts/importance")
 
@@ -21,13 +24,13 @@ def main() -> None:
     settings = params.layer_importance
     runtime = setup(params, "layer_importance")
     key = fingerprint(settings.model_dump(), params.harmonizer.model_dump(), params.seed, params.dtype, MODEL, CORPUS)
-    checkpoint = Checkpoint(scratch(f"layer_importance-{key}"), params.checkpoint_seconds)
+    checkpoint = Checkpoint(scratch_dir(f"layer_importance-{key}"), params.checkpoint_seconds)
     with cost(Path("costs/layer_importance.json"), runtime) as meter:
         model = load_model(MODEL, device=runtime.device, dtype=runtime.dtype)
         meter.count(model)
         blocks = read_tensors(CORPUS / "train.safetensors")["blocks"]
-        harmonizers = importance.new_harmonizers(model, params.harmonizer, params.seed)
-        history = importance.fit_locally(
+        harmonizers = layer_importance.new_harmonizers(model, params.harmonizer, params.seed)
+        history = layer_importance.fit_locally(
             model,
             harmonizers,
             blocks[: settings.calibration_blocks],
@@ -38,16 +41,16 @@ def main() -> None:
             checkpoint=checkpoint,
         )
         probe = blocks[-settings.sensitivity_blocks :]
-        costs = importance.estimate(settings.estimator, model, harmonizers, probe)
+        costs = layer_importance.estimate(settings.estimator, model, harmonizers, probe)
         heldout = read_tensors(CORPUS / "heldout.safetensors")["blocks"]
-        with whole_folder(OUT) as out:
+        with atomic_folder(OUT) as out:
             write_tensors(out / "harmonizers.safetensors", harmonizers.state_dict())
             write_json(
                 out / "scores.json",
                 {
                     "estimator": settings.estimator,
                     "costs": costs,
-                    "scores": importance.prior_scores(costs),
+                    "scores": layer_importance.prior_scores(costs),
                     "model_heldout_loss": mean_loss(model, heldout),
                 },
             )
@@ -56,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    ends_in_one_line(main)
+    run_command(main)

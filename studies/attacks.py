@@ -13,13 +13,13 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from scaleot_core import pictures
-from scaleot_core.ending import ends_in_one_line
-from scaleot_core.experiments import Changes, Figures, experiment_name, kept, read_metrics, run_all
-from scaleot_core.files import whole_file
+from scaleot_core.common.entrypoint import run_command
+from scaleot_core.common.files import atomic_file, write_csv
+from scaleot_core.common.progress import console
+from scaleot_core.evaluation.measurements import mean, over_seeds
 from scaleot_core.params import changed, load_params
-from scaleot_core.progress import console
-from scaleot_core.report import mean, over_seeds, write_csv
+from scaleot_core.reporting import figures
+from studies.experiments import Changes, Figures, cached_figures, experiment_name, read_metrics, run_all
 
 SETTINGS, OUT = Path(__file__).with_suffix(".yaml"), Path("docs/studies")
 TARGETS = ("dvc.yaml", "studies/dvc.yaml:attack")
@@ -31,7 +31,7 @@ COLUMNS = (
 SHOWN = ("recovery answer_nll", "gap answer_nll", "lacking", "bytes exact", "membership AUC")
 
 
-def figures(metrics: Mapping[str, Any], attack: Mapping[str, Any]) -> dict[str, float | None]:
+def run_figures(metrics: Mapping[str, Any], attack: Mapping[str, Any]) -> dict[str, float | None]:
     """Utility and privacy of one run, the mean over tasks, and what the attacker has in the end.
 
     `lacking` is the log-perplexity (nats) that the attacker's model still lacks to the real one; `won back` the share
@@ -70,7 +70,7 @@ def settings(swept: Mapping[str, Any]) -> dict[str, tuple[str, float | str, Chan
         for alpha in swept["alphas"]:
             if alpha < 1 or beta == swept["betas"][0]:  # with α = 1 no layer is left for β
                 changes = {"alpha": alpha, "beta": beta}
-                found[f"alpha {alpha} beta {beta}"] = pictures.line_of(beta), alpha, changes
+                found[f"alpha {alpha} beta {beta}"] = figures.line_of(beta), alpha, changes
     for share in swept["channels"]:
         changes = {"alpha": 0.0, "beta": 0.0, "src.channels": share}
         found[f"channels {share}"] = "α = β = 0, over src.channels", share, changes
@@ -93,9 +93,9 @@ def main() -> None:
 
     def make(missing: Mapping[str, Changes]) -> Iterator[tuple[str, Figures]]:
         for name, run in run_all(missing, "attacks", TARGETS):
-            yield name, figures(read_metrics(run), read_metrics(run, "attack.json"))
+            yield name, run_figures(read_metrics(run), read_metrics(run, "attack.json"))
 
-    found = kept(OUT / "attacks-runs.csv", COLUMNS, wanted, make, *TARGETS)
+    found = cached_figures(OUT / "attacks-runs.csv", COLUMNS, wanted, make, *TARGETS)
     rows = []
     for name, (line, label, changes) in own.items():
         dial = changed(params, dict(changes))
@@ -106,9 +106,9 @@ def main() -> None:
             row[figure], row[f"{figure} ±"] = over_seeds([each[figure] for each in seen]) or (None, None)
         rows.append(row)
     write_csv(OUT / "attacks.csv", list(rows[0]), (list(row.values()) for row in rows))
-    panels = [pictures.LACKING, pictures.GAPS["answer_nll"]]
-    with whole_file(OUT / "attacks.png") as temporary:
-        pictures.save_png(pictures.frontier(pictures.by_line(rows), panels), temporary)
+    panels = [figures.LACKING, figures.GAPS["answer_nll"]]
+    with atomic_file(OUT / "attacks.png") as temporary:
+        figures.save_png(figures.frontier(figures.by_line(rows), panels), temporary)
     table = Table("", *SHOWN, title=f"the dial under attack, means of seeds {seeds}; all figures: {OUT}/attacks.csv")
     for name, row in zip(own, rows, strict=True):
         table.add_row(name, *("–" if row[figure] is None else f"{row[figure]:.3g}" for figure in SHOWN))
@@ -116,4 +116,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    ends_in_one_line(main)
+    run_command(main)

@@ -17,17 +17,26 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from scaleot_core.ending import ends_in_one_line
-from scaleot_core.errors import UserError
-from scaleot_core.experiments import PREPARING, Changes, Figures, experiment_name, kept, read_metrics, run, settings
-from scaleot_core.files import whole_file
-from scaleot_core.progress import console
-from scaleot_core.report import MEASUREMENTS, mean, over_seeds, utility, write_csv
+from scaleot_core.common.entrypoint import run_command
+from scaleot_core.common.errors import UserError
+from scaleot_core.common.files import atomic_file, write_csv
+from scaleot_core.common.progress import console
+from scaleot_core.evaluation.measurements import MEASUREMENTS, mean, over_seeds, utility
+from studies.experiments import (
+    EMULATOR_STAGES,
+    Changes,
+    Figures,
+    cached_figures,
+    experiment_name,
+    parse_overrides,
+    read_metrics,
+    run,
+)
 
 SETTINGS = Path(__file__).with_suffix(".yaml")
 RUNS, OUT, LOG = Path("docs/studies/compare-runs.csv"), Path("docs/studies/compare.csv"), Path("docs/results.md")
 BEGIN, END = "<!-- compare -->\n", "<!-- end of compare -->\n"
-PREPARED = {"scaleot": PREPARING}  # the others: compress alone
+PREPARED = {"scaleot": EMULATOR_STAGES}  # the others: compress alone
 
 Figure = Callable[[dict[str, Any], str], float | None]
 """From a run's metrics.json and its method."""
@@ -130,13 +139,13 @@ def write_log(rows: Rows, about: str) -> None:
             f"{LOG}: the marks {BEGIN.strip()} and {END.strip()} are missing; put them where the table goes"
         )
     text = text.partition(BEGIN)[0] + BEGIN + "\n".join(lines) + "\n" + END + text.partition(END)[2]
-    with whole_file(LOG) as temporary:
+    with atomic_file(LOG) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
     compared = yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
-    changes = {**compared["changes"], **settings(sys.argv[1:])}
+    changes = {**compared["changes"], **parse_overrides(sys.argv[1:])}
     rows_wanted = {
         name: {**changes, "method": name.partition(",")[0], **own} for name, own in compared["methods"].items()
     }
@@ -151,7 +160,7 @@ def main() -> None:
 
     seeds = compared["seeds"]
     wanted = {name_of(row, seed): {**own, "seed": seed} for seed in seeds for row, own in rows_wanted.items()}
-    found = kept(RUNS, COLUMNS, wanted, make, "dvc.yaml")
+    found = cached_figures(RUNS, COLUMNS, wanted, make, "dvc.yaml")
     rows = rows_of({row: [found[name_of(row, seed)] for seed in seeds] for row in rows_wanted})
     header = ["method", *(f"{column}{suffix}" for column in COLUMNS for suffix in ("", " ±"))]
     write_csv(OUT, header, ([m, *(v for cell in c.values() for v in (cell or ("", "")))] for m, c in rows.items()))
@@ -164,4 +173,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    ends_in_one_line(main)
+    run_command(main)

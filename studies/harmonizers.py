@@ -18,17 +18,18 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from scaleot_core import dlr, importance
-from scaleot_core.ending import ends_in_one_line
-from scaleot_core.files import fingerprint, once, read_tensors
-from scaleot_core.harmonizer import Harmonizers
-from scaleot_core.models import hidden_states, load_model, mean_loss, replaced
+from scaleot_core.common.entrypoint import run_command
+from scaleot_core.common.files import cached_json, fingerprint, write_csv
+from scaleot_core.common.progress import console
+from scaleot_core.common.runtime import setup
+from scaleot_core.common.tensors import read_tensors
+from scaleot_core.compression import dlr, layer_importance
+from scaleot_core.compression.harmonizer import Harmonizers
+from scaleot_core.compression.plan import choose_layers
+from scaleot_core.models.forward import hidden_states, mean_loss, swapped_layers
+from scaleot_core.models.loading import load_model
 from scaleot_core.params import Params, changed, load_params
-from scaleot_core.plan import choose_layers
-from scaleot_core.progress import console
-from scaleot_core.report import write_csv
-from scaleot_core.runtime import setup
-from scaleot_core.training import scratch
+from scaleot_core.training.checkpoint import scratch_dir
 
 MODEL, CORPUS, PRIOR = Path("artifacts/model"), Path("artifacts/corpus"), Path("artifacts/importance/scores.json")
 OUT = Path("docs/studies/harmonizers.csv")
@@ -87,10 +88,10 @@ def fitted(model: PreTrainedModel, blocks: Tensor, params: Params) -> tuple[Harm
     fits = params.layer_importance
     key = fingerprint(params.harmonizer.model_dump(), fits.model_dump(), params.seed)
     if key not in FITTED:
-        harmonizers = importance.new_harmonizers(model, params.harmonizer, params.seed)
+        harmonizers = layer_importance.new_harmonizers(model, params.harmonizer, params.seed)
         start = time.perf_counter()
         options = fits.model_dump(include={"steps", "batch_tokens", "lr"})
-        importance.fit_locally(model, harmonizers, blocks, **options, seed=params.seed)
+        layer_importance.fit_locally(model, harmonizers, blocks, **options, seed=params.seed)
         FITTED[key] = (harmonizers, time.perf_counter() - start)
     harmonizers, seconds = FITTED[key]
     return copy.deepcopy(harmonizers), seconds
@@ -99,7 +100,7 @@ def fitted(model: PreTrainedModel, blocks: Tensor, params: Params) -> tuple[Harm
 def train(model: PreTrainedModel, blocks: Tensor, params: Params, prior: list[float]) -> Trained:
     """Harmonizers trained as the parameters say."""
     settings, seconds, tokens = params.dlr, 0.0, 0
-    harmonizers = importance.new_harmonizers(model, params.harmonizer, params.seed)
+    harmonizers = layer_importance.new_harmonizers(model, params.harmonizer, params.seed)
     if settings.init == "prior" and params.layer_importance.steps:
         local = blocks[: params.layer_importance.calibration_blocks]
         harmonizers, seconds = fitted(model, local, params)
@@ -130,7 +131,7 @@ def main() -> None:
     model = load_model(MODEL, device=runtime.device, dtype=runtime.dtype)
     blocks = read_tensors(CORPUS / "train.safetensors")["blocks"]
     heldout = read_tensors(CORPUS / "heldout.safetensors")["blocks"][:HELDOUT_BLOCKS]
-    prior = importance.read_scores(PRIOR, model.config.num_hidden_layers)
+    prior = layer_importance.read_scores(PRIOR, model.config.num_hidden_layers)
     chosen = {}
     for alpha in ALPHAS:
         kinds = choose_layers(prior, adapter_layers=given.adapter_layers, alpha=alpha, placement="importance")
@@ -142,18 +143,18 @@ def main() -> None:
         trained, seconds, tokens = found
         row = {"seconds": seconds, "tokens": tokens}
         for alpha, layers in chosen.items():
-            with replaced(model, {i: trained[i] for i in layers}):
+            with swapped_layers(model, {i: trained[i] for i in layers}):
                 row[f"alpha={alpha}"] = math.exp(mean_loss(model, heldout))
         console.print(changes, row)
         return row
 
     key = fingerprint(given.model_dump(), HELDOUT_BLOCKS, MODEL, CORPUS, PRIOR)
-    done = scratch(f"study-harmonizers-{key}")
+    done = scratch_dir(f"study-harmonizers-{key}")
     rows = []
     for seed in SEEDS:
         for name, changes in VARIANTS.items():
             file = done / f"{fingerprint(changes, seed)}.json"
-            rows.append({"variant": name, "seed": seed, **once(file, partial(measure, changes, seed))})
+            rows.append({"variant": name, "seed": seed, **cached_json(file, partial(measure, changes, seed))})
     write_csv(OUT, list(rows[0]), (list(row.values()) for row in rows))
     show(rows, math.exp(mean_loss(model, heldout)))
 
@@ -175,4 +176,4 @@ def show(rows: list[dict[str, Any]], whole: float) -> None:
 
 
 if __name__ == "__main__":
-    ends_in_one_line(main)
+    run_command(main)

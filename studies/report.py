@@ -5,15 +5,14 @@
 
 from pathlib import Path
 
-from scaleot_core import page
-from scaleot_core.ending import ends_in_one_line
-from scaleot_core.errors import UserError
-from scaleot_core.experiments import flat
-from scaleot_core.files import read_json
-from scaleot_core.handover import identity
+from scaleot_core.common.entrypoint import run_command
+from scaleot_core.common.errors import UserError
+from scaleot_core.common.files import read_csv, read_json
+from scaleot_core.common.progress import say
+from scaleot_core.exchange.manifest import manifest_sha256
 from scaleot_core.params import load_params
-from scaleot_core.progress import say
-from scaleot_core.report import read_csv
+from scaleot_core.reporting import html
+from studies.experiments import flatten
 
 PLOTS, STUDIES, OUT = Path("plots"), Path("docs/studies"), Path("report.html")
 ATTACK, RECOVERY = Path("attack.json"), Path("artifacts/attack/recovery.csv")
@@ -33,12 +32,12 @@ def main() -> None:
         for name in ("sweep", "compare", "attacks")
     )
     attack = (read_json(ATTACK), read_csv(RECOVERY)) if ATTACK.exists() and RECOVERY.exists() else None
-    if attack and attack[0]["package"] != identity(PACKAGE):
+    if attack and attack[0]["package"] != manifest_sha256(PACKAGE):
         raise UserError(f"{ATTACK}: it is of another package than {PACKAGE}; run `make attack` again, or delete it")
-    parts = page.sections(metrics, layers, histories, sweep=sweep, compared=compared, attacks=attacks, attack=attack)
-    settings = [{"parameter": name, "value": str(value)} for name, value in flat(params.model_dump()).items()]
+    parts = html.sections(metrics, layers, histories, sweep=sweep, compared=compared, attacks=attacks, attack=attack)
+    settings = [{"parameter": name, "value": str(value)} for name, value in flatten(params.model_dump()).items()]
     versions = [{"library": name, "version": version} for name, version in metrics["versions"].items()]
-    parts.append(page.Section("Parameters and versions", tables=[page.table(settings), page.table(versions)]))
+    parts.append(html.Section("Parameters and versions", tables=[html.table(settings), html.table(versions)]))
     emulator, perplexity = metrics["emulator"], metrics["corpus_perplexity"]
     summary = {
         "model": params.model,
@@ -47,9 +46,9 @@ def main() -> None:
         "emulator": f"{emulator['share_of_model']:.0%} of the model's bytes",
         "corpus perplexity": f"{perplexity['emulator']:.1f}, the model's {perplexity['model']:.1f}",
     }
-    page.write(OUT, f"ScaleOT on {', '.join(params.tasks)}", summary, parts)
+    html.write(OUT, f"ScaleOT on {', '.join(params.tasks)}", summary, parts)
     say(f"{OUT}: {OUT.stat().st_size:,} bytes; open it in a browser")
 
 
 if __name__ == "__main__":
-    ends_in_one_line(main)
+    run_command(main)

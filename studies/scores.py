@@ -17,16 +17,17 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from scaleot_core import dlr, importance
-from scaleot_core.ending import ends_in_one_line
-from scaleot_core.files import fingerprint, once, read_json, read_tensors
-from scaleot_core.harmonizer import Harmonizers
-from scaleot_core.models import load_model, mean_loss, replaced
+from scaleot_core.common.entrypoint import run_command
+from scaleot_core.common.files import cached_json, fingerprint, read_json, write_csv
+from scaleot_core.common.progress import console, progress
+from scaleot_core.common.runtime import generator, setup
+from scaleot_core.common.tensors import read_tensors
+from scaleot_core.compression import dlr, layer_importance
+from scaleot_core.compression.harmonizer import Harmonizers
+from scaleot_core.models.forward import mean_loss, swapped_layers
+from scaleot_core.models.loading import load_model
 from scaleot_core.params import load_params
-from scaleot_core.progress import console, progress
-from scaleot_core.report import write_csv
-from scaleot_core.runtime import generator, setup
-from scaleot_core.training import scratch
+from scaleot_core.training.checkpoint import scratch_dir
 
 MODEL, CORPUS = Path("artifacts/model"), Path("artifacts/corpus")
 PRIOR, HARMONIZERS = Path("artifacts/importance"), Path("artifacts/harmonizers")
@@ -41,7 +42,7 @@ def true_costs(model: PreTrainedModel, harmonizers: Harmonizers, sets: list[list
     costs = []
     with progress("true costs", len(sets)) as tick:
         for layers in sets:
-            with replaced(model, {i: harmonizers[i] for i in layers}):
+            with swapped_layers(model, {i: harmonizers[i] for i in layers}):
                 costs.append(mean_loss(model, blocks) - whole)
             tick(tokens=blocks.numel(), loss=costs[-1])
     return costs
@@ -55,18 +56,18 @@ def main() -> None:
     blocks = read_tensors(CORPUS / "train.safetensors")["blocks"]
     heldout = read_tensors(CORPUS / "heldout.safetensors")["blocks"][:BLOCKS]
     probe = blocks[-params.layer_importance.sensitivity_blocks :]
-    done = scratch(f"study-scores-{fingerprint(params.model_dump(), MODEL, CORPUS, HARMONIZERS)}")
+    done = scratch_dir(f"study-scores-{fingerprint(params.model_dump(), MODEL, CORPUS, HARMONIZERS)}")
 
     def fitted(folder: Path) -> Harmonizers:
-        harmonizers = importance.new_harmonizers(model, params.harmonizer, params.seed)
-        importance.restore(harmonizers, folder / "harmonizers.safetensors")
+        harmonizers = layer_importance.new_harmonizers(model, params.harmonizer, params.seed)
+        layer_importance.restore(harmonizers, folder / "harmonizers.safetensors")
         return harmonizers
 
     draw, size = generator(params.seed, "sets"), layers // 4
     sets = [torch.randperm(layers, generator=draw)[:size].tolist() for _ in range(SETS)]
     final = fitted(HARMONIZERS)
-    truth = once(done / "sets.json", partial(true_costs, model, final, sets, heldout))
-    alone = once(done / "alone.json", partial(true_costs, model, final, [[i] for i in range(layers)], heldout))
+    truth = cached_json(done / "sets.json", partial(true_costs, model, final, sets, heldout))
+    alone = cached_json(done / "alone.json", partial(true_costs, model, final, [[i] for i in range(layers)], heldout))
 
     ways: dict[str, dict[str, Any]] = {
         "DLR from zero": {"score_lr": 10.0},
@@ -94,16 +95,18 @@ def main() -> None:
         rows.append({"estimator": name, "tokens": tokens, **found})
 
     for name in spent:
-        costs = once(done / f"{name}.json", partial(importance.estimate, name, model, fitted(PRIOR), probe))
-        row(name, importance.prior_scores(costs), spent[name], costs)
+        costs = cached_json(
+            done / f"{name}.json", partial(layer_importance.estimate, name, model, fitted(PRIOR), probe)
+        )
+        row(name, layer_importance.prior_scores(costs), spent[name], costs)
     tokens = spent["sensitivity"] + network * (3 * params.dlr.steps + updates * params.dlr.candidates)
     scores = torch.tensor(read_json(HARMONIZERS / "scores.json")["scores"], dtype=torch.float64)
     logs = torch.tensor(read_json(PRIOR / "scores.json")["costs"], dtype=torch.float64).clamp(min=1e-6).log()
     row("DLR from the prior", scores.tolist(), tokens, (scores / 2 * logs.std() + logs.mean()).exp().tolist())
     for name, changes in ways.items():
-        scores = once(done / f"{fingerprint(changes)}.json", partial(learned, changes))
+        scores = cached_json(done / f"{fingerprint(changes)}.json", partial(learned, changes))
         row(name, scores, network * STEPS * (3 + params.dlr.candidates))
-    row("true cost of each layer alone", importance.prior_scores(alone), heldout.numel() * layers, alone)
+    row("true cost of each layer alone", layer_importance.prior_scores(alone), heldout.numel() * layers, alone)
     row("random", torch.rand(layers, generator=draw).tolist(), 0)
 
     write_csv(OUT, list(rows[0]), (list(row.values()) for row in rows))
@@ -114,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    ends_in_one_line(main)
+    run_command(main)

@@ -11,13 +11,13 @@ from typing import Any
 
 from rich.table import Table
 
-from scaleot_core import pictures
-from scaleot_core.ending import ends_in_one_line
-from scaleot_core.experiments import Row, experiment_name, run_all
-from scaleot_core.files import whole_file
+from scaleot_core.common.entrypoint import run_command
+from scaleot_core.common.files import atomic_file, write_csv
+from scaleot_core.common.progress import console
+from scaleot_core.evaluation.measurements import mean
 from scaleot_core.params import load_params
-from scaleot_core.progress import console
-from scaleot_core.report import mean, write_csv
+from scaleot_core.reporting import figures
+from studies.experiments import Row, experiment_name, run_all
 
 ALPHAS, BETAS = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.5, 0.8, 0.95)
 OUT = Path("docs/studies")
@@ -33,10 +33,10 @@ def name_of(changes: dict[str, float]) -> str:
     return experiment_name("sweep alpha", changes["alpha"], "beta", changes["beta"])
 
 
-def figures(row: Row, tasks: list[str]) -> dict[str, float]:
+def row_figures(row: Row, tasks: list[str]) -> dict[str, float]:
     """Utility and privacy of one run, each the mean over tasks: plug-in, tuned emulator, gap, and recovery."""
     found: dict[str, float] = {}
-    for metric in pictures.GAPS:
+    for metric in figures.GAPS:
         for name in ("plug_in", "emulator_finetune", "gap", "recovery"):
             values = [row[f"tasks.{task}.{name}.{metric}"] for task in tasks]
             middle = mean(values)
@@ -64,9 +64,9 @@ def turns(rows: list[dict[str, float]], dial: str, other: str) -> list[str]:
 
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     """The picture: gap against recovery, in accuracy and in answer nll, one line a β along α."""
-    figure = pictures.frontier(pictures.by_beta(rows), list(pictures.GAPS.values()))
-    with whole_file(path) as temporary:
-        pictures.save_png(figure, temporary)
+    figure = figures.frontier(figures.by_beta(rows), list(figures.GAPS.values()))
+    with atomic_file(path) as temporary:
+        figures.save_png(figure, temporary)
 
 
 def main() -> None:
@@ -74,7 +74,8 @@ def main() -> None:
     grid = [(alpha, beta) for alpha in ALPHAS for beta in BETAS]
     found = dict(run_all({name_of(changes): changes for changes in itertools.starmap(setting, grid)}, "sweep"))
     rows: list[dict[str, Any]] = [
-        {"alpha": alpha, "beta": beta, **figures(found[name_of(setting(alpha, beta))], tasks)} for alpha, beta in grid
+        {"alpha": alpha, "beta": beta, **row_figures(found[name_of(setting(alpha, beta))], tasks)}
+        for alpha, beta in grid
     ]
     write_csv(OUT / "sweep.csv", list(rows[0]), (list(row.values()) for row in rows))
     draw(OUT / "sweep.png", rows)
@@ -87,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    ends_in_one_line(main)
+    run_command(main)

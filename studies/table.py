@@ -10,12 +10,13 @@ from typing import Any
 
 import yaml
 
-from scaleot_core import report
-from scaleot_core.ending import ends_in_one_line
-from scaleot_core.errors import UserError
-from scaleot_core.experiments import experiment_name, read_metrics, run, settings
+from scaleot_core.common.entrypoint import run_command
+from scaleot_core.common.errors import UserError
+from scaleot_core.common.files import write_csv
+from scaleot_core.evaluation.measurements import MEASUREMENTS
 from scaleot_core.params import changed, load_params
-from scaleot_core.report import MEASUREMENTS, write_csv
+from scaleot_core.reporting import tables
+from studies.experiments import experiment_name, parse_overrides, read_metrics, run
 
 PRESETS = Path("presets.yaml")
 
@@ -25,7 +26,7 @@ def preset(name: str, arguments: list[str]) -> dict[str, Any]:
     rows = {row: values for row, values in yaml.safe_load(PRESETS.read_text()).items() if not row.startswith(".")}
     if name not in rows:
         raise UserError(f"{PRESETS}: no preset is named {name!r}; there are {', '.join(rows)}")
-    changes = {**rows[name], **settings(arguments)}
+    changes = {**rows[name], **parse_overrides(arguments)}
     changed(load_params(), changes)  # a mistake is found before the run
     return changes
 
@@ -43,8 +44,8 @@ def main() -> None:
         for metric in measured["metrics"]
     ]
     write_csv(Path(f"docs/studies/{title}.csv"), ["task", "measurement", "metric", "value", "standard error"], rows)
-    report.show(metrics)
+    tables.show(metrics)
 
 
 if __name__ == "__main__":
-    ends_in_one_line(main)
+    run_command(main)

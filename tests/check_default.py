@@ -7,8 +7,9 @@ import pytest
 from conftest import ROOT
 from rich.console import Console
 
+from scaleot_core.evaluation.measurements import MEASUREMENTS, misordered
 from scaleot_core.params import load_params
-from scaleot_core.report import MEASUREMENTS, measurement_table, misordered
+from scaleot_core.reporting.tables import measurement_table
 
 LEAST_QUESTIONS = 400
 TASKS = load_params(ROOT / "params.yaml").tasks

@@ -10,14 +10,15 @@ from test_emulator import CPU, IDS, PLAN, emulator_of, write
 from test_files import refusal, snapshot
 from transformers import AutoModelForCausalLM
 
-from scaleot_core import adapter, handover
-from scaleot_core.emulator import layer_parameters, plug_in
-from scaleot_core.files import read_tensors
-from scaleot_core.package import load
-from scaleot_core.tuning import Tuned
+from scaleot_core.common.tensors import read_tensors
+from scaleot_core.compression.emulator import layer_parameters, plug_in
+from scaleot_core.exchange import adapter
+from scaleot_core.exchange.manifest import manifest_sha256
+from scaleot_core.exchange.package import load
+from scaleot_core.tuning.selection import TuningResult
 
 each_family = pytest.mark.parametrize("name", sorted(CONFIGS))
-TUNED = Tuned([], 1e-3, 7, {})
+TUNED = TuningResult([], 1e-3, 7, {})
 
 
 @pytest.fixture
@@ -114,9 +115,9 @@ def test_adapter_of_another_package_or_other_layers(tmp_path, params):
 def test_receive_reads_files_alone(tmp_path, tokenizer, params):
     package = write(tmp_path / "package", tiny_model("llama"), tokenizer)
     model, _ = load(package, device=CPU)
-    folder = made(tmp_path / "adapter", model, params.tuning, package=handover.identity(package))
-    found = adapter.receive(folder, package)
-    assert found.plan == PLAN and [moved.layer for moved in found.movements] == [1]
+    folder = made(tmp_path / "adapter", model, params.tuning, package=manifest_sha256(package))
+    found = adapter.check_adapter(folder, package)
+    assert found.plan == PLAN and [moved.layer for moved in found.layer_changes] == [1]
     assert all(torch.equal(found.tuned[key], p) for key, p in layer_parameters(model, PLAN, "adapter").items())
     shipped = read_tensors(package / "adapter.safetensors")
     assert found.shipped.keys() == shipped.keys() and all(torch.equal(found.shipped[k], shipped[k]) for k in shipped)
@@ -124,7 +125,7 @@ def test_receive_reads_files_alone(tmp_path, tokenizer, params):
 
 def test_layer_that_did_not_move_has_moved_by_nothing():
     tensors = {"layers.1.a": torch.ones(3, 3), "layers.1.b": torch.zeros(2)}
-    (still,) = adapter.movements(PLAN, tensors, tensors, "layers")
+    (still,) = adapter.layer_changes(PLAN, tensors, tensors, "layers")
     assert (still.relative, still.outlier) == (0.0, 0.0)
-    (moved,) = adapter.movements(PLAN, tensors, {**tensors, "layers.1.b": torch.tensor([4.0, 0.0])}, "layers")
+    (moved,) = adapter.layer_changes(PLAN, tensors, {**tensors, "layers.1.b": torch.tensor([4.0, 0.0])}, "layers")
     assert moved.relative == pytest.approx(4 / 3) and moved.outlier == pytest.approx(2**0.5)

@@ -8,20 +8,19 @@ from conftest import CONFIGS, dies_after, piqa_rows, tiny_model
 from sklearn.metrics import roc_auc_score
 from test_emulator import CPU, IDS, PLAN, emulator_of
 
-from scaleot_core.attacks import exposure, membership, recovery
-from scaleot_core.emulator import layer_parameters
-from scaleot_core.examples import from_task
-from scaleot_core.families import decoder_layers, family
-from scaleot_core.files import write_json
-from scaleot_core.methods import METHODS, Owner
-from scaleot_core.models import mean_loss
-from scaleot_core.package import assemble
+from scaleot_core.attacks import exposure, membership, restoration
+from scaleot_core.common.files import write_json
+from scaleot_core.common.runtime import Runtime, generator
+from scaleot_core.compression.emulator import assemble, layer_parameters
+from scaleot_core.compression.low_rank import LowRankLinear
+from scaleot_core.compression.plan import Plan
+from scaleot_core.methods import METHODS, ModelOwner
+from scaleot_core.models.families import decoder_layers, family
+from scaleot_core.models.forward import mean_loss
 from scaleot_core.params import changed
-from scaleot_core.plan import Plan
-from scaleot_core.rank_compression import LowRankLinear
-from scaleot_core.runtime import Runtime, generator
-from scaleot_core.training import Checkpoint
-from scaleot_core.tuning import train
+from scaleot_core.training.checkpoint import Checkpoint
+from scaleot_core.tuning.examples import from_task
+from scaleot_core.tuning.tuner import train
 
 each_family = pytest.mark.parametrize("name", sorted(CONFIGS))
 
@@ -42,7 +41,7 @@ def logits(model):
 @each_family
 def test_widened_emulator_starts_as_the_emulator_and_has_whole_layers(name):
     plain, wide = emulator_of(name), emulator_of(name)
-    recovery.widen(wide, PLAN)
+    restoration.widen(wide, PLAN)
     if name != "opt-350m":  # its norms come behind
         torch.testing.assert_close(logits(wide), logits(plain), rtol=1e-4, atol=1e-5)
     whole = sum(p.numel() for p in decoder_layers(tiny_model(name))[0].parameters())
@@ -55,14 +54,14 @@ def test_widened_emulator_starts_as_the_emulator_and_has_whole_layers(name):
 def test_emulator_that_lacks_layers_can_be_widened_too():
     plan = Plan(("harmonizer", "adapter", "removed", "compressed"), 0.8, "removed", PLAN.harmonizer)
     plain, wide = emulator_of("llama", plan), emulator_of("llama", plan)
-    recovery.widen(wide, plan)
+    restoration.widen(wide, plan)
     torch.testing.assert_close(logits(wide), logits(plain), rtol=1e-4, atol=1e-5)
 
 
 @each_family
 def test_forgetting_leaves_adapters_embeddings_and_head(name):
     known, forgotten = emulator_of(name), emulator_of(name)
-    recovery.forget(forgotten, PLAN, seed=0)
+    restoration.forget(forgotten, PLAN, seed=0)
     adapters, path = layer_parameters(known, PLAN, "adapter"), family(known.config).layers
     for key, parameter in known.named_parameters():
         same = torch.equal(parameter, forgotten.get_parameter(key))
@@ -71,7 +70,7 @@ def test_forgetting_leaves_adapters_embeddings_and_head(name):
 
 def attacked(model, blocks, budget, tmp_path, seed=0, name="a", seconds=1e9):
     checkpoint = Checkpoint(tmp_path / name, seconds)
-    return recovery.recover(model, blocks, blocks, budget, seed=seed, label="attack", checkpoint=checkpoint)
+    return restoration.restore(model, blocks, blocks, budget, seed=seed, label="attack", checkpoint=checkpoint)
 
 
 def test_attack_wins_back_what_the_corpus_teaches(blocks, budget, tmp_path):
@@ -90,7 +89,7 @@ def test_attack_trains_every_weight(blocks, budget, tmp_path):
 @pytest.mark.parametrize("killed_at", [1, 15, 20, 30])
 def test_interrupted_attack_goes_on_to_the_same_figures(blocks, budget, tmp_path, killed_at):
     whole = attacked(emulator_of("llama"), blocks, budget, tmp_path, name="whole")
-    with dies_after(recovery, "block_loss", killed_at), pytest.raises(KeyboardInterrupt):
+    with dies_after(restoration, "next_token_loss", killed_at), pytest.raises(KeyboardInterrupt):
         attacked(emulator_of("llama"), blocks, budget, tmp_path, name="again", seconds=0.0)
     model, done = emulator_of("llama"), emulator_of("llama")
     assert attacked(model, blocks, budget, tmp_path, name="again") == whole
@@ -103,7 +102,7 @@ def test_shares_of_the_way_back_are_in_log_perplexity():
         "package": [{"tokens": 0, "loss": 4.0}, {"tokens": 9, "loss": 3.5}],
         "other": [{"tokens": 0, "loss": 5.0}, {"tokens": 9, "loss": 3.0}],
     }
-    rows = recovery.curves(found, 3.0)
+    rows = restoration.curves(found, 3.0)
     assert [(row["target"], row["tokens"], row["recovered"]) for row in rows] == [
         ("package", 0, 0.0),
         ("package", 9, 0.5),
@@ -111,7 +110,7 @@ def test_shares_of_the_way_back_are_in_log_perplexity():
         ("other", 9, 1.0),
     ]
     assert rows[1]["perplexity"] == pytest.approx(math.exp(3.5))
-    assert [row["recovered"] for row in recovery.curves(found, 4.0)] == [None] * 4  # nothing was cut
+    assert [row["recovered"] for row in restoration.curves(found, 4.0)] == [None] * 4  # nothing was cut
 
 
 # --- weights given away ----------------------------------------------------------------------------------
@@ -152,7 +151,7 @@ def test_kept_channels_count_as_given(name, method, given, params, blocks, tmp_p
     small = {"adapter_layers": 2, "alpha": 0.0, "gradot.calibration_blocks": 4, "src.calibration_blocks": 4}
     write_json(tmp_path / "scores.json", {"scores": [float(i) for i in range(LAYERS)]})
     values, none = changed(params, {**small, **method}), Checkpoint(tmp_path / "none", 1e9)
-    owner = Owner(tmp_path, Runtime(CPU, torch.float32), blocks, values, tmp_path, tmp_path / "scratch", none)
+    owner = ModelOwner(tmp_path, Runtime(CPU, torch.float32), blocks, values, tmp_path, tmp_path / "scratch", none)
     made = METHODS[values.method](owner)
     plan, model = made.plan, assemble(owner.config, made.plan, made.tensors, device=CPU)
     rows = exposure.exposure(real, model, plan)

@@ -17,11 +17,13 @@ from test_emulator import IDS, PLAN, write
 from test_files import snapshot
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from scaleot_core import cli, tuning
-from scaleot_core.emulator import plug_in
-from scaleot_core.files import read_tensors, write_json, write_tensors
+from scaleot_core import cli
+from scaleot_core.common.files import write_json
+from scaleot_core.common.tensors import read_tensors, write_tensors
+from scaleot_core.compression.emulator import plug_in
+from scaleot_core.compression.plan import DECIDED_BY
 from scaleot_core.params import load_params
-from scaleot_core.plan import DECIDED_BY
+from scaleot_core.tuning import tuner
 
 COMMANDS = ["pack", "inspect", "tune", "check", "plug"]
 
@@ -231,7 +233,7 @@ def test_killed_tuning_goes_on_to_the_same_bytes(tmp_path, package, records, mon
     arguments = ("tune", package, "--data", records, "--method", method, *FEW)
     gives(*arguments, "--out", tmp_path / "whole")
     monkeypatch.setattr(cli, "PROGRESS_SECONDS", 0.0)
-    with dies_after(tuning, "answer_loss", 3):
+    with dies_after(tuner, "answer_loss", 3):
         ended = scaleot(*arguments, "--out", tmp_path / "again")
     assert ended.code == 130 and "goes on" in ended.said[-1] and not (tmp_path / "again").exists()
     ended = scaleot(*arguments, "--out", tmp_path / "again")
@@ -274,7 +276,7 @@ def test_what_is_there_is_not_written_over(tmp_path, package, adapter, base, pro
 
 
 def test_check_says_how_far_each_layer_moved(adapter, package):
-    (moved,) = gives("check", adapter, "--package", package)["movements"]
+    (moved,) = gives("check", adapter, "--package", package)["layer_changes"]
     before, after = read_tensors(package / "adapter.safetensors"), read_tensors(adapter / "adapter.safetensors")
     change = torch.cat([(after[name] - tensor).flatten() for name, tensor in before.items()])
     whole = torch.cat([tensor.flatten() for tensor in before.values()])
@@ -298,7 +300,7 @@ def test_plug_in_is_a_plain_transformers_folder(tmp_path, base, adapter, package
 
 
 def test_limits_refuse_an_adapter_that_moved_too_far(tmp_path, base, adapter, package):
-    (moved,) = gives("check", adapter, "--package", package)["movements"]
+    (moved,) = gives("check", adapter, "--package", package)["layer_changes"]
     command = ("plug", base, adapter, "--package", package, "--out", tmp_path / "out")
     assert "layer 1 has change" in refused(*command, "--max-change", moved["relative"] * 0.99)
     assert "layer 1 has outlier" in refused(*command, "--max-outlier", moved["outlier"] * 0.99)
@@ -333,7 +335,7 @@ def test_one_poisoned_weight_is_an_outlier(tmp_path, adapter, package):
     write_tensors(tmp_path / "poison" / "adapter.safetensors", tensors)
     list_again(tmp_path / "poison", "adapter.safetensors")
     (clean,), (poisoned,) = (
-        gives("check", folder, "--package", package)["movements"] for folder in (adapter, tmp_path / "poison")
+        gives("check", folder, "--package", package)["layer_changes"] for folder in (adapter, tmp_path / "poison")
     )
     assert poisoned["outlier"] > 5 * clean["outlier"]
 

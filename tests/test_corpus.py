@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from scaleot_core import corpus
-from scaleot_core.errors import UserError
+from scaleot_core.common.errors import UserError
+from scaleot_core.data import corpus
 
 LAB = Path(__file__).parent.parent.parent / "shared" / "data"
 SIZES: dict[str, Any] = {"block_size": 16, "train_blocks": 20, "heldout_blocks": 5, "seed": 0}

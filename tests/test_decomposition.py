@@ -5,10 +5,10 @@ import torch
 from conftest import tiny_model
 from test_families import projections
 
-from scaleot_core import decomposition
-from scaleot_core.decomposition import cached, damped, decompose, input_covariances
-from scaleot_core.families import decoder_layers
-from scaleot_core.models import run_stack
+from scaleot_core.compression import svd
+from scaleot_core.compression.svd import cached_factors, damped, decompose, input_covariances
+from scaleot_core.models.families import decoder_layers
+from scaleot_core.models.forward import last_hidden_state
 
 SHAPES = [(32, 32), (16, 32), (32, 16)]
 
@@ -66,7 +66,7 @@ def test_covariances_are_those_of_the_inputs(model, blocks):
             for i, layer in enumerate(decoder_layers(model))
         ]
         for batch in blocks.split(5):
-            run_stack(model, batch)
+            last_hidden_state(model, batch)
     for sums in inside:
         found |= sums
     for hook in hooks:
@@ -79,12 +79,12 @@ def test_covariances_are_those_of_the_inputs(model, blocks):
 
 def test_each_matrix_is_decomposed_once(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(decomposition, "decompose", lambda *args: made.append(args) or decompose(*args))
+    monkeypatch.setattr(svd, "decompose", lambda *args: made.append(args) or decompose(*args))
     model = tiny_model("llama")
     name, module = next(iter(projections(model).items()))
-    first = cached(tmp_path)(name, 0, module.weight)
-    again = cached(tmp_path)(name, 0, module.weight.clone())
+    first = cached_factors(tmp_path)(name, 0, module.weight)
+    again = cached_factors(tmp_path)(name, 0, module.weight.clone())
     assert len(made) == 1 and all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    cached(tmp_path, {name: torch.eye(32)})(name, 0, module.weight)
-    cached(tmp_path)(name, 0, module.weight + 1)
+    cached_factors(tmp_path, {name: torch.eye(32)})(name, 0, module.weight)
+    cached_factors(tmp_path)(name, 0, module.weight + 1)
     assert len(made) == 3  # other inputs and another matrix are decomposed anew

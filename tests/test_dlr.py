@@ -8,12 +8,19 @@ import torch
 from conftest import form
 from test_importance import can_be_silent, silence
 
-from scaleot_core.dlr import distinct_candidates, make_up, network_loss, sample_kept, train, updated_scores
-from scaleot_core.errors import UserError
-from scaleot_core.families import family
-from scaleot_core.importance import new_harmonizers
-from scaleot_core.models import block_loss, replaced
-from scaleot_core.runtime import generator
+from scaleot_core.common.errors import UserError
+from scaleot_core.common.runtime import generator
+from scaleot_core.compression.dlr import (
+    distinct_candidates,
+    finetune_after_src,
+    network_loss,
+    sample_kept,
+    train,
+    updated_scores,
+)
+from scaleot_core.compression.layer_importance import new_harmonizers
+from scaleot_core.models.families import family
+from scaleot_core.models.forward import next_token_loss, swapped_layers
 
 
 def weights_hash(model) -> str:
@@ -27,7 +34,7 @@ def weights_hash(model) -> str:
 def test_half_of_every_group_is_replaced(layers, replaced):
     for i in range(20):
         kept = sample_kept(torch.randn(layers), 4, 1.0, generator(0, i))
-        assert [int((~group).sum()) for group in kept.split(4)] == replaced
+        assert [int((~group).sum()) for group in kept.split(4)] == swapped_layers
 
 
 def test_draws_differ_and_follow_the_scores():
@@ -91,7 +98,7 @@ def learn(model, blocks, without: int) -> None:
     taught = [p.requires_grad_() for name, p in model.named_parameters() if not name.startswith(prefix)]
     optimizer = torch.optim.Adam(taught, lr=3e-3)
     for _ in range(150):
-        block_loss(model, blocks).backward()
+        next_token_loss(model, blocks).backward()
         optimizer.step()
         optimizer.zero_grad()
     model.requires_grad_(False)
@@ -124,7 +131,7 @@ def test_groups_larger_than_the_model_are_refused(model, blocks, params):
 def test_hidden_state_term_is_the_error_of_what_the_head_is_given(model, blocks):
     harmonizers = new_harmonizers(model, form(8), seed=0)
     whole = model.base_model(input_ids=blocks[:2].long()).last_hidden_state
-    with replaced(model, {1: harmonizers[1]}):
+    with swapped_layers(model, {1: harmonizers[1]}):
         states = model.base_model(input_ids=blocks[:2].long()).last_hidden_state
         plain = network_loss(model, blocks[:2], hidden_weight=0.0, whole=None)
         loss = network_loss(model, blocks[:2], hidden_weight=30.0, whole=whole)
@@ -132,7 +139,7 @@ def test_hidden_state_term_is_the_error_of_what_the_head_is_given(model, blocks)
     torch.testing.assert_close(loss - plain, 30 * ((whole - states) / rms).square().mean(), rtol=1e-4, atol=1e-5)
     assert loss > plain
     intact = network_loss(model, blocks[:2], hidden_weight=30.0, whole=whole)
-    torch.testing.assert_close(intact, block_loss(model, blocks[:2]))  # the whole model has no error
+    torch.testing.assert_close(intact, next_token_loss(model, blocks[:2]))  # the whole model has no error
 
 
 def test_hidden_state_term_trains_other_harmonizers(model, blocks, params):
@@ -149,8 +156,8 @@ def test_making_up_lowers_the_loss_and_moves_nothing_but_harmonizers(model, bloc
     harmonizers = new_harmonizers(model, form(8), seed=0)
     settings = params.dlr.model_copy(update={"after_src": 30, "lr": 1e-2, "batch_blocks": 12})
     whole = weights_hash(model)
-    with replaced(model, {1: harmonizers[1]}):
-        before = block_loss(model, blocks).item()
-        make_up(model, dict(harmonizers[1].named_parameters()), blocks, settings, seed=0)
-        assert block_loss(model, blocks).item() < before - 0.001
+    with swapped_layers(model, {1: harmonizers[1]}):
+        before = next_token_loss(model, blocks).item()
+        finetune_after_src(model, dict(harmonizers[1].named_parameters()), blocks, settings, seed=0)
+        assert next_token_loss(model, blocks).item() < before - 0.001
     assert weights_hash(model) == whole and not any(p.requires_grad for p in harmonizers[1].parameters())

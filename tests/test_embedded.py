@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from scaleot_core import embedded
-from scaleot_core.errors import UserError
+from scaleot_core.common.errors import UserError
+from scaleot_core.data import embedded
 
 NAME = "tiny_pack-1.0-py3-none-any.whl"
 

@@ -11,14 +11,16 @@ from test_dlr import weights_hash
 from test_families import SHAPES
 from test_files import refusal, snapshot
 
-from scaleot_core.decomposition import plain
-from scaleot_core.emulator import layer_parameters, plug_in, stand_in
-from scaleot_core.families import attention, decoder_layers, family
-from scaleot_core.files import read_json, read_tensors, sha256, write_tensors
-from scaleot_core.importance import new_harmonizers
-from scaleot_core.models import load_model, load_tokenizer, replaced
-from scaleot_core.package import load, save, tensors_of
-from scaleot_core.plan import Plan, choose_layers
+from scaleot_core.common.files import read_json, sha256
+from scaleot_core.common.tensors import read_tensors, write_tensors
+from scaleot_core.compression.emulator import apply_plan, layer_parameters, package_tensors, plug_in
+from scaleot_core.compression.layer_importance import new_harmonizers
+from scaleot_core.compression.plan import Plan, choose_layers
+from scaleot_core.compression.svd import svd_factors
+from scaleot_core.exchange.package import load, save
+from scaleot_core.models.families import attention, decoder_layers, family
+from scaleot_core.models.forward import swapped_layers
+from scaleot_core.models.loading import load_model, load_tokenizer
 
 CPU = torch.device("cpu")
 PLAN = Plan(
@@ -42,7 +44,7 @@ def trained_harmonizers(model):
 
 def give_harmonizers(model, plan, harmonizers):
     """Make a model the emulator with these harmonizers."""
-    stand_in(model, plan, plain)
+    apply_plan(model, plan, svd_factors)
     for i in plan.layers("harmonizer"):
         decoder_layers(model)[i].load_state_dict(harmonizers[i].state_dict())
 
@@ -62,7 +64,7 @@ def write(folder, model, tokenizer, plan=PLAN):
     """Turn a model into the emulator and write its package."""
     folder.mkdir()
     turned(model, plan)
-    save(folder, model.config, tokenizer, plan, tensors_of(model, plan))
+    save(folder, model.config, tokenizer, plan, package_tensors(model, plan))
     return folder
 
 
@@ -136,7 +138,7 @@ def test_harmonizers_that_were_given_stand_in_for_their_own_layers(name):
     harmonizers = trained_harmonizers(model)
     plan = Plan(("harmonizer", "adapter", "compressed", "harmonizer"), 0.0, "removed", form(8))
     give_harmonizers(model, plan, harmonizers)
-    with replaced(real, {i: harmonizers[i] for i in (0, 3)}):
+    with swapped_layers(real, {i: harmonizers[i] for i in (0, 3)}):
         assert torch.equal(model(IDS).logits, real(IDS).logits)
 
 
@@ -244,7 +246,7 @@ def test_same_emulator_gives_the_same_bytes(tmp_path, tokenizer, model):
     turned(model)
     for folder in (tmp_path / "one", tmp_path / "two"):
         folder.mkdir()
-        save(folder, model.config, tokenizer, PLAN, tensors_of(model, PLAN))
+        save(folder, model.config, tokenizer, PLAN, package_tensors(model, PLAN))
     assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
 
 

@@ -9,11 +9,11 @@ from conftest import ROOT, tiny_model
 from test_files import refusal
 from test_tasks import CLOZE, GSM8K, WEBQS
 
-from scaleot_core.evaluation import evaluate
-from scaleot_core.examples import from_task
-from scaleot_core.models import hooked
+from scaleot_core.evaluation.harness import evaluate
+from scaleot_core.models.forward import hooks
 from scaleot_core.params import load_params
-from scaleot_core.tuning import train
+from scaleot_core.tuning.examples import from_task
+from scaleot_core.tuning.tuner import train
 
 # answers of many lengths, so that accuracy is not the same with and without dividing by them
 PIQA = [
@@ -132,7 +132,7 @@ PAGES = [{"page": f"page {i} says\n " + " ".join(str(k * i % 89) for k in range(
 
 def test_perplexities_of_texts_are_what_the_equations_give(tokenizer):
     model, nll, tokens, words, batches = tiny_model("llama"), [], [], [], []
-    with hooked(model.register_forward_hook(lambda m, args, out: batches.append(out.logits.shape[0]))):
+    with hooks(model.register_forward_hook(lambda m, args, out: batches.append(out.logits.shape[0]))):
         figures = evaluate(model, tokenizer, {"wikitext": PAGES}, batch_size=3, label="test")["wikitext"]
     assert set(batches) == {1}  # no window is padded to another's length
     for row in PAGES:

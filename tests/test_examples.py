@@ -8,10 +8,10 @@ import torch
 from conftest import piqa_rows, tiny_model
 from test_files import refusal
 
-from scaleot_core.evaluation import lm
-from scaleot_core.examples import IGNORED, collate, from_file, from_task
-from scaleot_core.tasks import answer_pairs, load_task
-from scaleot_core.tuning import answer_loss
+from scaleot_core.evaluation.harness import lm
+from scaleot_core.evaluation.tasks import answer_pairs, load_task
+from scaleot_core.tuning.examples import IGNORED, collate, from_file, from_task
+from scaleot_core.tuning.tuner import answer_loss
 
 ROWS = piqa_rows(9)
 LONG = {**ROWS[1], "goal": "far " * 100}  # the context of the tiny models is 128 tokens, of about a character each

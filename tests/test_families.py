@@ -10,12 +10,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig, OPTConfig
 from transformers.pytorch_utils import Conv1D
 
-from scaleot_core.decomposition import shapes
-from scaleot_core.emulator import layer_parameters, stand_in
-from scaleot_core.errors import UserError
-from scaleot_core.families import FAMILIES, attention, decoder_layers, family, projection_name
+from scaleot_core.common.errors import UserError
+from scaleot_core.compression.emulator import apply_plan, layer_parameters
+from scaleot_core.compression.plan import Plan, choose_layers
+from scaleot_core.compression.svd import empty_factors
+from scaleot_core.models.families import FAMILIES, attention, decoder_layers, family, projection_name
 from scaleot_core.params import changed
-from scaleot_core.plan import Plan, choose_layers
 
 SQUARE = (32, 32)
 GROUPED = {"q_proj": [SQUARE], "k_proj": [(16, 32)], "v_proj": [(16, 32)], "o_proj": [SQUARE]}
@@ -133,7 +133,7 @@ def test_papers_model_has_its_layers_and_an_emulator_of_the_size_that_alpha_and_
         plan = Plan(kinds, 0.8, "removed", row.harmonizer)
         layer, size = decoder_layers(model)[0].parameters(), config.hidden_size
         whole = sum(p.numel() for p in layer)
-        stand_in(model, plan, shapes)
+        apply_plan(model, plan, empty_factors)
     adapters = sum(p.numel() for p in layer_parameters(model, plan, "adapter").values())
     assert adapters == 4 * whole and 0.07 < adapters / parameters < 0.16  # about a tenth, more of a shorter stack
     harmonizers, compressed = (len(plan.layers(kind)) for kind in ("harmonizer", "compressed"))

@@ -11,20 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from scaleot_core import files
-from scaleot_core.errors import UserError
-from scaleot_core.files import (
-    TensorWriter,
+from scaleot_core.common import files
+from scaleot_core.common.errors import UserError
+from scaleot_core.common.files import (
+    atomic_file,
+    atomic_folder,
     fingerprint,
     read_json,
     read_jsonl,
-    read_tensors,
-    whole_file,
-    whole_folder,
     write_json,
     write_jsonl,
-    write_tensors,
 )
+from scaleot_core.common.tensors import TensorWriter, read_tensors, write_tensors
 
 FAILURES = [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt(), SystemExit(1)]
 
@@ -64,7 +62,7 @@ def old_folder(parent: Path) -> Path:
 
 def test_whole_folder_replaces_all_of_the_old_one(tmp_path: Path) -> None:
     target = old_folder(tmp_path)
-    with whole_folder(target) as out:
+    with atomic_folder(target) as out:
         (out / "c").write_text("new")
         assert set(snapshot(target)) == {"a", "b"}  # until the block has ended
     assert snapshot(tmp_path) == {"out": None, "out/c": b"new"}
@@ -73,7 +71,7 @@ def test_whole_folder_replaces_all_of_the_old_one(tmp_path: Path) -> None:
 def test_whole_file_replaces_the_old_one(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "file"
     for text in ("old", "new"):
-        with whole_file(target) as out:
+        with atomic_file(target) as out:
             out.write_text(text)
     assert snapshot(tmp_path) == {"deep": None, "deep/file": b"new"}
 
@@ -83,7 +81,7 @@ def test_whole_file_replaces_the_old_one(tmp_path: Path) -> None:
 def test_whole_folder_that_fails_leaves_what_was_there(tmp_path: Path, failure: BaseException, existing: bool) -> None:
     target = old_folder(tmp_path) if existing else tmp_path / "out"
     before = snapshot(tmp_path)
-    with pytest.raises(type(failure)), whole_folder(target) as out:
+    with pytest.raises(type(failure)), atomic_folder(target) as out:
         (out / "a").write_text("half")
         raise failure
     assert snapshot(tmp_path) == before
@@ -96,7 +94,7 @@ def test_whole_file_that_fails_leaves_what_was_there(tmp_path: Path, failure: Ba
     if existing:
         target.write_text("old")
     before = snapshot(tmp_path)
-    with pytest.raises(type(failure)), whole_file(target) as out:
+    with pytest.raises(type(failure)), atomic_file(target) as out:
         out.write_text("half")
         raise failure
     assert snapshot(tmp_path) == before
@@ -112,7 +110,7 @@ def test_whole_folder_outlives_a_death_while_the_old_one_is_deleted(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(shutil, "rmtree", dies)
-    with pytest.raises(KeyboardInterrupt), whole_folder(target) as out:
+    with pytest.raises(KeyboardInterrupt), atomic_folder(target) as out:
         (out / "a").write_text("new a")
         (out / "b").write_text("new b")
     assert snapshot(target) in ({"a": b"old a", "b": b"old b"}, {"a": b"new a", "b": b"new b"})
@@ -132,13 +130,13 @@ def test_whole_folder_that_cannot_be_renamed_leaves_what_was_there(
         return rename(path, to)
 
     monkeypatch.setattr(Path, "replace", refuse_once)
-    with pytest.raises(OSError), whole_folder(target) as out:
+    with pytest.raises(OSError), atomic_folder(target) as out:
         (out / "a").write_text("new a")
     assert refused and snapshot(tmp_path) == before
 
 
 def test_what_appears_can_be_read_by_others(tmp_path: Path) -> None:
-    with whole_folder(tmp_path / "folder") as out:
+    with atomic_folder(tmp_path / "folder") as out:
         write_json(out / "file", 1)
     assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o755
     assert (tmp_path / "folder" / "file").stat().st_mode & 0o777 == 0o644

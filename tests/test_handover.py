@@ -21,9 +21,11 @@ from test_cli import refused, scaleot
 from test_emulator import CPU, change_manifest, list_again, write
 from test_files import snapshot
 
-from scaleot_core import handover
-from scaleot_core.files import read_json, read_tensors, write_json, write_tensors
-from scaleot_core.package import load
+from scaleot_core.common.files import read_json, write_json
+from scaleot_core.common.tensors import read_tensors, write_tensors
+from scaleot_core.exchange.archive import archive
+from scaleot_core.exchange.manifest import manifest_sha256
+from scaleot_core.exchange.package import load
 
 SECONDS = 2.0  # within which a refusal comes
 ADAPTER = "adapter.safetensors"
@@ -441,7 +443,7 @@ def sound(tmp_path_factory, tokenizer):
     full = load_params(ROOT / "params.yaml").tuning
     lora = full.model_copy(update={"method": "lora", "lora_rank": 3, "lora_alpha": 5.0})
     for name, tuning in (("full", full), ("lora", lora)):
-        made(folder / name, load(package, device=CPU)[0], tuning, package=handover.identity(package))
+        made(folder / name, load(package, device=CPU)[0], tuning, package=manifest_sha256(package))
     (folder / "records.jsonl").write_text('{"prompt": "count", "completion": " to one"}\n' * 9)
     return folder
 
@@ -513,7 +515,7 @@ def adds(*members):
     """A sound archive with other members in it."""
 
     def make(file, folder):
-        handover.archive(folder, file)
+        archive(folder, file)
         with zipfile.ZipFile(file, "a") as made_of:
             for info, content in members:
                 made_of.writestr(info, content)
@@ -528,7 +530,7 @@ def bomb(file, folder):
 
 def lies(file, folder):
     """A member that is said to be larger than the archive."""
-    handover.archive(folder, file)
+    archive(folder, file)
     content = bytearray(file.read_bytes())
     at = content.rindex(b"PK\x01\x02")
     content[at + 20 : at + 28] = struct.pack("<II", 2**31, 2**31)
@@ -537,7 +539,7 @@ def lies(file, folder):
 
 def mends(change):
     def make(file, folder):
-        handover.archive(folder, file)
+        archive(folder, file)
         file.write_bytes(change(file.read_bytes()))
 
     return make

@@ -2,10 +2,10 @@ import pytest
 import torch
 from conftest import form
 
-from scaleot_core.families import decoder_layers
-from scaleot_core.harmonizer import Harmonizer
-from scaleot_core.importance import fit_locally, new_harmonizers, sensitivity
-from scaleot_core.models import block_loss, hidden_states, replaced
+from scaleot_core.compression.harmonizer import Harmonizer
+from scaleot_core.compression.layer_importance import fit_locally, new_harmonizers, sensitivity
+from scaleot_core.models.families import decoder_layers
+from scaleot_core.models.forward import hidden_states, next_token_loss, swapped_layers
 
 
 def naive(h: Harmonizer, x: torch.Tensor) -> torch.Tensor:
@@ -32,8 +32,8 @@ def test_untrained_is_the_identity_and_every_matrix_gets_a_gradient_in_two_steps
     assert torch.equal(harmonizers[1](x), x)
     optimizer = torch.optim.SGD(harmonizers[1].parameters(), lr=0.1)
     for _ in range(2):  # with W_up at zero the first step moves W_up, the second W_down as well
-        with replaced(model, {1: harmonizers[1]}):
-            block_loss(model, blocks[:4]).backward()
+        with swapped_layers(model, {1: harmonizers[1]}):
+            next_token_loss(model, blocks[:4]).backward()
         optimizer.step()
         optimizer.zero_grad()
     assert all(not torch.equal(before[name], p) for name, p in harmonizers[1].named_parameters())
@@ -44,7 +44,7 @@ def test_takes_and_returns_what_a_decoder_layer_does(model, blocks):
     harmonizers = new_harmonizers(model, form(8), seed=0)
     stand_ins = dict(enumerate(harmonizers))
     stand_ins.pop(0)
-    with replaced(model, stand_ins):
+    with swapped_layers(model, stand_ins):
         ids = blocks[:2].long()
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         assert logits.shape == (2, 16, model.config.vocab_size)
@@ -80,8 +80,8 @@ def test_sensitivity_is_the_loss_of_replacing_one_layer(model, blocks):
     original = layers[2]
     layers[2] = harmonizers[2]
     with torch.no_grad():
-        hurt = block_loss(model, blocks).item()
+        hurt = next_token_loss(model, blocks).item()
     layers[2] = original
     with torch.no_grad():
-        whole = block_loss(model, blocks).item()
+        whole = next_token_loss(model, blocks).item()
     assert costs[2] == pytest.approx(hurt - whole, abs=1e-5)

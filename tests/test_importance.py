@@ -2,10 +2,9 @@ import pytest
 import torch
 from conftest import CONFIGS, form, tiny_model
 
-from scaleot_core.errors import UserError
-from scaleot_core.families import decoder_layers
-from scaleot_core.files import write_tensors
-from scaleot_core.importance import (
+from scaleot_core.common.errors import UserError
+from scaleot_core.common.tensors import write_tensors
+from scaleot_core.compression.layer_importance import (
     block_influence,
     estimate,
     new_harmonizers,
@@ -14,6 +13,7 @@ from scaleot_core.importance import (
     restore,
     taylor,
 )
+from scaleot_core.models.families import decoder_layers
 
 
 def silence(model, index: int) -> None:

@@ -9,19 +9,21 @@ from test_emulator import CPU, IDS
 from test_files import refusal
 from torch import nn
 
-from scaleot_core.decomposition import decompose
-from scaleot_core.emulator import layer_parameters, plug_in
-from scaleot_core.families import attention, decoder_layers, family
-from scaleot_core.files import folder_bytes, write_json, write_tensors
-from scaleot_core.importance import new_harmonizers
-from scaleot_core.methods import METHODS, Owner, budget, crash, distilled, gradot, uniform
-from scaleot_core.models import block_loss
-from scaleot_core.package import assemble, load, plan_bytes, save, tensors_of
+from scaleot_core.common.files import folder_bytes, write_json
+from scaleot_core.common.runtime import Runtime
+from scaleot_core.common.tensors import write_tensors
+from scaleot_core.compression.channels import channels_of
+from scaleot_core.compression.emulator import assemble, layer_parameters, package_tensors, plan_bytes, plug_in
+from scaleot_core.compression.layer_importance import new_harmonizers
+from scaleot_core.compression.low_rank import weight_of
+from scaleot_core.compression.plan import Plan, plan_for
+from scaleot_core.compression.svd import decompose
+from scaleot_core.exchange.package import load, save
+from scaleot_core.methods import METHODS, ModelOwner, base, crash, distilled, gradot, uniform
+from scaleot_core.models.families import attention, decoder_layers, family
+from scaleot_core.models.forward import next_token_loss
 from scaleot_core.params import changed
-from scaleot_core.plan import Plan, plan_for
-from scaleot_core.rank_compression import channels_of, weight_of
-from scaleot_core.runtime import Runtime
-from scaleot_core.training import Checkpoint
+from scaleot_core.training.checkpoint import Checkpoint
 
 LAYERS = 8
 each_family = pytest.mark.parametrize("name", sorted(CONFIGS))
@@ -53,7 +55,7 @@ def owner(tmp_path, blocks, params):
         write_json(folder / "scores.json", {"scores": [float((i * 5) % LAYERS) for i in range(LAYERS)]})
         model.save_pretrained(tmp_path / name, save_original_format=False)
         checkpoint = Checkpoint(tmp_path / "steps", 1e9)
-        return Owner(
+        return ModelOwner(
             tmp_path / name, Runtime(CPU, torch.float32), blocks, values, folder, tmp_path / "scratch", checkpoint
         )
 
@@ -73,10 +75,10 @@ def emulated(who):
 @each_family
 def test_package_is_the_emulator_of_the_bytes_that_the_plan_says(name, method, owner, tmp_path, tokenizer):
     who = owner(name, method)
-    whole, target = budget.model_bytes(who), budget.target_bytes(who)
+    whole, target = base.model_bytes(who), base.target_bytes(who)
     plan, made = emulated(who)
     (tmp_path / "package").mkdir()
-    save(tmp_path / "package", who.config, tokenizer, plan, tensors_of(made, plan))
+    save(tmp_path / "package", who.config, tokenizer, plan, package_tensors(made, plan))
     loaded, again = load(tmp_path / "package", device=CPU)
     assert again == plan and len(plan.layers("adapter")) == 2
     torch.testing.assert_close(loaded(IDS).logits, made(IDS).logits)
@@ -104,7 +106,7 @@ def test_budget_is_kept_and_all_of_it_is_used(method, owner):
     sizes = []
     for share in (0.7, 0.8, 0.9):
         who = owner(method=method, budget=share)
-        sizes.append(plan_bytes(who.config, METHODS[method](who).plan) / budget.model_bytes(who))
+        sizes.append(plan_bytes(who.config, METHODS[method](who).plan) / base.model_bytes(who))
         assert share - 0.12 < sizes[-1] <= share
     assert sizes == sorted(sizes)
 
@@ -176,7 +178,7 @@ def test_distillation_loss_is_the_sources(owner, blocks):
     real, middle = tiny_model("llama", num_hidden_layers=LAYERS), LAYERS - 2
     teacher, student = (distilled._forward(m, blocks, middle)[1] for m in (real, made))
     rms = teacher.pow(2).mean().sqrt()
-    expected = block_loss(made, blocks) + 30 * ((teacher - student) / rms).pow(2).mean()
+    expected = next_token_loss(made, blocks) + 30 * ((teacher - student) / rms).pow(2).mean()
     assert distilled.loss(made, blocks, teacher, middle, 30.0).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -223,7 +225,7 @@ def test_shared_layers_keep_the_shipped_weights_when_the_adapters_are_tuned(owne
     of_adapters = {i: other for i, other in plan.like.items() if plan.kinds[other] == "adapter"}
     assert of_adapters
     (tmp_path / "package").mkdir()
-    save(tmp_path / "package", who.config, tokenizer, plan, tensors_of(made, plan))
+    save(tmp_path / "package", who.config, tokenizer, plan, package_tensors(made, plan))
     loaded, _ = load(tmp_path / "package", device=CPU)
     for model in (made, loaded):
         before = {i: decoder_layers(model)[i].state_dict()["mlp.up_proj.weight"].clone() for i in of_adapters}
@@ -254,7 +256,7 @@ def test_gradients_of_the_statistics_are_autograds(name, owner, blocks):
     found = gradot.statistics(model, maps, blocks)
     for each in maps:
         model.get_submodule(each).weight.requires_grad_(True)
-    (block_loss(model, blocks)).backward()
+    (next_token_loss(model, blocks)).backward()
     for each in maps:
         gradient = model.get_submodule(each).weight.grad
         gradient = gradient.T if name == "gpt2" else gradient
@@ -329,7 +331,7 @@ def test_with_a_budget_alpha_is_the_least_that_keeps_to_it(owner):
     plan = METHODS["scaleot"](who).plan
     fewer = changed(who.params, {"alpha": (len(plan.layers("harmonizer")) - 1) / 6})
     more = plan_for(fewer, who.scores(), who.outline)
-    assert plan_bytes(who.config, more) > 0.8 * budget.model_bytes(who) >= plan_bytes(who.config, plan)
+    assert plan_bytes(who.config, more) > 0.8 * base.model_bytes(who) >= plan_bytes(who.config, plan)
 
 
 @each_family
@@ -347,7 +349,7 @@ def test_channels_are_cut_beside_the_attention_and_peers_get_as_many_bytes(name,
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     size = plan_bytes(who.config, plan)
     assert size < plan_bytes(who.config, METHODS["scaleot"](owner(name, alpha=0.5, beta=0.0)).plan)
-    assert budget.target_bytes(owner(name, "uniform", **changes)) == size
+    assert base.target_bytes(owner(name, "uniform", **changes)) == size
 
 
 def test_plan_that_makes_no_sense():

@@ -9,10 +9,12 @@ from conftest import tiny_model
 from safetensors.torch import save_file
 from test_files import refusal
 
-from scaleot_core.errors import UserError
-from scaleot_core.families import FAMILIES, decoder_layers
-from scaleot_core.files import read_json, read_tensors
-from scaleot_core.models import block_loss, load_model, load_tokenizer, mean_loss, replaced, save_model
+from scaleot_core.common.errors import UserError
+from scaleot_core.common.files import read_json
+from scaleot_core.common.tensors import read_tensors
+from scaleot_core.models.families import FAMILIES, decoder_layers
+from scaleot_core.models.forward import mean_loss, next_token_loss, swapped_layers
+from scaleot_core.models.loading import load_model, load_tokenizer, save_model
 
 CPU = torch.device("cpu")
 WEIGHTS = "model.safetensors"
@@ -140,7 +142,7 @@ def test_folder_without_tokenizer(tmp_path, folder):
 
 def test_replaced_layers_come_back_even_after_an_exception(model):
     originals, stand_in = list(decoder_layers(model)), torch.nn.Identity()
-    with pytest.raises(ZeroDivisionError), replaced(model, {0: stand_in, 2: stand_in}):
+    with pytest.raises(ZeroDivisionError), swapped_layers(model, {0: stand_in, 2: stand_in}):
         layers = list(decoder_layers(model))
         assert [layer is stand_in for layer in layers] == [True, False, True, False]
         raise ZeroDivisionError
@@ -158,7 +160,7 @@ def test_block_loss_is_the_mean_cross_entropy_and_uses_no_cache(model, blocks):
     assert model(blocks[:1].long()).past_key_values is not None  # the model's default
     caches = []
     hook = model.register_forward_hook(lambda module, args, out: caches.append(out.past_key_values))
-    loss = block_loss(model, blocks[:3]).item()
+    loss = next_token_loss(model, blocks[:3]).item()
     hook.remove()
     assert caches == [None]
     assert loss == pytest.approx(sum(naive_loss(model, block) for block in blocks[:3]) / 3, rel=1e-5)

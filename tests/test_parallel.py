@@ -13,8 +13,9 @@ from conftest import write_project
 from test_stages import change, settings, succeed
 from transformers import PreTrainedTokenizerFast
 
-from scaleot_core import parallel
-from scaleot_core.files import read_tensors
+from scaleot_core.common import distributed
+from scaleot_core.common.tensors import read_tensors
+from scaleot_core.training import gradients
 
 __all__ = ["settings"]  # a fixture
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]  # what accelerate calls
@@ -178,11 +179,17 @@ def test_interrupted_together_and_resumed_together(alone: Path, tmp_path: Path, 
 
 def test_alone_everything_is_ones_own() -> None:
     batch = torch.arange(5)
-    assert parallel.size() == 1 and parallel.is_first() and torch.equal(parallel.share(batch), batch)
-    assert parallel.total(2.5) == 2.5 and parallel.anywhere(True) and not parallel.anywhere(False)
+    assert (
+        distributed.world_size() == 1
+        and distributed.is_main_process()
+        and torch.equal(distributed.shard_batch(batch), batch)
+    )
+    assert (
+        distributed.all_reduce_sum(2.5) == 2.5 and distributed.any_process(True) and not distributed.any_process(False)
+    )
     weight = torch.nn.Parameter(torch.tensor(2.0))
-    assert parallel.backward(batch.float(), lambda part: weight * part.mean()) == 4.0
-    parallel.sum_gradients([weight])
+    assert gradients.backward(batch.float(), lambda part: weight * part.mean()) == 4.0
+    gradients.sum_gradients([weight])
     assert weight.grad == 2.0
 
 
@@ -190,4 +197,6 @@ def test_alone_everything_is_ones_own() -> None:
 def test_shares_are_disjoint_and_whole(monkeypatch: pytest.MonkeyPatch, rank: str, mine: list[int]) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", rank)
-    assert parallel.share([0, 1, 2, 3, 4]) == mine and parallel.share(torch.arange(5)).tolist() == mine
+    assert (
+        distributed.shard_batch([0, 1, 2, 3, 4]) == mine and distributed.shard_batch(torch.arange(5)).tolist() == mine
+    )

@@ -12,14 +12,16 @@ import pytest
 from matplotlib.colors import to_rgb
 from test_report import GOOD, HISTORIES, LAYERS, perplexity
 
-from scaleot_core import page, pictures, report
+from scaleot_core.evaluation import measurements
+from scaleot_core.reporting import figures, html
 
 TASKS = {
-    "piqa": GOOD | report.utility(GOOD),
-    "text": perplexity([30.0, 20.0, 60.0, 40.0, 25.0]) | report.utility(perplexity([30.0, 20.0, 60.0, 40.0, 25.0])),
+    "piqa": GOOD | measurements.utility(GOOD),
+    "text": perplexity([30.0, 20.0, 60.0, 40.0, 25.0])
+    | measurements.utility(perplexity([30.0, 20.0, 60.0, 40.0, 25.0])),
 }
 METRICS_DRAWN = ("acc", "answer_nll")
-PANELS = [pictures.gap_panel(metric, metric) for metric in METRICS_DRAWN]
+PANELS = [figures.gap_panel(metric, metric) for metric in METRICS_DRAWN]
 
 
 def point(label, recovery, gap):
@@ -39,11 +41,11 @@ LINES = {
 
 def drawn():
     return {
-        "measurements.png": pictures.measurements(TASKS),
-        "layers.png": pictures.layers(LAYERS),
-        "curves.png": pictures.curves(HISTORIES),
-        "frontier.png": pictures.frontier(LINES, PANELS),
-        "recovered.png": pictures.recovered({"package": CURVE}),
+        "measurements.png": figures.measurements(TASKS),
+        "layers.png": figures.layers(LAYERS),
+        "curves.png": figures.curves(HISTORIES),
+        "frontier.png": figures.frontier(LINES, PANELS),
+        "recovered.png": figures.recovered({"package": CURVE}),
     }
 
 
@@ -55,24 +57,24 @@ def share(path, colour) -> float:
 
 def test_pictures_show_what_was_measured(tmp_path):
     for name, figure in drawn().items():
-        pictures.save_png(figure, tmp_path / name)
+        figures.save_png(figure, tmp_path / name)
         assert 0.3 < share(tmp_path / name, "white") < 0.99
     assert share(tmp_path / "measurements.png", "#d1495b") > 0.01  # the plug-in's bars
-    assert all(share(tmp_path / "layers.png", pictures.KIND_COLOURS[kind]) > 0.01 for kind in LAYERS["kinds"])
+    assert all(share(tmp_path / "layers.png", figures.KIND_COLOURS[kind]) > 0.01 for kind in LAYERS["kinds"])
     assert share(tmp_path / "curves.png", "C0") > 1e-4
 
 
 def test_pictures_of_the_same_figures_are_the_same_bytes(tmp_path):
     for name, figure in drawn().items():
-        pictures.save_png(figure, tmp_path / f"one {name}")
+        figures.save_png(figure, tmp_path / f"one {name}")
     for name, figure in drawn().items():
-        pictures.save_png(figure, tmp_path / f"two {name}")
+        figures.save_png(figure, tmp_path / f"two {name}")
         assert (tmp_path / f"one {name}").read_bytes() == (tmp_path / f"two {name}").read_bytes()
-    assert [pictures.svg(f) for f in drawn().values()] == [pictures.svg(f) for f in drawn().values()]
+    assert [figures.svg(f) for f in drawn().values()] == [figures.svg(f) for f in drawn().values()]
 
 
 def test_frontier_has_a_point_for_every_known_setting():
-    text = pictures.svg(pictures.frontier(LINES, PANELS))
+    text = figures.svg(figures.frontier(LINES, PANELS))
     ET.fromstring(text)
     assert {"0", "0.5", "β = 0", "β = 0.8"} <= set(re.findall(r">([^<>]+)</text>", text))
     assert len(re.findall(r">1</text>", text)) == 0  # its recovery is undefined
@@ -112,10 +114,10 @@ def written(tmp_path):
         "weights": {"exact": 0.6125, "rank": 0.1, "none": 0.2875},
         "membership": {"piqa": {"loss": told, "calibrated": told, "extracted": {"members": 0.1, "others": 0.05}}},
     }
-    parts = page.sections(
+    parts = html.sections(
         METRICS, LAYERS, HISTORIES, sweep=sweep, compared=rows, attacks=attacks, attack=(attack, CURVE)
     )
-    page.write(tmp_path / "report.html", "ScaleOT on <b>piqa</b>", {"model": "<script>alert(1)</script>"}, parts)
+    html.write(tmp_path / "report.html", "ScaleOT on <b>piqa</b>", {"model": "<script>alert(1)</script>"}, parts)
     return tmp_path / "report.html"
 
 

@@ -18,12 +18,12 @@ from conftest import ROOT, write_project
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from scaleot_core import experiments, package
-from scaleot_core.errors import UserError
-from scaleot_core.evaluation import evaluate
-from scaleot_core.files import read_jsonl
-from scaleot_core.models import load_model, load_tokenizer
-from scaleot_core.report import read_csv
+from scaleot_core.common.errors import UserError
+from scaleot_core.common.files import read_csv, read_jsonl
+from scaleot_core.evaluation.harness import evaluate
+from scaleot_core.exchange import package
+from scaleot_core.models.loading import load_model, load_tokenizer
+from studies import experiments
 
 UPSTREAM = ["prepare_data", "layer_importance", "train_harmonizers", "zero_shot@piqa", "full_finetune@piqa"]
 DOWNSTREAM = ["compress", "offsite_tune@piqa", "evaluate"]  # what α decides

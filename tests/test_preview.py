@@ -11,11 +11,11 @@ from conftest import CONFIGS, ROOT, tiny_model
 from rich.console import Console
 from test_files import refusal
 
-from scaleot_core import preview
-from scaleot_core.families import FAMILIES
+from scaleot_core import preflight
+from scaleot_core.common.runtime import Runtime
+from scaleot_core.models.families import FAMILIES
 from scaleot_core.params import changed
-from scaleot_core.preview import check_model, check_sources, forward_tokens
-from scaleot_core.runtime import Runtime
+from scaleot_core.preflight import check_model, check_sources, forward_tokens
 
 
 @pytest.fixture
@@ -161,10 +161,10 @@ def test_step_limit_bounds_the_tokens_of_tuning(params):
 
 def test_preview_has_a_line_a_stage_with_minutes_and_their_sum(fitting, folder, monkeypatch):
     printed = io.StringIO()
-    monkeypatch.setattr(preview, "console", Console(file=printed, width=200))
-    monkeypatch.setattr(preview, "_rate", lambda runtime: 1e6)
-    monkeypatch.setattr(preview, "_decomposition_seconds", lambda config: 600)
-    preview.show(fitting, folder, Runtime(torch.device("cpu"), torch.float32))
+    monkeypatch.setattr(preflight, "console", Console(file=printed, width=200))
+    monkeypatch.setattr(preflight, "_rate", lambda runtime: 1e6)
+    monkeypatch.setattr(preflight, "_decomposition_seconds", lambda config: 600)
+    preflight.show(fitting, folder, Runtime(torch.device("cpu"), torch.float32))
     minutes = {}
     for row in printed.getvalue().splitlines():
         if found := re.search(r"(\w+) .* ([\d.]+) min", row):
@@ -173,21 +173,21 @@ def test_preview_has_a_line_a_stage_with_minutes_and_their_sum(fitting, folder, 
     assert minutes.keys() == forward_tokens(fitting).keys()
     assert total == pytest.approx(sum(minutes.values()), abs=1)
     parameters = tiny_model("llama").num_parameters()
-    spent = forward_tokens(fitting)[DLR] * 2 * parameters / (1e6 * preview.EFFICIENCY) + preview.OVERHEAD_SECONDS
+    spent = forward_tokens(fitting)[DLR] * 2 * parameters / (1e6 * preflight.EFFICIENCY) + preflight.OVERHEAD_SECONDS
     assert minutes[DLR] == pytest.approx(spent / 60, abs=0.06)
-    covariances = forward_tokens(fitting)[SRC] * 2 * parameters / (1e6 * preview.EFFICIENCY)
-    assert minutes[SRC] == pytest.approx((covariances + preview.OVERHEAD_SECONDS + 600) / 60, abs=0.06)
+    covariances = forward_tokens(fitting)[SRC] * 2 * parameters / (1e6 * preflight.EFFICIENCY)
+    assert minutes[SRC] == pytest.approx((covariances + preflight.OVERHEAD_SECONDS + 600) / 60, abs=0.06)
     assert f"{parameters / 1e6:.0f} M parameters on cpu" in printed.getvalue()
 
 
 def test_decompositions_are_foreseen_from_a_small_one(monkeypatch):
     clock = iter([0.0, 0.5])
-    monkeypatch.setattr(preview.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(preflight.time, "perf_counter", lambda: next(clock))
     config = CONFIGS["gpt2"]  # 4 layers; q, k and v fused, and the output's: 4 matrices of 32
-    assert preview._decomposition_seconds(config) == pytest.approx(0.5 * (32 / preview.SMALL) ** 3 * 4 * 4)
+    assert preflight._decomposition_seconds(config) == pytest.approx(0.5 * (32 / preflight.SMALL) ** 3 * 4 * 4)
 
 
 def test_rate_is_measured_in_operations_a_second(monkeypatch):
     clock = iter([0.0, 10.0, 12.0])  # a warm-up that doesn't count, then 20 products of 1024 × 1024 matrices
-    monkeypatch.setattr(preview.time, "perf_counter", lambda: next(clock))
-    assert preview._rate(Runtime(torch.device("cpu"), torch.float32)) == 20 * 2 * 1024**3 / 2.0
+    monkeypatch.setattr(preflight.time, "perf_counter", lambda: next(clock))
+    assert preflight._rate(Runtime(torch.device("cpu"), torch.float32)) == 20 * 2 * 1024**3 / 2.0

@@ -10,12 +10,13 @@ from test_dlr import weights_hash
 from test_emulator import PLAN, emulator_of
 from test_files import refusal
 
-from scaleot_core import privacy, tuning
-from scaleot_core.emulator import layer_parameters
-from scaleot_core.examples import collate, from_task
-from scaleot_core.runtime import secret_draw
-from scaleot_core.training import Checkpoint
-from scaleot_core.tuning import answer_loss, train_privately, tune
+from scaleot_core.common.runtime import secret_draw
+from scaleot_core.compression.emulator import layer_parameters
+from scaleot_core.training.checkpoint import Checkpoint
+from scaleot_core.tuning import privacy, tuner
+from scaleot_core.tuning.examples import collate, from_task
+from scaleot_core.tuning.selection import tune
+from scaleot_core.tuning.tuner import answer_loss, train_privately
 
 CLIP = 0.005  # below the norms of these models' gradients
 
@@ -119,8 +120,8 @@ def test_record_whose_gradient_is_not_finite_counts_as_nothing(monkeypatch, valu
 
 
 def test_record_whose_loss_is_not_finite_doesnt_end_the_run(data, settings, monkeypatch):
-    measure = tuning.answer_loss
-    monkeypatch.setattr(tuning, "answer_loss", lambda m, i, t: measure(m, i, t) * (math.nan if i.shape[1] % 2 else 1.0))
+    measure = tuner.answer_loss
+    monkeypatch.setattr(tuner, "answer_loss", lambda m, i, t: measure(m, i, t) * (math.nan if i.shape[1] % 2 else 1.0))
     history, _, _ = private(data, settings)
     assert all(math.isfinite(row["loss"]) for row in history)
 
@@ -173,7 +174,7 @@ def test_killed_private_tuning_goes_on_to_the_same_bytes(data, settings, tmp_pat
 
     whole, again = tiny_model("llama"), tiny_model("llama")
     expected = tuned(tmp_path / "whole", whole)
-    with dies_after(tuning, "answer_loss", 15), pytest.raises(KeyboardInterrupt):
+    with dies_after(tuner, "answer_loss", 15), pytest.raises(KeyboardInterrupt):
         tuned(tmp_path / "killed", tiny_model("llama"))
     assert tuned(tmp_path / "killed", again) == expected and expected.epsilon is not None
     assert weights_hash(again) == weights_hash(whole)

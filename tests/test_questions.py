@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from scaleot_core import embedded, questions
-from scaleot_core.errors import UserError
-from scaleot_core.tasks import load_task
+from scaleot_core.common.errors import UserError
+from scaleot_core.data import embedded, questions
+from scaleot_core.evaluation.tasks import load_task
 
 LAB = Path(__file__).parent.parent.parent / "shared" / "data"
 Row = dict[str, Any]
@@ -141,7 +141,7 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch, config: Row, splits: dict[str, lis
         return SimpleNamespace(to_list=lambda: splits[split])
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    monkeypatch.setattr("scaleot_core.questions.task_config", lambda task: config)
+    monkeypatch.setattr("scaleot_core.data.questions.task_config", lambda task: config)
     return calls
 
 

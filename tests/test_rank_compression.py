@@ -3,30 +3,25 @@ import torch
 from conftest import CONFIGS, tiny_model
 from test_families import SHAPES
 
-from scaleot_core.decomposition import plain
-from scaleot_core.families import attention, decoder_layers
-from scaleot_core.rank_compression import (
-    FusedProjection,
-    LowRankLinear,
-    compress_layer,
-    fewer_channels,
-    kept_rank,
-    kept_ranks,
-)
+from scaleot_core.compression.channels import select_channels
+from scaleot_core.compression.low_rank import FusedProjection, LowRankLinear
+from scaleot_core.compression.rank_compression import compress_layer, target_rank, target_ranks
+from scaleot_core.compression.svd import svd_factors
+from scaleot_core.models.families import attention, decoder_layers
 
 
 def cut(model, index, beta):
     """Compress one layer with plain decompositions; the ranks."""
-    ranks = kept_ranks(model, index, beta=beta, semantics="removed")
-    compress_layer(model, index, ranks=ranks, decompose=plain)
+    ranks = target_ranks(model, index, beta=beta, semantics="removed")
+    compress_layer(model, index, ranks=ranks, decompose=svd_factors)
     return ranks
 
 
 def test_kept_rank():
-    assert kept_rank(576, 0.8, "removed") == 115
-    assert kept_rank(576, 0.8, "kept") == 461
-    assert kept_rank(10, 1.0, "removed") == 1
-    assert kept_rank(10, 0.0, "removed") == 10
+    assert target_rank(576, 0.8, "removed") == 115
+    assert target_rank(576, 0.8, "kept") == 461
+    assert target_rank(10, 1.0, "removed") == 1
+    assert target_rank(10, 0.0, "removed") == 10
 
 
 def dense(module: torch.nn.Module, size: int) -> torch.Tensor:
@@ -56,7 +51,7 @@ def test_every_projection_is_cut_and_its_error_is_the_tail(family, beta):
         after = dense(getattr(block, name), width)
         parts = (apart(family, name, matrix) for matrix in (before[name], after))
         for old, new, rank in zip(*parts, ranks[name], strict=True):
-            assert rank == kept_rank(min(old.shape), beta, "removed")
+            assert rank == target_rank(min(old.shape), beta, "removed")
             tail = torch.linalg.svdvals(old)[rank:].square().sum().sqrt()
             assert (old - new).norm() == pytest.approx(tail.item(), rel=1e-4)
         torch.testing.assert_close(getattr(block, name)(torch.zeros(1, width)), zero[name])  # the bias is kept
@@ -90,13 +85,13 @@ def test_channels_that_are_left_make_up_for_the_others():
     hidden[:, 5] *= 1e-4  # idle, and large in the matrix
     weight = torch.randn(10, 24, generator=draw)
     weight[:, 5] *= 100
-    kept, refitted = fewer_channels(weight, hidden.T @ hidden / len(hidden), 16)
+    kept, refitted = select_channels(weight, hidden.T @ hidden / len(hidden), 16)
     assert kept.tolist() == sorted(set(kept.tolist())) and len(kept) == 16 and 5 not in kept
     best = torch.linalg.lstsq(hidden[:, kept].double(), (hidden @ weight.T).double()).solution.T
     error, least, without = (
         (hidden @ weight.T - hidden[:, kept] @ w.float().T).norm() for w in (refitted, best, weight[:, kept])
     )
     assert least <= error < 1.01 * least and error < 0.5 * without
-    everything, same = fewer_channels(weight, hidden.T @ hidden / len(hidden), 24)
+    everything, same = select_channels(weight, hidden.T @ hidden / len(hidden), 24)
     assert everything.tolist() == list(range(24))
     torch.testing.assert_close(same, weight, rtol=1e-4, atol=1e-4)

@@ -9,12 +9,13 @@ import torch
 from test_files import refusal
 from transformers.utils import logging
 
-from scaleot_core import runtime
-from scaleot_core.ending import ends_in_one_line
-from scaleot_core.errors import UserError
-from scaleot_core.files import read_json
+from scaleot_core.common import runtime
+from scaleot_core.common.entrypoint import run_command
+from scaleot_core.common.errors import UserError
+from scaleot_core.common.files import read_json
+from scaleot_core.common.runtime import DTYPES, Runtime, generator, setup
 from scaleot_core.params import Params
-from scaleot_core.runtime import DTYPES, Meter, Runtime, cost, generator, setup
+from scaleot_core.training.cost import Meter, cost
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 
@@ -138,7 +139,7 @@ def ending(capsys, error) -> tuple[int, str]:
         raise error
 
     with pytest.raises(SystemExit) as left:
-        ends_in_one_line(main)
+        run_command(main)
     out, err = capsys.readouterr()
     assert out == ""
     return left.value.code, err
@@ -178,10 +179,10 @@ def test_bug_keeps_its_traceback():
         raise ZeroDivisionError("a bug")
 
     with pytest.raises(ZeroDivisionError, match="a bug"):
-        ends_in_one_line(main)
+        run_command(main)
 
 
 def test_stage_that_ends_well_says_nothing(capsys):
     done = []
-    ends_in_one_line(lambda: done.append(1))
+    run_command(lambda: done.append(1))
     assert done == [1] and capsys.readouterr() == ("", "")

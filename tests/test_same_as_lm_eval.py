@@ -14,14 +14,14 @@ import torch
 import yaml
 from conftest import LAB, ROOT, form
 
-from scaleot_core import embedded, questions
-from scaleot_core.emulator import layer_parameters, plug_in
-from scaleot_core.evaluation import evaluate
-from scaleot_core.files import write_jsonl
-from scaleot_core.models import load_model, load_tokenizer
-from scaleot_core.plan import Plan
-from scaleot_core.runtime import generator
-from scaleot_core.tasks import Rows, task_config
+from scaleot_core.common.files import write_jsonl
+from scaleot_core.common.runtime import generator
+from scaleot_core.compression.emulator import layer_parameters, plug_in
+from scaleot_core.compression.plan import Plan
+from scaleot_core.data import embedded, questions
+from scaleot_core.evaluation.harness import evaluate
+from scaleot_core.evaluation.tasks import Rows, task_config
+from scaleot_core.models.loading import load_model, load_tokenizer
 
 CPU = torch.device("cpu")
 LAB_TASKS = {"webqs": 8, "race": 4, "wikitext": 2, "arc_easy": 8}

@@ -27,8 +27,8 @@ from test_evaluation import PAGES
 from test_tasks import GSM8K
 from transformers import PreTrainedTokenizerFast
 
-from scaleot_core.files import read_tensors
-from scaleot_core.plan import Kind
+from scaleot_core.common.tensors import read_tensors
+from scaleot_core.compression.plan import LayerKind
 
 OUTPUTS = {
     "layer_importance": "artifacts/importance",
@@ -383,7 +383,7 @@ def test_every_way_goes_through_the_rest_of_the_pipeline(made: Path, project: Pa
     metrics = json.loads((project / "metrics.json").read_text())
     measured, emulator = metrics["tasks"]["piqa"], metrics["emulator"]
     assert all(math.isfinite(measured[name]["answer_nll"]) for name in ("emulator_zero_shot", "plug_in"))
-    assert sum(emulator[f"{kind}_layers"] for kind in get_args(Kind)) == 4 and emulator["adapter_layers"] == 1
+    assert sum(emulator[f"{kind}_layers"] for kind in get_args(LayerKind)) == 4 and emulator["adapter_layers"] == 1
     assert metrics["cost"]["offsite_tune-piqa"]["tokens"] > 1000
     size = sum(file.stat().st_size for file in (made / OUTPUTS["compress"]).glob("*.safetensors"))
     if changes.get("method", "scaleot") != "scaleot":

@@ -14,13 +14,15 @@ from test_emulator import CPU
 from test_files import refusal
 from test_models import DAMAGES
 
-from scaleot_core.families import decoder_layers
-from scaleot_core.files import read_tensors, write_json, write_tensors
-from scaleot_core.importance import new_harmonizers
-from scaleot_core.models import hidden_states, hooked, read_config
-from scaleot_core.package import load
+from scaleot_core.common.files import write_json
+from scaleot_core.common.tensors import read_tensors, write_tensors
+from scaleot_core.compression.layer_importance import new_harmonizers
+from scaleot_core.exchange.package import load
+from scaleot_core.models.families import decoder_layers
+from scaleot_core.models.forward import hidden_states, hooks
+from scaleot_core.models.loading import read_config
+from scaleot_core.models.streaming import StreamedModel
 from scaleot_core.params import changed
-from scaleot_core.streaming import StreamedModel
 
 each_family = pytest.mark.parametrize("name", sorted(CONFIGS))
 each_head = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -61,7 +63,7 @@ def test_what_passes_the_layers_is_what_passes_the_models(tmp_path, blocks, name
         def keep(module, args, out):
             passed.setdefault(i, []).append(out.flatten(0, 1))
 
-        with hooked(layer.register_forward_hook(keep)):
+        with hooks(layer.register_forward_hook(keep)):
             yield
 
     other.run(blocks, around, batch_blocks=rows)

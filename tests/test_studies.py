@@ -16,11 +16,11 @@ from conftest import ROOT, form, tiny_model, write_project
 from test_stages import settings, succeed
 from transformers import PreTrainedTokenizerFast
 
-from scaleot_core.errors import UserError
-from scaleot_core.experiments import code
-from scaleot_core.importance import new_harmonizers
+from scaleot_core.common.errors import UserError
+from scaleot_core.compression.layer_importance import new_harmonizers
+from scaleot_core.evaluation.measurements import MEASUREMENTS, utility
 from scaleot_core.params import Params, changed
-from scaleot_core.report import MEASUREMENTS, utility
+from studies.experiments import code
 
 __all__ = ["settings"]  # a fixture
 
@@ -281,7 +281,7 @@ def test_comparison_goes_on_from_the_runs_that_are_there(
     again = compared()
     assert [(c["method"], c["seed"]) for c in again] == [("scaleot", 2), ("scaleot", 2)]
     assert runs.read_text() == whole and log.read_text() == table
-    for name in ("scaleot_core/pictures.py", "scaleot_core/cli.py"):  # on which no figure depends
+    for name in ("scaleot_core/reporting/figures.py", "scaleot_core/cli.py"):  # on which no figure depends
         Path(name).write_text("")
     assert not compared()
     monkeypatch.setattr("sys.argv", ["compare.py", "data.eval_questions=30"])
@@ -309,8 +309,8 @@ def test_code_that_is_changed_while_a_study_runs_is_told(
 def test_code_is_what_a_stage_or_a_pipeline_depends_on_and_nothing_that_stages_make() -> None:
     with chdir(ROOT):
         attack, studies = code("studies/dvc.yaml:attack"), code("studies/dvc.yaml")
-    assert {Path("stages/attack.py"), Path("scaleot_core/attacks/recovery.py")} < {*attack} < {*studies}
-    assert Path("scaleot_core/lm_tasks/commonsense_qa_cloze.yaml") in attack
+    assert {Path("stages/attack.py"), Path("scaleot_core/attacks/restoration.py")} < {*attack} < {*studies}
+    assert Path("scaleot_core/evaluation/lm_tasks/commonsense_qa_cloze.yaml") in attack
     assert Path("studies/scores.py") in {*studies} - {*attack}
     assert all(path.is_file() and path.parts[0] in {"scaleot_core", "stages", "studies"} for path in studies)
 

@@ -7,7 +7,15 @@ import pytest
 from conftest import piqa_rows
 from test_files import refusal
 
-from scaleot_core.tasks import answer_pairs, check_rows, load_task, metrics, right_choices, task_config, texts
+from scaleot_core.evaluation.tasks import (
+    answer_pairs,
+    check_rows,
+    load_task,
+    metrics,
+    right_choices,
+    task_config,
+    texts,
+)
 
 CLOZE = [
     {

@@ -13,13 +13,15 @@ from conftest import VOCABULARY, tiny_model
 from test_files import fill_disk, refusal
 from torch import Tensor, nn
 
-from scaleot_core import training
-from scaleot_core.errors import UserError
-from scaleot_core.families import decoder_layers
-from scaleot_core.files import read_tensors, write_tensors
-from scaleot_core.models import block_loss
-from scaleot_core.runtime import generator
-from scaleot_core.training import Checkpoint, Optimizer, run_steps, scratch, warmup_then_linear
+from scaleot_core.common.errors import UserError
+from scaleot_core.common.runtime import generator
+from scaleot_core.common.tensors import read_tensors, write_tensors
+from scaleot_core.models.families import decoder_layers
+from scaleot_core.models.forward import next_token_loss
+from scaleot_core.training import loop
+from scaleot_core.training.checkpoint import Checkpoint, scratch_dir
+from scaleot_core.training.loop import run_steps
+from scaleot_core.training.optimizer import Optimizer, linear_warmup_decay
 
 STEPS = 6
 DTYPES = [torch.bfloat16, torch.float32]
@@ -66,10 +68,10 @@ class Training:
     def step(self, i: int) -> dict[str, float]:
         self.began.append(i)
         blocks = torch.randint(VOCABULARY, (2, 8), generator=generator(0, "blocks", i))
-        loss = block_loss(self.model, blocks)
+        loss = next_token_loss(self.model, blocks)
         loss.backward()
         self.interrupt(i)
-        self.optimizer.step(1e-2 * warmup_then_linear(i, STEPS, 0.3))
+        self.optimizer.step(1e-2 * linear_warmup_decay(i, STEPS, 0.3))
         self.finished.append(i)
         return {"loss": loss.item(), "tokens": blocks.numel()}
 
@@ -156,7 +158,7 @@ def test_optimizer_read_back_goes_on_to_the_same_bits(tmp_path: Path, dtype: tor
     ("steps", "warmup", "rise"), [(100, 0.1, 10), (10, 0.25, 2), (7, 0.5, 4), (5, 0, 1), (5, 1, 5)]
 )
 def test_warmup_then_linear(steps: int, warmup: float, rise: int) -> None:
-    shares = [warmup_then_linear(i, steps, warmup) for i in range(steps + 1)]
+    shares = [linear_warmup_decay(i, steps, warmup) for i in range(steps + 1)]
     assert shares[:rise] == pytest.approx([(i + 1) / rise for i in range(rise)])
     falling = steps - rise + 1
     assert shares[rise - 1 :] == pytest.approx([1 - i / falling for i in range(falling + 1)])
@@ -165,7 +167,7 @@ def test_warmup_then_linear(steps: int, warmup: float, rise: int) -> None:
 
 @pytest.mark.parametrize("warmup", [0, 0.1, 1])
 def test_a_single_step_is_taken_at_the_peak(warmup: float) -> None:
-    assert warmup_then_linear(0, 1, warmup) == 1
+    assert linear_warmup_decay(0, 1, warmup) == 1
 
 
 def test_stops_at_the_step_limit() -> None:
@@ -235,7 +237,7 @@ def test_removed_checkpoint_is_forgotten(tmp_path: Path) -> None:
 
 def test_saves_whenever_its_seconds_are_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, saved = Training(), []
-    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: 10.0 * len(run.finished)))  # 10 s a step
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: 10.0 * len(run.finished)))  # 10 s a step
     monkeypatch.setattr(Checkpoint, "save", lambda checkpoint, state, step: saved.append(step))
     run.run(Checkpoint(tmp_path / "c", 20))
     assert saved == [2, 4, 6]
@@ -306,4 +308,4 @@ def test_scratch_lies_in_the_main_repository(monkeypatch: pytest.MonkeyPatch, ro
     monkeypatch.delenv("DVC_ROOT", raising=False)
     if root:
         monkeypatch.setenv("DVC_ROOT", root)
-    assert scratch("tuning-1") == Path(root or ".") / ".scaleot" / "scratch" / "tuning-1"
+    assert scratch_dir("tuning-1") == Path(root or ".") / ".scaleot" / "scratch" / "tuning-1"

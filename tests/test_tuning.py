@@ -9,12 +9,14 @@ from test_dlr import weights_hash
 from test_emulator import PLAN, emulator_of
 from test_files import refusal
 
-from scaleot_core import tuning
-from scaleot_core.emulator import layer_parameters
-from scaleot_core.examples import collate, from_task
-from scaleot_core.runtime import generator
-from scaleot_core.training import Checkpoint, Diverged
-from scaleot_core.tuning import epoch_batches, mean_answer_loss, train, tune
+from scaleot_core.common.runtime import generator
+from scaleot_core.compression.emulator import layer_parameters
+from scaleot_core.training.checkpoint import Checkpoint
+from scaleot_core.training.loop import Diverged
+from scaleot_core.tuning import tuner
+from scaleot_core.tuning.examples import collate, from_task
+from scaleot_core.tuning.selection import tune
+from scaleot_core.tuning.tuner import epoch_batches, mean_answer_loss, train
 
 ROWS = piqa_rows(9)
 
@@ -57,7 +59,7 @@ def run(settings, data, seed=0, model=None, lr=1e-3):
 
 def test_every_epoch_sees_every_question_once(settings, data, monkeypatch):
     seen = []
-    monkeypatch.setattr(tuning, "collate", lambda batch: seen.extend(batch) or collate(batch))
+    monkeypatch.setattr(tuner, "collate", lambda batch: seen.extend(batch) or collate(batch))
     history, _ = run(settings, data)
     assert len(history) == 9 and len(seen) == 27  # three epochs of three batches
     epochs = [seen[start : start + 9] for start in (0, 9, 18)]
@@ -124,9 +126,9 @@ def test_single_rate_is_taken_as_it_is(data, settings, tmp_path):
 
 def test_best_rate_is_that_of_lowest_loss_on_held_out_questions(data, settings, tmp_path, monkeypatch):
     seen, scored = [], []
-    trained, loss = tuning.train, tuning.mean_answer_loss
-    monkeypatch.setattr(tuning, "train", lambda *args, **options: seen.append(args[2]) or trained(*args, **options))
-    monkeypatch.setattr(tuning, "mean_answer_loss", lambda *args: scored.append(args[1]) or loss(*args))
+    trained, loss = tuner.train, tuner.mean_answer_loss
+    monkeypatch.setattr(tuner, "train", lambda *args, **options: seen.append(args[2]) or trained(*args, **options))
+    monkeypatch.setattr(tuner, "mean_answer_loss", lambda *args: scored.append(args[1]) or loss(*args))
     model, rates = tiny_model("llama"), [1e-6, 1e-2, 1e-3]
     tuned = decide(data, settings, tmp_path, model, lr=rates, validation=0.3)
     assert len(scored) == 3 and all(len(part) == 3 for part in scored)
@@ -143,20 +145,20 @@ def test_best_rate_is_that_of_lowest_loss_on_held_out_questions(data, settings, 
 
 def test_finished_rates_are_not_tried_again(data, settings, tmp_path, monkeypatch):
     first = decide(data, settings, tmp_path, lr=[1e-3, 1e-4])
-    trained, ran = tuning.train, []
-    monkeypatch.setattr(tuning, "train", lambda *args, **options: ran.append(1) or trained(*args, **options))
+    trained, ran = tuner.train, []
+    monkeypatch.setattr(tuner, "train", lambda *args, **options: ran.append(1) or trained(*args, **options))
     assert decide(data, settings, tmp_path, lr=[1e-3, 1e-4]) == first and len(ran) == 1
 
 
 def test_rate_that_diverges_is_not_chosen(data, settings, tmp_path, monkeypatch):
-    trained = tuning.train
+    trained = tuner.train
 
     def train_or_diverge(*args, lr, **options):
         if lr > 0.1:
             raise Diverged("the loss is nan")
         return trained(*args, lr=lr, **options)
 
-    monkeypatch.setattr(tuning, "train", train_or_diverge)
+    monkeypatch.setattr(tuner, "train", train_or_diverge)
     tuned = decide(data, settings, tmp_path / "some", lr=[0.5, 1e-3])
     assert tuned.lr == 1e-3 and tuned.validation_loss["0.5"] is None
     assert "not finite with any learning rate" in refusal(lambda: decide(data, settings, tmp_path / "all", lr=[0.5, 1]))
@@ -193,7 +195,7 @@ def test_impatient_training_that_is_killed_goes_on_to_the_same_bytes(data, impat
     whole, again = tiny_model("llama"), tiny_model("llama")
     expected = decide(data, impatient, tmp_path / "whole", whole)
     calls = step + step // 2  # the held-out questions are a batch an epoch
-    with dies_after(tuning, "answer_loss", calls, Killed), pytest.raises(Killed):
+    with dies_after(tuner, "answer_loss", calls, Killed), pytest.raises(Killed):
         decide(data, impatient, tmp_path / "killed", tiny_model("llama"))
     assert decide(data, impatient, tmp_path / "killed", again) == expected
     assert weights_hash(again) == weights_hash(whole)

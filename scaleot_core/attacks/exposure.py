@@ -7,15 +7,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from scaleot_core.families import attention, decoder_layers, family, fused_runs
-from scaleot_core.plan import Plan
-from scaleot_core.rank_compression import (
-    FusedProjection,
-    LowRankLinear,
-    channels_of,
-    matrices,
-    weight_of,
-)
+from scaleot_core.compression.channels import channels_of
+from scaleot_core.compression.low_rank import FusedProjection, LowRankLinear, split_projection, weight_of
+from scaleot_core.compression.plan import Plan
+from scaleot_core.models.families import attention, decoder_layers, family, fused_runs
 
 Row = dict[str, Any]
 
@@ -75,7 +70,7 @@ def exposure(model: PreTrainedModel, emulator: PreTrainedModel, plan: Plan) -> l
         ranks = plan.ranks(model, i)
         for name, fused in names.projections.items():
             where = f"{path}.{i}.{names.attention}.{name}.weight"
-            originals = matrices(block.get_submodule(name), fused, fused_runs(model.config))  # type: ignore[arg-type]
+            originals = split_projection(block.get_submodule(name), fused, fused_runs(model.config))  # type: ignore[arg-type]
             if all(rank >= min(whole.shape) for rank, (whole, _) in zip(ranks[name], originals, strict=True)):
                 continue  # as it is: told below
             told.add(where)

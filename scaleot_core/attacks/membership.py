@@ -15,11 +15,11 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from scaleot_core.emulator import layer_parameters, plug_in
-from scaleot_core.examples import IGNORED, Example, collate
-from scaleot_core.models import run_stack
-from scaleot_core.plan import Plan
-from scaleot_core.tuning import answer_loss
+from scaleot_core.compression.emulator import layer_parameters, plug_in
+from scaleot_core.compression.plan import Plan
+from scaleot_core.models.forward import last_hidden_state
+from scaleot_core.tuning.examples import IGNORED, Example, collate
+from scaleot_core.tuning.tuner import answer_loss
 
 FALSE_POSITIVES = 0.01  # at which true positives are reported
 
@@ -80,7 +80,7 @@ def extracted(model: PreTrainedModel, data: Sequence[Example]) -> float:
     found = 0
     for example in data:
         inputs, targets = collate([example])
-        hidden = run_stack(model, inputs)
+        hidden = last_hidden_state(model, inputs)
         wanted = targets[0] != IGNORED
         said: Tensor = model.get_output_embeddings()(hidden[0][wanted.to(hidden.device)]).argmax(-1).cpu()
         found += bool(torch.equal(said, targets[0][wanted]))

@@ -7,16 +7,17 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from scaleot_core import package
-from scaleot_core.attacks.recovery import forget, widen
-from scaleot_core.methods import METHODS, Owner
+from scaleot_core.attacks.restoration import forget, widen
+from scaleot_core.compression import emulator
+from scaleot_core.compression.plan import Plan
+from scaleot_core.exchange import package
+from scaleot_core.methods import METHODS, ModelOwner
 from scaleot_core.params import changed
-from scaleot_core.plan import Plan
 
 Target = Callable[[], PreTrainedModel]
 
 
-def targets(folder: Path, owner: Owner) -> dict[str, Target]:
+def targets(folder: Path, owner: ModelOwner) -> dict[str, Target]:
     """The package in a folder and what `attack.beside` names, by name, each to be loaded when its turn comes.
 
     `widened` is the package with what it can hold, `without_weights` the same shapes with all but the adapter layers
@@ -33,7 +34,7 @@ def targets(folder: Path, owner: Owner) -> dict[str, Target]:
     def uniform() -> PreTrainedModel:
         other = replace(owner, params=changed(params, {"method": "uniform"}))
         made = METHODS["uniform"](other)
-        return package.assemble(other.config, made.plan, made.tensors, device=device)
+        return emulator.assemble(other.config, made.plan, made.tensors, device=device)
 
     beside: dict[str, Target] = {
         "widened": partial(shipped, widen),

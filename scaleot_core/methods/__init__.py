@@ -7,12 +7,12 @@ the same bytes (`budget`).
 from collections.abc import Callable
 
 from scaleot_core.methods import crash, distilled, gradot, scaleot, uniform
-from scaleot_core.methods.budget import Made, Owner
+from scaleot_core.methods.base import BuiltEmulator, ModelOwner
 
-METHODS: dict[str, Callable[[Owner], Made]] = {
-    "scaleot": scaleot.make,
-    "uniform": uniform.make,
-    "distilled": distilled.make,
-    "crash": crash.make,
-    "gradot": gradot.make,
+METHODS: dict[str, Callable[[ModelOwner], BuiltEmulator]] = {
+    "scaleot": scaleot.build,
+    "uniform": uniform.build,
+    "distilled": distilled.build,
+    "crash": crash.build,
+    "gradot": gradot.build,
 }

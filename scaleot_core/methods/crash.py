@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from scaleot_core import emulator
-from scaleot_core.decomposition import plain
-from scaleot_core.families import decoder_layers
-from scaleot_core.methods.budget import Made, Owner, largest
-from scaleot_core.models import hooked, run_stack
-from scaleot_core.package import tensors_of
-from scaleot_core.plan import Kind, Plan
+from scaleot_core.compression import emulator
+from scaleot_core.compression.emulator import package_tensors
+from scaleot_core.compression.plan import LayerKind, Plan
+from scaleot_core.compression.svd import svd_factors
+from scaleot_core.methods.base import BuiltEmulator, ModelOwner, largest_fitting
+from scaleot_core.models.families import decoder_layers
+from scaleot_core.models.forward import hooks, last_hidden_state
 
 
 @torch.no_grad()
@@ -35,9 +35,9 @@ def representations(model: PreTrainedModel, blocks: Tensor, batch_blocks: int = 
     def keep(i: int) -> Callable[[nn.Module, object, Tensor], None]:
         return lambda module, args, out: kept[i].append(torch.einsum("t,btd->bd", weights, out.float()))
 
-    with hooked(*(layer.register_forward_hook(keep(i)) for i, layer in enumerate(layers))):
+    with hooks(*(layer.register_forward_hook(keep(i)) for i, layer in enumerate(layers))):
         for batch in blocks.split(batch_blocks):
-            run_stack(model, batch)
+            last_hidden_state(model, batch)
     return [torch.cat(parts) for parts in kept]
 
 
@@ -69,7 +69,7 @@ def nearest(kept: list[int], layer: int) -> int:
     return min(kept, key=lambda i: (abs(i - layer), -i))
 
 
-def make(owner: Owner) -> Made:
+def build(owner: ModelOwner) -> BuiltEmulator:
     """The emulator: the centres of clusters, shared where others were."""
     model = owner.load()
     blocks = owner.blocks[: owner.params.crash.calibration_blocks]
@@ -79,11 +79,11 @@ def make(owner: Owner) -> Made:
     def keeping(count: int) -> Plan:
         kept = centres(similarities, count)
         chosen = set(adapters(kept, tuned))
-        kinds: list[Kind] = [
+        kinds: list[LayerKind] = [
             "adapter" if i in chosen else "compressed" if i in kept else "shared" for i in range(total)
         ]
         return owner.plan(tuple(kinds), like={i: nearest(kept, i) for i in range(total) if i not in kept})
 
-    chosen = keeping(largest(owner, range(tuned + 1, total + 1), keeping))
-    emulator.stand_in(model, chosen, plain)
-    return Made(chosen, tensors_of(model, chosen))
+    chosen = keeping(largest_fitting(owner, range(tuned + 1, total + 1), keeping))
+    emulator.apply_plan(model, chosen, svd_factors)
+    return BuiltEmulator(chosen, package_tensors(model, chosen))

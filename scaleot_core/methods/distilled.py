@@ -13,23 +13,25 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from scaleot_core import emulator, parallel
-from scaleot_core.decomposition import plain
-from scaleot_core.families import decoder_layers
+from scaleot_core.common.runtime import generator, keep_freed_memory
+from scaleot_core.compression import emulator
+from scaleot_core.compression.emulator import package_tensors
+from scaleot_core.compression.svd import svd_factors
 from scaleot_core.methods import uniform
-from scaleot_core.methods.budget import Made, Owner
-from scaleot_core.models import hooked, replaced, run_stack
-from scaleot_core.package import tensors_of
-from scaleot_core.runtime import generator, keep_freed_memory
-from scaleot_core.training import Optimizer, run_steps, warmup_then_linear
+from scaleot_core.methods.base import BuiltEmulator, ModelOwner
+from scaleot_core.models.families import decoder_layers
+from scaleot_core.models.forward import hooks, last_hidden_state, swapped_layers
+from scaleot_core.training import gradients
+from scaleot_core.training.loop import run_steps
+from scaleot_core.training.optimizer import Optimizer, linear_warmup_decay
 
 
 def _forward(model: PreTrainedModel, blocks: Tensor, middle: int) -> tuple[Tensor, Tensor]:
     """Last hidden states, and those that leave decoder layer `middle`, both (B, T, D)."""
     left: list[Tensor] = []
     layer = decoder_layers(model)[middle]
-    with hooked(layer.register_forward_hook(lambda module, args, out: left.append(out))):
-        last = run_stack(model, blocks)
+    with hooks(layer.register_forward_hook(lambda module, args, out: left.append(out))):
+        last = last_hidden_state(model, blocks)
     return last, left[0]
 
 
@@ -43,7 +45,7 @@ def loss(model: PreTrainedModel, blocks: Tensor, teacher: Tensor, middle: int, w
     return entropy + weight * (teacher - student.float()).square().mean() / teacher.square().mean()
 
 
-def make(owner: Owner) -> Made:
+def build(owner: ModelOwner) -> BuiltEmulator:
     """The emulator, with what is left of its middle trained."""
     kept, distill, seed = uniform.plan(owner), owner.params.distill, owner.params.seed
     model = owner.load()
@@ -53,7 +55,7 @@ def make(owner: Owner) -> Made:
         if kind != "adapter":
             originals[i] = layers[i]
             layers[i] = copy.deepcopy(layers[i])
-    emulator.stand_in(model, kept, plain)
+    emulator.apply_plan(model, kept, svd_factors)
     keep_freed_memory()
     trained = emulator.layer_parameters(model, kept, "compressed")
     for parameter in trained.values():
@@ -65,14 +67,14 @@ def make(owner: Owner) -> Made:
         at = torch.randint(len(owner.blocks), (distill.batch_blocks,), generator=generator(seed, "distill", i))
 
         def of(part: Tensor) -> Tensor:
-            with torch.no_grad(), replaced(model, originals):
+            with torch.no_grad(), swapped_layers(model, originals):
                 teacher = _forward(model, part, middle)[1]
             return loss(model, part, teacher, middle, distill.hidden_weight)
 
-        value = parallel.backward(owner.blocks[at], of)
-        optimizer.step(distill.lr * warmup_then_linear(i, distill.steps, 0.1))
+        value = gradients.backward(owner.blocks[at], of)
+        optimizer.step(distill.lr * linear_warmup_decay(i, distill.steps, 0.1))
         return {"loss": value, "tokens": at.numel() * owner.blocks.shape[1]}
 
     run_steps(step, optimizer, label="distillation", steps=distill.steps, checkpoint=owner.checkpoint)
     model.requires_grad_(False)
-    return Made(kept, tensors_of(model, kept))
+    return BuiltEmulator(kept, package_tensors(model, kept))

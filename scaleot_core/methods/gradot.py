@@ -15,14 +15,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from scaleot_core import emulator
-from scaleot_core.decomposition import Factors, decompose
-from scaleot_core.families import family, fused_runs, projection_name
-from scaleot_core.methods.budget import Made, Owner, largest
-from scaleot_core.models import hooked
-from scaleot_core.package import tensors_of
-from scaleot_core.plan import Cut, Plan, choose_layers
-from scaleot_core.rank_compression import channels_of, matrix_shapes, part_rows, weight_of
+from scaleot_core.compression import emulator
+from scaleot_core.compression.channels import channels_of
+from scaleot_core.compression.emulator import package_tensors
+from scaleot_core.compression.low_rank import part_rows, weight_of
+from scaleot_core.compression.plan import Cut, Plan, choose_layers
+from scaleot_core.compression.rank_compression import matrix_shapes
+from scaleot_core.compression.svd import Factors, decompose
+from scaleot_core.methods.base import BuiltEmulator, ModelOwner, largest_fitting
+from scaleot_core.models.families import family, fused_runs, projection_name
+from scaleot_core.models.forward import hooks
 
 ALWAYS = 0.05  # share of the singular values that stay whatever their score
 STEPS = 1000  # of the share of parameters that is searched
@@ -70,7 +72,7 @@ def statistics(
     modules = {name: model.get_submodule(name) for name in names}
     handles = [module.register_forward_pre_hook(before(name)) for name, module in modules.items()]
     handles += [module.register_full_backward_hook(after(name)) for name, module in modules.items()]
-    with hooked(*handles):
+    with hooks(*handles):
         for batch in blocks.split(batch_blocks):
             ids = batch.to(model.device).long()
             embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)
@@ -107,7 +109,7 @@ def in_order(scores: Tensor) -> Tensor:
     return torch.cat([torch.arange(first), first + scores[first:].cpu().argsort(descending=True, stable=True)])
 
 
-def plan(owner: Owner) -> Plan:
+def plan(owner: ModelOwner) -> Plan:
     """Adapter layers at the ends; of every matrix between the largest share of its parameters that fits the budget."""
     total = owner.config.num_hidden_layers
     kinds = choose_layers([0.0] * total, adapter_layers=owner.params.adapter_layers, alpha=0.0, placement="ends")
@@ -127,10 +129,10 @@ def plan(owner: Owner) -> Plan:
             )
         return owner.plan(kinds, cuts=cuts)
 
-    return keeping(largest(owner, range(1, STEPS + 1), keeping))
+    return keeping(largest_fitting(owner, range(1, STEPS + 1), keeping))
 
 
-def make(owner: Owner) -> Made:
+def build(owner: ModelOwner) -> BuiltEmulator:
     """The emulator: components and channels go by their scores."""
     cut_down, settings, model = plan(owner), owner.params.gradot, owner.load()
     config, names = model.config, family(model.config)
@@ -158,5 +160,5 @@ def make(owner: Owner) -> Made:
         into = [map_of(name) for name in names.feed_forward_in]
         scores = channel_scores(into, (out, after), settings.lambda_feed_forward)
         channels[i] = scores.cpu().argsort(descending=True, stable=True)[: cut.channels].sort().values
-    emulator.stand_in(model, cut_down, factors, channels=channels)
-    return Made(cut_down, tensors_of(model, cut_down))
+    emulator.apply_plan(model, cut_down, factors, channels=channels)
+    return BuiltEmulator(cut_down, package_tensors(model, cut_down))

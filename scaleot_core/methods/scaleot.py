@@ -6,21 +6,24 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from scaleot_core import decomposition, dlr, emulator, importance
-from scaleot_core.families import family, feed_forward_name
-from scaleot_core.files import fingerprint, read_tensors, tensor_hash, write_tensors
-from scaleot_core.harmonizer import Harmonizer
-from scaleot_core.methods.budget import Made, Owner, largest
-from scaleot_core.package import assemble, tensors_of
+from scaleot_core.common.files import fingerprint
+from scaleot_core.common.progress import say
+from scaleot_core.common.runtime import give_back_freed_memory
+from scaleot_core.common.tensors import read_tensors, tensor_hash, write_tensors
+from scaleot_core.compression import dlr, emulator, layer_importance, svd
+from scaleot_core.compression.channels import prune_channels, select_channels
+from scaleot_core.compression.emulator import assemble, package_tensors
+from scaleot_core.compression.harmonizer import Harmonizer
+from scaleot_core.compression.low_rank import weight_of
+from scaleot_core.compression.plan import Plan, plan_for
+from scaleot_core.compression.rank_compression import compress_layer
+from scaleot_core.methods.base import BuiltEmulator, ModelOwner, largest_fitting
+from scaleot_core.models.families import family, feed_forward_name
+from scaleot_core.models.streaming import StreamedModel
 from scaleot_core.params import changed
-from scaleot_core.plan import Plan, plan_for
-from scaleot_core.progress import say
-from scaleot_core.rank_compression import compress_layer, fewer_channels, keep_channels, weight_of
-from scaleot_core.runtime import give_back_freed_memory
-from scaleot_core.streaming import StreamedModel
 
 
-def plan(owner: Owner) -> Plan:
+def plan(owner: ModelOwner) -> Plan:
     """What α and β make of the layers; with a `budget` the least α that keeps to it."""
     params, scores, model = owner.params, owner.scores(), owner.outline
     if not params.budget:
@@ -30,10 +33,10 @@ def plan(owner: Owner) -> Plan:
     def keeping(kept: int) -> Plan:
         return plan_for(changed(params, {"alpha": (others - kept) / others}), scores, model)
 
-    return keeping(largest(owner, range(0, others + 1), keeping))
+    return keeping(largest_fitting(owner, range(0, others + 1), keeping))
 
 
-def make(owner: Owner) -> Made:
+def build(owner: ModelOwner) -> BuiltEmulator:
     """ScaleOT's emulator, made layer by layer. With `dlr.after_src` the harmonizers are trained once more in it."""
     params, decided = owner.params, plan(owner)
     if not decided.layers("compressed"):
@@ -43,12 +46,12 @@ def make(owner: Owner) -> Made:
         model = assemble(owner.config, decided, tensors, device=owner.runtime.device)
         owner.count(model)
         trained = emulator.layer_parameters(model, decided, "harmonizer")
-        dlr.make_up(model, trained, owner.blocks, params.dlr, seed=params.seed, checkpoint=owner.checkpoint)
-        tensors = tensors_of(model, decided)
-    return Made(decided, tensors)
+        dlr.finetune_after_src(model, trained, owner.blocks, params.dlr, seed=params.seed, checkpoint=owner.checkpoint)
+        tensors = package_tensors(model, decided)
+    return BuiltEmulator(decided, tensors)
 
 
-def layer_by_layer(owner: Owner, decided: Plan) -> Iterator[tuple[str, Tensor]]:
+def layer_by_layer(owner: ModelOwner, decided: Plan) -> Iterator[tuple[str, Tensor]]:
     """The emulator's tensors by their names. Of the model's layers no more than one is in memory."""
     give_back_freed_memory()
     streamed = owner.stream()
@@ -63,22 +66,22 @@ def layer_by_layer(owner: Owner, decided: Plan) -> Iterator[tuple[str, Tensor]]:
     for i, kind in enumerate(decided.kinds):
         if kind == "harmonizer":
             harmonizer = Harmonizer(owner.config.hidden_size, decided.harmonizer).to(owner.runtime.dtype)
-            importance.restore(harmonizer, owner.harmonizers / "harmonizers.safetensors", f"{i}.")
+            layer_importance.restore(harmonizer, owner.harmonizers / "harmonizers.safetensors", f"{i}.")
             yield from named(i, harmonizer)
             continue
         with streamed.layer(i) as layer:
             if kind == "compressed":
                 known = inputs(i) if inputs else {}
-                decompose = decomposition.cached(scratch, known if whiten else None)
+                decompose = svd.cached_factors(scratch, known if whiten else None)
                 compress_layer(model, i, ranks=decided.ranks(model, i), decompose=decompose)
                 if cut := decided.cuts.get(i):
                     weight, _ = weight_of(layer.get_submodule(family(owner.config).feed_forward_out))
                     covariance = known[feed_forward_name(owner.config, i)].to(weight.device)
-                    keep_channels(model, i, *fewer_channels(weight, covariance, cut.channels))
+                    prune_channels(model, i, *select_channels(weight, covariance, cut.channels))
             yield from named(i, layer)
 
 
-def covariances(owner: Owner, streamed: StreamedModel) -> Callable[[int], dict[str, Tensor]]:
+def covariances(owner: ModelOwner, streamed: StreamedModel) -> Callable[[int], dict[str, Tensor]]:
     """Each layer's input covariances on the corpus, by the names of its projections.
 
     With `src.channels` those of the matrix that takes the feed-forward channels too. Made once for a model and its
@@ -93,7 +96,7 @@ def covariances(owner: Owner, streamed: StreamedModel) -> Callable[[int], dict[s
 
     @contextmanager
     def around(i: int, layer: nn.Module) -> Iterator[None]:
-        with decomposition.input_covariances(streamed.model.config, i, layer, channels=channels) as sums:
+        with svd.input_covariances(streamed.model.config, i, layer, channels=channels) as sums:
             yield
         shared: dict[int, list[str]] = {}
         for name, total in sums.items():

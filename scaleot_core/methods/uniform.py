@@ -3,11 +3,11 @@
 Source: Xiao et al. 2023 (arXiv 2302.04870), as in `uniform_choose_layers` of github.com/mit-han-lab/offsite-tuning.
 """
 
-from scaleot_core import emulator
-from scaleot_core.decomposition import plain
-from scaleot_core.methods.budget import Made, Owner, largest
-from scaleot_core.package import tensors_of
-from scaleot_core.plan import Kind, Plan, choose_layers
+from scaleot_core.compression import emulator
+from scaleot_core.compression.emulator import package_tensors
+from scaleot_core.compression.plan import LayerKind, Plan, choose_layers
+from scaleot_core.compression.svd import svd_factors
+from scaleot_core.methods.base import BuiltEmulator, ModelOwner, largest_fitting
 
 
 def evenly(layers: list[int], count: int) -> list[int]:
@@ -17,7 +17,7 @@ def evenly(layers: list[int], count: int) -> list[int]:
     return [layers[round(i * (len(layers) - 1) / (count - 1))] for i in range(count)]
 
 
-def plan(owner: Owner) -> Plan:
+def plan(owner: ModelOwner) -> Plan:
     """Adapter layers at the ends; as many of the layers between as the budget has room for, the others removed."""
     total = owner.config.num_hidden_layers
     ends = choose_layers([0.0] * total, adapter_layers=owner.params.adapter_layers, alpha=0.0, placement="ends")
@@ -25,14 +25,16 @@ def plan(owner: Owner) -> Plan:
 
     def keeping(count: int) -> Plan:
         kept = set(evenly(middle, count))
-        kinds: list[Kind] = ["removed" if kind != "adapter" and i not in kept else kind for i, kind in enumerate(ends)]
+        kinds: list[LayerKind] = [
+            "removed" if kind != "adapter" and i not in kept else kind for i, kind in enumerate(ends)
+        ]
         return owner.plan(tuple(kinds))
 
-    return keeping(largest(owner, range(1, len(middle) + 1), keeping))
+    return keeping(largest_fitting(owner, range(1, len(middle) + 1), keeping))
 
 
-def make(owner: Owner) -> Made:
+def build(owner: ModelOwner) -> BuiltEmulator:
     """The emulator: layers go, nothing else changes."""
     kept, model = plan(owner), owner.load()
-    emulator.stand_in(model, kept, plain)
-    return Made(kept, tensors_of(model, kept))
+    emulator.apply_plan(model, kept, svd_factors)
+    return BuiltEmulator(kept, package_tensors(model, kept))

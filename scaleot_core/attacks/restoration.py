@@ -1,0 +1,145 @@
+"""The recovery attack: whoever has the package and a public corpus trains everything in it to win the model back.
+
+The attacker may also build on it first (`widen`): every harmonizer gets a whole layer behind it, and every matrix that
+was cut its full rank back. Two references say what the package itself is worth: the same shapes without its weights
+(`forget`), and an emulator of equal bytes by another method.
+"""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from scaleot_core.common.files import cached_json
+from scaleot_core.common.runtime import generator, keep_freed_memory
+from scaleot_core.compression.emulator import Removed, number_attention
+from scaleot_core.compression.harmonizer import Harmonizer
+from scaleot_core.compression.low_rank import FusedProjection, LowRankLinear, dense
+from scaleot_core.compression.plan import DECODER_KINDS, Plan
+from scaleot_core.models.families import attention, decoder_layers, family
+from scaleot_core.models.forward import mean_loss, next_token_loss
+from scaleot_core.params import Attack
+from scaleot_core.training import gradients
+from scaleot_core.training.checkpoint import Checkpoint
+from scaleot_core.training.loop import run_steps
+from scaleot_core.training.optimizer import Optimizer, linear_warmup_decay
+
+
+class Widened(nn.Module):
+    """A harmonizer with a whole decoder layer behind it."""
+
+    def __init__(self, harmonizer: Harmonizer, layer: nn.Module) -> None:
+        super().__init__()
+        self.harmonizer = harmonizer
+        self.layer = layer
+
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        output: Tensor = self.layer(self.harmonizer(hidden_states), *args, **kwargs)
+        return output
+
+
+@torch.no_grad()
+def widen(model: PreTrainedModel, plan: Plan) -> None:
+    """Give the emulator back what it can hold, in place: layers behind harmonizers, full rank.
+
+    A new layer is a copy of the nearest one that is there, with zeros where it would write, so that nothing changes at
+    the start (where norms come before, as they do in all but OPT-350m).
+    """
+    layers, names = decoder_layers(model), family(model.config)
+    there = [i for i, kind in enumerate(plan.kinds) if kind in DECODER_KINDS]
+    for i in plan.layers("compressed"):
+        block = attention(model.config, layers[i])
+        for name in names.projections:
+            module = block.get_submodule(name)
+            if isinstance(module, LowRankLinear):
+                setattr(block, name, dense(module))
+            elif isinstance(module, FusedProjection):
+                module.parts = nn.ModuleList(dense(p) if isinstance(p, LowRankLinear) else p for p in module.parts)
+    for i in plan.layers("harmonizer"):
+        layer = copy.deepcopy(layers[min(there, key=lambda k: abs(k - i))])
+        for written in (f"{names.attention}.{list(names.projections)[-1]}", names.feed_forward_out):
+            for parameter in layer.get_submodule(written).parameters():
+                parameter.zero_()
+        layers[i] = Widened(layers[i], layer)  # type: ignore[arg-type]
+    inner = (layer.layer if isinstance(layer, Widened) else layer for layer in layers)
+    number_attention(model, [layer for layer in inner if not isinstance(layer, Removed)])
+
+
+@torch.no_grad()
+def forget(model: PreTrainedModel, plan: Plan, seed: int) -> None:
+    """Draw the weights of all but the adapter layers anew, in place, as a fresh model's; embeddings and head stay."""
+    deviation = getattr(model.config, "initializer_range", 0.02)
+    for i, kind in enumerate(plan.kinds):
+        if kind == "adapter":
+            continue
+        for name, parameter in decoder_layers(model)[i].named_parameters():
+            if parameter.ndim > 1:
+                drawn = torch.empty(parameter.shape).normal_(0, deviation, generator=generator(seed, "forget", i, name))
+                parameter.copy_(drawn)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.fill_(1.0)
+
+
+def restore(
+    model: PreTrainedModel,
+    blocks: Tensor,
+    heldout: Tensor,
+    attack: Attack,
+    *,
+    seed: int,
+    label: str,
+    checkpoint: Checkpoint,
+) -> list[dict[str, Any]]:
+    """Train every weight in place on blocks (N, T) by cross-entropy; the loss on held-out ones by tokens seen.
+
+    `attack.points` measurements lie at even distances behind that of the start.
+    """
+    keep_freed_memory()
+    parameters = dict(model.requires_grad_(True).named_parameters())
+    optimizer = Optimizer(parameters)
+
+    def step(i: int) -> dict[str, Any]:
+        at = torch.randint(len(blocks), (attack.batch_blocks,), generator=generator(seed, "attack", i))
+        loss = gradients.backward(blocks[at], lambda part: next_token_loss(model, part))
+        optimizer.step(attack.lr * linear_warmup_decay(i, attack.steps, 0.1))
+        return {"loss": loss, "tokens": at.numel() * blocks.shape[1]}
+
+    checkpoint.resume(optimizer)  # also where nothing is left to train
+    curve = []
+    for point in range(attack.points + 1):
+        end = round(attack.steps * point / attack.points)
+        file = checkpoint.folder / f"loss-{end}.json"
+        if end and not file.exists():
+            run_steps(step, optimizer, label=label, steps=end, checkpoint=checkpoint)
+            checkpoint.save(optimizer, end)
+        loss = cached_json(file, partial(mean_loss, model, heldout))
+        curve.append({"tokens": end * attack.batch_blocks * blocks.shape[1], "loss": loss})
+    model.requires_grad_(False)
+    return curve
+
+
+def curves(found: Mapping[str, Sequence[Mapping[str, float]]], whole: float) -> list[dict[str, Any]]:
+    """Rows of all targets' curves: perplexity, and the share of the way from the package to the model that it is.
+
+    `whole` is the model's loss (nats); the way is that from the first target's first loss, in log-perplexity. Where
+    nothing was cut there is none, and the share is None.
+    """
+    start = next(iter(found.values()))[0]["loss"]
+    return [
+        {
+            "target": name,
+            "tokens": point["tokens"],
+            "perplexity": math.exp(point["loss"]),
+            "recovered": (start - point["loss"]) / (start - whole) if start != whole else None,
+        }
+        for name, curve in found.items()
+        for point in curve
+    ]

@@ -1,0 +1,35 @@
+"""How a program ends: well, or in one line and an exit code. Light to import, so that `--help` is quick."""
+
+import signal
+import sys
+from collections.abc import Callable
+
+from safetensors import SafetensorError
+
+from scaleot_core.common.errors import UserError, one_line
+from scaleot_core.common.progress import say
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run `main`; a UserError or a failing disk ends in one line and exit code 1, an interruption in 130.
+
+    SIGTERM is an interruption too, so that what is half written is removed.
+    """
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        main()
+    except UserError as error:
+        say(f"error: {error}", style="bold red")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on from the last checkpoint", style="yellow")
+        sys.exit(130)
+    except (OSError, SafetensorError) as error:  # transformers writes a model through safetensors' own error
+        name, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
+        what = f"{name or 'a file'}: {reason or one_line(error)}"
+        say(f"error: {what}; free space or mend it, then run again", style="bold red")
+        sys.exit(1)

@@ -1,0 +1,164 @@
+"""Files that appear whole or not at all, and tensors and JSON that are checked when they are read back."""
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from scaleot_core.common.distributed import is_main_process
+from scaleot_core.common.errors import UserError, one_line
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `target` when the block ends well and vanishes when it doesn't."""
+    if not is_main_process():
+        with tempfile.TemporaryDirectory() as name:
+            yield Path(name)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    old = temporary.with_name(f"{temporary.name}.old")
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if target.exists():
+            target.replace(old)
+        temporary.replace(target)
+    except BaseException:
+        if old.exists():
+            old.replace(target)
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `target` that replaces it when the block ends well."""
+    if not is_main_process():
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / target.name
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write `data` as indented JSON with sorted keys; NaN and infinity are refused (ValueError)."""
+    text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read one JSON file; UserError if it is missing or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run `dvc repro` to make it") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({one_line(error)}); make it again") from None
+
+
+def cached_json(file: Path, measure: Callable[[], Any]) -> Any:
+    """What `measure` gives, as JSON in `file`: measured if the file isn't there yet, else read back."""
+    if file.exists():
+        return read_json(file)
+    value = measure()
+    write_json(file, value)
+    return json.loads(json.dumps(value))
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line."""
+    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        for row in rows:
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read one JSON object a line; UserError names the file and the line that is not one."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({one_line(error)})") from None
+    return [row for _, row in parse_jsonl(str(path), lines)]
+
+
+def parse_jsonl(name: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each line's number, from 1, and its JSON object, blank lines aside; UserError for a line that is none."""
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{name}, line {number}: not valid JSON ({one_line(error)})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{name}, line {number}: a JSON object is needed, this is a {type(row).__name__}")
+        yield number, row
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file, read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short hash of JSON-able values and, for a Path, of the content of that file or of all files in that folder."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            files = sorted(p for p in part.rglob("*") if p.is_file()) if part.is_dir() else [part]
+            for file in files:
+                digest.update(f"{file.name}:{sha256(file)}\n".encode())
+        else:
+            digest.update(json.dumps(part, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def folder_bytes(folder: Path, suffix: str) -> int:
+    """Bytes of the files in a folder whose names end in `suffix`."""
+    return sum(file.stat().st_size for file in folder.glob(f"*{suffix}"))
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a header and rows as CSV."""
+    with atomic_file(path) as temporary, temporary.open("w", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    """Rows of a CSV by its header, numbers as numbers; UserError if it is missing."""
+
+    def value(text: str) -> Any:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+    try:
+        with path.open(newline="") as stream:
+            return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(stream)]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run `dvc repro` to make it") from None

@@ -1,0 +1,92 @@
+"""TODO-DOC common.tensors."""
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from scaleot_core.common.distributed import full_tensor, is_main_process
+from scaleot_core.common.errors import UserError, one_line
+from scaleot_core.common.files import atomic_file
+
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+}
+Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""Names of tensors with their shapes and dtypes."""
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors as one safetensors file, in sorted order so that equal tensors give equal bytes.
+
+    Split ones are put together one at a time; all processes must take part, and the first writes.
+    """
+    with atomic_file(path) as temporary:
+        writer = TensorWriter(temporary, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()})
+        for name in sorted(tensors):
+            tensor = full_tensor(tensors[name].detach())
+            if is_main_process():
+                writer.write(name, tensor)
+
+
+class TensorWriter:
+    """A safetensors file that is written tensor by tensor, in any order; names, shapes and dtypes are known before.
+
+    The same tensors give the same bytes in whatever order they come, and one at a time is in memory.
+    """
+
+    def __init__(self, path: Path, expected: Shapes) -> None:
+        header: dict[str, dict[str, Any]] = {}
+        at = 0
+        for name in sorted(expected, key=lambda n: (-expected[n][1].itemsize, n)):  # so that all are aligned
+            shape, dtype = expected[name]
+            end = at + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": shape, "data_offsets": [at, end]}
+            at = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self.expected, self.missing = expected, set(expected)
+        self.start = {name: 8 + len(text) + entry["data_offsets"][0] for name, entry in header.items()}
+        self.path = path
+        path.write_bytes(struct.pack("<Q", len(text)) + text)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Put a tensor in its place; ValueError for one that isn't as it was announced, or is there already."""
+        if name not in self.missing or self.expected[name] != (tuple(tensor.shape), tensor.dtype):
+            raise ValueError(f"{self.path}: no tensor {name!r} of shape {tuple(tensor.shape)} is to be written")
+        self.missing.remove(name)
+        with self.path.open("r+b") as stream:
+            stream.seek(self.start[name])
+            stream.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+    def check_whole(self) -> None:
+        """ValueError where a tensor wasn't written."""
+        if self.missing:
+            raise ValueError(f"{self.path}: tensor {min(self.missing)!r} was not written")
+
+
+def read_tensors(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Read a safetensors file, or its tensors whose names begin so; UserError if it is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as stream:
+            return {name: stream.get_tensor(name) for name in stream.keys() if name.startswith(prefix)}  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run `dvc repro` to make it") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a sound safetensors file ({one_line(error)}); make or fetch it again") from None
+
+
+def tensor_hash(tensor: torch.Tensor) -> str:
+    """Hex SHA-256 of a tensor's bytes."""
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()

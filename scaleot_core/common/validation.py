@@ -1,0 +1,85 @@
+"""Check values against a pydantic model, and name what is wrong in one line."""
+
+import operator
+from functools import reduce
+from typing import Any, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
+
+from scaleot_core.common.errors import UserError, one_line
+
+
+def check_range(name: str, count: int, layers: int, *, least: int, most: int) -> None:
+    """UserError where a parameter asks for fewer or more layers than a model of `layers` can give."""
+    if not least <= count <= most:
+        raise UserError(
+            f"params.yaml: {name} = {count}: the model has {layers} decoder layers; the range is {least} to {most}"
+        )
+
+
+class Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads `no` as false, which would count as 0."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("Input should not be true or false")
+        return value
+
+
+B = TypeVar("B", bound=Block)
+
+
+def _at(data: Any, location: tuple[int | str, ...]) -> Any:
+    """The value at an error's location."""
+    return reduce(operator.getitem, location, data)
+
+
+def _field(block: Any, location: tuple[int | str, ...]) -> FieldInfo | None:
+    """The declaration behind an error's location in a block, or None where no field has that name."""
+    found = None
+    for part in location:
+        if isinstance(part, int) and get_origin(block) is list:
+            found = FieldInfo.from_annotation(get_args(block)[0])
+            continue
+        fields = getattr(block, "model_fields", {})
+        if part not in fields:
+            return found
+        found = fields[part]
+        block = found.annotation
+    return found
+
+
+def _range(field: FieldInfo | None) -> str:
+    """The range of a numeric field in words, such as `; the range is 0 to 1`, or nothing."""
+    low = high = None
+    for bound in field.metadata if field else ():
+        low = getattr(bound, "ge", getattr(bound, "gt", low))
+        high = getattr(bound, "le", getattr(bound, "lt", high))
+    if high is not None:
+        return f"; the range is {low} to {high}"
+    return f"; the least is {low}" if low is not None else ""
+
+
+def validate_block(kind: type[B], data: Any) -> B:
+    """Values as a block of parameters, or as all; UserError names the first key that is wrong, its value and range."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        first = min(
+            errors, key=lambda found: found["type"] != "extra_forbidden"
+        )  # a mistyped key explains a missing one
+        location = first["loc"]
+        if location[-1:] == (0,) and not isinstance(_at(data, location[:-1]), list):
+            location = location[:-1]  # a single value may stand for a list of one
+        key = ".".join(str(part) for part in location) or "the file"
+        if first["type"] == "extra_forbidden":
+            raise UserError(f"{key} is no parameter; correct its name or delete it") from None
+        if first["type"] == "missing":
+            raise UserError(f"{key} is missing; add it (params.yaml in the repository shows how)") from None
+        message = one_line(ValueError(first["msg"])).removeprefix("Value error, ")
+        raise UserError(f"{key} = {first['input']!r}: {message}{_range(_field(kind, first['loc']))}") from None

@@ -1,0 +1,46 @@
+"""TODO-DOC compression.channels."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from scaleot_core.compression.low_rank import linear, weight_of
+from scaleot_core.compression.svd import damped
+from scaleot_core.models.families import decoder_layers, family
+
+
+def channels_of(model: PreTrainedModel, index: int) -> int:
+    """How many channels one layer's feed-forward part has."""
+    return len(weight_of(decoder_layers(model)[index].get_submodule(family(model.config).feed_forward_in[0]))[0])
+
+
+def select_channels(weight: Tensor, covariance: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` channels that carry most of what a matrix (D, f) gives out, ascending, and what takes its place.
+
+    Of channels with the covariance C (f, f) those of the largest C_cc · ‖w_c‖², as in Wanda (Sun et al., ICLR 2024),
+    by channel; the matrix (D, count) makes up for the others by least squares, as in channel pruning (He et al., ICCV
+    2017).
+    """
+    whole = weight.double()
+    carried = covariance.diagonal().double() * whole.square().sum(0)
+    kept = carried.argsort(descending=True, stable=True)[:count].sort().values
+    covariance = damped(covariance)
+    refitted = torch.linalg.solve(covariance[kept][:, kept], covariance[kept] @ whole.T).T
+    return kept, refitted.to(weight.dtype)
+
+
+@torch.no_grad()
+def prune_channels(model: PreTrainedModel, index: int, kept: Tensor, refitted: Tensor | None = None) -> None:
+    """Leave some channels of one layer's feed-forward part, in place; `kept` are their numbers, ascending.
+
+    `refitted` (D, number of them) takes the place of what the matrix that takes the channels has for them. Works on the
+    meta device too.
+    """
+    layer, names = decoder_layers(model)[index], family(model.config)
+    for into in names.feed_forward_in:
+        weight, bias = weight_of(layer.get_submodule(into))
+        at = kept.to(weight.device)
+        layer.set_submodule(into, linear(weight[at], None if bias is None else bias[at]))
+    weight, bias = weight_of(layer.get_submodule(names.feed_forward_out))
+    left = weight[:, kept.to(weight.device)] if refitted is None else refitted
+    layer.set_submodule(names.feed_forward_out, linear(left, bias))

@@ -1,0 +1,144 @@
+"""The emulator: a model whose layers are what a plan says, in place (method section 3); adapters plugged in."""
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from scaleot_core.common.errors import UserError
+from scaleot_core.common.tensors import Shapes
+from scaleot_core.compression.channels import channels_of, prune_channels
+from scaleot_core.compression.harmonizer import Harmonizer
+from scaleot_core.compression.plan import DECODER_KINDS, LayerKind, Plan
+from scaleot_core.compression.rank_compression import compress_layer
+from scaleot_core.compression.svd import Decompose, empty_factors
+from scaleot_core.models.families import attention, decoder_layers, family
+
+
+def apply_plan(
+    model: PreTrainedModel, plan: Plan, decompose: Decompose, channels: Mapping[int, Tensor] | None = None
+) -> None:
+    """Give a model's layers the modules that the plan asks for, in place and frozen: [A, E*].
+
+    `channels` are the feed-forward channels that a layer keeps, where it is cut there. ValueError for a cut that the
+    model has no room for.
+    """
+    layers, channels = decoder_layers(model), channels or {}
+    size = model.config.hidden_size
+    for i, kind in enumerate(plan.kinds):
+        if kind == "harmonizer":
+            like = next(layers[i].parameters())
+            layers[i] = Harmonizer(size, plan.harmonizer).to(device=like.device, dtype=like.dtype)
+        elif kind == "removed":
+            layers[i] = Removed()
+        elif kind == "compressed":
+            compress_layer(model, i, ranks=plan.ranks(model, i), decompose=decompose)
+            if cut := plan.cuts.get(i):
+                if cut.channels > channels_of(model, i):
+                    raise ValueError(f"layer {i} has {channels_of(model, i)} feed-forward channels, not {cut.channels}")
+                prune_channels(model, i, channels.get(i, torch.arange(cut.channels)))
+    for i, other in plan.like.items():
+        layers[i] = copy.deepcopy(layers[other])
+    number_attention(model, [layers[i] for i, kind in enumerate(plan.kinds) if kind in DECODER_KINDS])
+    model.requires_grad_(False)
+
+
+def number_attention(model: PreTrainedModel, layers: Iterable[nn.Module]) -> None:
+    """Number the decoder layers that have attention, in their order: a key-value cache counts those that use it."""
+    for number, layer in enumerate(layers):
+        attention(model.config, layer).layer_idx = number  # type: ignore[assignment]
+
+
+class Removed(nn.Module):
+    """Where a layer was: hidden states (B, T, D) go through as they are."""
+
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        return hidden_states
+
+
+def part_of(name: str, layers_path: str, plan: Plan) -> str:
+    """The file that a tensor belongs in: by the kind of its layer, or `base` for embeddings, norm and head."""
+    if not name.startswith(f"{layers_path}."):
+        return "base"
+    return plan.kinds[int(name.removeprefix(f"{layers_path}.").split(".")[0])]
+
+
+def layer_parameters(model: PreTrainedModel, plan: Plan, kind: LayerKind) -> dict[str, nn.Parameter]:
+    """The parameters of the layers of one kind, by their names in the model. Offsite tuning trains the adapters'."""
+    path = family(model.config).layers
+    return {name: p for name, p in model.named_parameters() if part_of(name, path, plan) == kind}
+
+
+def plug_in(model: PreTrainedModel, plan: Plan, tensors: dict[str, Tensor], kind: LayerKind = "adapter") -> None:
+    """Put tuned tensors into the layers of one kind: adapters into the emulator or the real model, in place.
+
+    They must be all that the plan's layers of that kind have and nothing else; UserError names one that isn't.
+    """
+    parameters = layer_parameters(model, plan, kind)
+    for name in sorted(parameters.keys() | tensors.keys()):
+        here, given = parameters.get(name), tensors.get(name)
+        if here is None or given is None or here.shape != given.shape:
+            raise UserError(
+                f"{kind} tensor {name!r} is missing, foreign or of another shape; tune the adapter on this package"
+            )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+PARTS = ("base", "adapter", "harmonizer", "compressed")  # a package's files of tensors
+
+
+def package_tensors(model: PreTrainedModel, plan: Plan) -> Iterator[tuple[str, Tensor]]:
+    """What a package has of an emulator, by its names: a tied head once, and a shared layer where it comes from."""
+    path, tied = family(model.config).layers, set(model.all_tied_weights_keys)
+    return ((n, t) for n, t in model.state_dict().items() if n not in tied and part_of(n, path, plan) in PARTS)
+
+
+def meta_emulator(config: PretrainedConfig, plan: Plan, *, buffers_too: bool) -> PreTrainedModel:
+    """An emulator without weights; buffers are computed, unless they too are to take no memory."""
+    with init_empty_weights(include_buffers=buffers_too):
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+        apply_plan(model, plan, empty_factors)
+    return model
+
+
+def tensor_shapes(model: PreTrainedModel, plan: Plan) -> dict[str, Shapes]:
+    """What each file of a package has of an emulator: names, shapes and dtypes of its tensors."""
+    path = family(model.config).layers
+    found: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {}
+    for name, tensor in package_tensors(model, plan):
+        found.setdefault(part_of(name, path, plan), {})[name] = (tuple(tensor.shape), tensor.dtype)
+    return dict(found)
+
+
+def plan_bytes(config: PretrainedConfig, plan: Plan) -> int:
+    """Bytes of the tensors that a package of a model with this plan has."""
+    parts = tensor_shapes(meta_emulator(config, plan, buffers_too=True), plan).values()
+    return sum(math.prod(shape) * dtype.itemsize for part in parts for shape, dtype in part.values())
+
+
+def assemble(
+    config: PretrainedConfig, plan: Plan, tensors: Iterable[tuple[str, Tensor]], *, device: torch.device
+) -> PreTrainedModel:
+    """An emulator, frozen, from its tensors, which are all that a package has."""
+    model, found = meta_emulator(config, plan, buffers_too=False), dict(tensors)
+    path = family(config).layers
+    for other in set(plan.like.values()):  # one copy for all that share it: an adapter layer's own will move
+        own = f"{path}.{other}."
+        copies = {name.removeprefix(own): t.clone() for name, t in found.items() if name.startswith(own)}
+        for i in (i for i, source in plan.like.items() if source == other):
+            found |= {f"{path}.{i}.{name}": tensor for name, tensor in copies.items()}
+    model.load_state_dict(found, strict=False, assign=True)
+    model.tie_weights()
+    model.to(device)  # type: ignore[arg-type]
+    return model.eval().requires_grad_(False)

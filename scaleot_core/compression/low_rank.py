@@ -1,0 +1,70 @@
+"""TODO-DOC compression.low_rank."""
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+class LowRankLinear(nn.Module):
+    """y = left · (right · x) + bias, with left (out, r) and right (r, in): a linear map of rank r as two factors."""
+
+    def __init__(self, left: Tensor, right: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.left = nn.Parameter(left, requires_grad=False)
+        self.right = nn.Parameter(right, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        return nn.functional.linear(nn.functional.linear(x, self.right), self.left, self.bias)
+
+
+class FusedProjection(nn.Module):
+    """Projections of one input side by side, as GPT-2's c_attn gives q, k and v: (..., in) to (..., sum of outs).
+
+    With `runs` above one their outputs alternate: the first run of each, then the second of each, as in GPT-NeoX.
+    """
+
+    def __init__(self, parts: list[nn.Module], runs: int) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.runs = runs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([part(x).unflatten(-1, (self.runs, -1)) for part in self.parts], dim=-2).flatten(-3)
+
+
+def dense(module: LowRankLinear) -> nn.Linear:
+    """The same map as one matrix."""
+    return linear(module.left @ module.right, module.bias)
+
+
+def part_rows(out: int, fused: int, runs: int) -> list[Tensor]:
+    """Which of a fused projection's outputs are each matrix's."""
+    return [part.flatten() for part in torch.arange(out).unflatten(0, (runs, fused, -1)).unbind(1)]
+
+
+def split_projection(module: nn.Linear | Conv1D, fused: int, runs: int) -> list[tuple[Tensor, Tensor | None]]:
+    """A projection's matrices (out, in) and biases, cut apart where several are fused."""
+    weight, bias = weight_of(module)
+    if fused == 1:
+        return [(weight, bias)]
+    rows = [part.to(weight.device) for part in part_rows(len(weight), fused, runs)]
+    return [(weight[part], None if bias is None else bias[part]) for part in rows]
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(
+        weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device, dtype=weight.dtype
+    )
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+        if bias is not None:
+            linear.bias.copy_(bias)
+    return linear.requires_grad_(False)
+
+
+def weight_of(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """A matrix (out, in) and its bias."""
+    assert isinstance(module, nn.Linear | Conv1D)
+    return module.weight.T if isinstance(module, Conv1D) else module.weight, module.bias

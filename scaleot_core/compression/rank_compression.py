@@ -1,0 +1,80 @@
+"""Selective Rank Compression: the attention projections cut to a lower rank by truncated SVD (method section 4).
+
+And, beyond the paper, the feed-forward part to fewer channels.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from scaleot_core.compression.low_rank import FusedProjection, LowRankLinear, linear, split_projection, weight_of
+from scaleot_core.compression.svd import Decompose, Factors
+from scaleot_core.models.families import attention, decoder_layers, family, fused_runs, projection_name
+
+
+def target_rank(full: int, beta: float, semantics: str) -> int:
+    """The rank that is left of `full` = min(rows, columns): max(1, round((1 − β) · full)), β the share removed.
+
+    `semantics` is "removed" as above, or "kept" for β as the share that is kept. Rounding is half up.
+    """
+    share = 1 - beta if semantics == "removed" else beta
+    return max(1, math.floor(round(share * full, 9) + 0.5))
+
+
+def _truncated(weight: Tensor, bias: Tensor | None, rank: int, factors: Callable[[Tensor], Factors]) -> nn.Module:
+    """One matrix at a rank: as it is where nothing is cut, two factors where that is smaller, else dense."""
+    if rank >= min(weight.shape):
+        return linear(weight, bias)
+    left, right = factors(weight.detach())
+    left, right = left[:, :rank].to(weight.dtype).contiguous(), right[:rank].to(weight.dtype).contiguous()
+    if rank * sum(weight.shape) < weight.numel():
+        return LowRankLinear(left, right, None if bias is None else bias.detach().clone())
+    return linear(left @ right, bias)
+
+
+def matrix_shapes(model: PreTrainedModel, index: int) -> dict[str, list[tuple[int, int]]]:
+    """Shapes (out, in) of the matrices in one layer's attention projections, by the projection's name."""
+    block, shapes = attention(model.config, decoder_layers(model)[index]), {}
+    for name, fused in family(model.config).projections.items():
+        out, into = weight_of(block.get_submodule(name))[0].shape
+        shapes[name] = [(out // fused, into)] * fused
+    return shapes
+
+
+def target_ranks(model: PreTrainedModel, index: int, *, beta: float, semantics: str) -> dict[str, list[int]]:
+    """The ranks that β leaves of the matrices in one layer's attention projections, by the projection's name."""
+    return {
+        name: [target_rank(min(shape), beta, semantics) for shape in shapes]
+        for name, shapes in matrix_shapes(model, index).items()
+    }
+
+
+def compress_layer(
+    model: PreTrainedModel, index: int, *, ranks: Mapping[str, Sequence[int]], decompose: Decompose
+) -> None:
+    """Cut the attention projections of one decoder layer to some ranks, in place; ValueError for ranks of others.
+
+    Works on the meta device too, with `decomposition.shapes`. A projection of which nothing is cut is left untouched,
+    so that β = 0 is the model itself.
+    """
+    block, runs = attention(model.config, decoder_layers(model)[index]), fused_runs(model.config)
+    full = {name: [min(shape) for shape in shapes] for name, shapes in matrix_shapes(model, index).items()}
+    if {name: len(each) for name, each in full.items()} != {name: len(each) for name, each in ranks.items()}:
+        raise ValueError(f"layer {index} has projections {', '.join(full)}, and ranks for others are given")
+    for name, fused in family(model.config).projections.items():
+        if all(rank >= whole for rank, whole in zip(ranks[name], full[name], strict=True)):
+            continue
+        module = block.get_submodule(name)
+        assert isinstance(module, nn.Linear | Conv1D)
+        where = projection_name(model.config, index, name)
+        parts = [
+            _truncated(weight, bias, rank, partial(decompose, where, k))
+            for k, (rank, (weight, bias)) in enumerate(
+                zip(ranks[name], split_projection(module, fused, runs), strict=True)
+            )
+        ]
+        setattr(block, name, parts[0] if fused == 1 else FusedProjection(parts, runs))

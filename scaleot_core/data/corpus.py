@@ -1,0 +1,138 @@
+"""Public text packed into blocks of tokens, some of them held out for perplexity."""
+
+import io
+import re
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from scaleot_core.common.errors import UserError, one_line
+from scaleot_core.common.files import parse_jsonl
+from scaleot_core.common.runtime import generator
+
+SUFFIXES = (".jsonl", ".jsonl.zst", ".txt")
+SHUFFLED = 10_000  # passages that are held to draw the next one from: a stream is never read whole
+
+
+def read_text(source: str) -> Iterator[str]:
+    """Passages of a file, of all such files in a folder, or of a hub data set, streamed.
+
+    Files are .jsonl or .jsonl.zst (field `text`), as the Pile's shards are, and .txt (parted by blank lines).
+    UserError for a file or data set that can't be read, and for a row without text.
+    """
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES))
+        if not files:
+            raise UserError(f"params.yaml: data.corpus = {source!r}: no {', '.join(SUFFIXES)} file is in that folder")
+        for file in files:
+            yield from read_text(str(file))
+    elif source.endswith(".txt"):
+        yield from _read_txt(path)
+    elif source.endswith(SUFFIXES):
+        yield from _texts(source, (row for _, row in parse_jsonl(source, _lines(path))))
+    else:
+        yield from _texts(source, _stream(source))
+
+
+def _texts(source: str, rows: Iterable[object]) -> Iterator[str]:
+    for number, row in enumerate(rows, start=1):
+        text = row.get("text") if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            raise UserError(f"{source}, row {number}: the field `text` is missing or no text; data.corpus needs it")
+        yield text
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a file that may be compressed, as they are read."""
+    import pyarrow
+
+    try:
+        with pyarrow.input_stream(str(path), compression="detect") as stream:
+            yield from io.TextIOWrapper(stream, encoding="utf-8", newline="\n")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; correct data.corpus in params.yaml") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({one_line(error)})") from None
+    except OSError as error:  # a damaged archive
+        raise UserError(f"{path}: it can't be read to its end ({one_line(error)}); fetch it again") from error
+
+
+def _read_txt(path: Path) -> list[str]:
+    try:
+        return re.split(r"\n\s*\n", path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; correct data.corpus in params.yaml") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({one_line(error)})") from None
+
+
+def _stream(source: str) -> Iterator[object]:
+    """Rows of a hub data set's training split, as they arrive."""
+    from datasets import load_dataset
+
+    try:
+        yield from load_dataset(source, split="train", streaming=True)
+    except Exception as error:  # the network, the hub and each file format have their own types
+        raise UserError(f"params.yaml: data.corpus = {source!r}: it can't be loaded ({one_line(error)})") from error
+
+
+def _shuffled(passages: Iterable[str], seed: int) -> Iterator[str]:
+    """Passages in seeded order, each drawn from the next `SHUFFLED` that are left."""
+    stream, draw = iter(passages), generator(seed, "corpus")
+    held = list(islice(stream, SHUFFLED))
+    while held:
+        i = int(torch.randint(len(held), (), generator=draw))
+        held[i], passage = held[-1], held[i]
+        held.pop()
+        held.extend(islice(stream, 1))
+        yield passage
+
+
+def pack(
+    passages: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    block_size: int,
+    train_blocks: int,
+    heldout_blocks: int,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Training and held-out blocks, (N, T) int32 each, of shuffled passages joined by the end-of-text token.
+
+    A passage goes wholly to one part, and one that comes again is left out. Held-out blocks are filled first, so that
+    they stay the same whatever the training size; reading stops when both parts are full. UserError for no text, for
+    too little of it, and for a tokenizer without an end-of-text token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError("params.yaml: model: its tokenizer has no end-of-text token to join passages with; use another")
+    wanted = {"data.heldout_blocks": heldout_blocks, "data.train_blocks": train_blocks}
+    stream, seen = _shuffled(passages, seed), set[str]()
+    parts = []
+    for parameter, blocks in wanted.items():
+        tokens: list[int] = []
+        while len(tokens) < blocks * block_size:
+            passage = next(stream, None)
+            if passage is None:
+                raise _too_little(parameter, blocks, len(tokens) // block_size, block_size, empty=not seen)
+            key = " ".join(passage.split())
+            if key and key not in seen:
+                seen.add(key)
+                tokens += [*tokenizer(passage, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        parts.append(torch.tensor(tokens[: blocks * block_size], dtype=torch.int32).view(blocks, block_size))
+    heldout, train = parts
+    return train, heldout
+
+
+def _too_little(parameter: str, wanted: int, have: int, block_size: int, *, empty: bool) -> UserError:
+    if empty:
+        return UserError("params.yaml: data.corpus: there is no text in it; name a corpus that has some")
+    beside = " beside the held-out ones" if parameter == "data.train_blocks" else ""
+    return UserError(
+        f"params.yaml: {parameter} = {wanted}: the corpus gives {have} blocks of {block_size} tokens{beside}; "
+        f"lower {parameter} or give more text"
+    )

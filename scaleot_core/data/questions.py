@@ -1,0 +1,170 @@
+"""A task's questions, split: disjoint training and evaluation parts, embedded, from the hub, or from a folder."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scaleot_core.common.errors import UserError, one_line
+from scaleot_core.common.files import read_jsonl
+from scaleot_core.common.progress import say
+from scaleot_core.common.runtime import generator
+from scaleot_core.data import embedded
+from scaleot_core.evaluation.tasks import evaluated_split, task_config
+
+Row = dict[str, Any]
+# What doesn't tell two questions apart: their numbers, and the answers, which might be given two ways.
+NON_CONTENT_FIELDS = {"id", "idx", "ind", "source_id", "example_id", "label", "answerKey", "answer", "answers"}
+
+
+def _key(row: Row) -> str:
+    """A question as text, to find it again: its content with case, spacing, number and answer aside."""
+    content = {name: value for name, value in row.items() if name not in NON_CONTENT_FIELDS}
+    return json.dumps(embedded.plain(content), sort_keys=True, ensure_ascii=False, default=str)
+
+
+def _shuffled(rows: list[Row], seed: int, part: str) -> list[Row]:
+    """The rows in seeded order, each question once: where it first stands."""
+    unique: dict[str, Row] = {}
+    for row in rows:
+        unique.setdefault(_key(row), row)
+    order = torch.randperm(len(unique), generator=generator(seed, "questions", part)).tolist()
+    kept = list(unique.values())
+    return [kept[i] for i in order]
+
+
+def split(rows: list[Row], *, train: int, evaluate: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """Cut one set of rows into at most `train` and `evaluate` of them, with no question in both.
+
+    Evaluation is filled first, so that it stays the same whatever the training size. UserError where nothing is left
+    to train on.
+    """
+    shuffled = _shuffled(rows, seed, "split")
+    if len(shuffled) <= evaluate:
+        raise UserError(
+            f"params.yaml: data.eval_questions = {evaluate}: there are {len(shuffled)} questions, so none is left "
+            "to train on; lower it"
+        )
+    return shuffled[evaluate : evaluate + train], shuffled[:evaluate]
+
+
+def cut(
+    train_rows: list[Row], eval_rows: list[Row], *, train: int, evaluate: int, seed: int
+) -> tuple[list[Row], list[Row]]:
+    """Cut two official splits to size; a training question that the evaluation split also has is dropped."""
+    evaluated = {_key(row) for row in eval_rows}
+    training = [row for row in _shuffled(train_rows, seed, "train") if _key(row) not in evaluated]
+    return training[:train], _shuffled(eval_rows, seed, "evaluation")[:evaluate]
+
+
+def local(folder: Path, task: str) -> tuple[list[Row], list[Row]]:
+    """Both splits of `<folder>/<task>/`: train.jsonl, and validation.jsonl or, without one, test.jsonl.
+
+    UserError for a missing or malformed file, and for a row that lacks a field which others have.
+    """
+    validation, test = folder / task / "validation.jsonl", folder / task / "test.jsonl"
+    evaluated = test if test.is_file() and not validation.is_file() else validation
+    return _rows(folder / task / "train.jsonl"), _rows(evaluated)
+
+
+def _rows(file: Path) -> list[Row]:
+    rows = read_jsonl(file)
+    names = {name for row in rows for name in row}
+    for number, row in enumerate(rows, start=1):
+        if row.keys() != names:
+            raise UserError(f"{file}, row {number}: the field `{min(names - row.keys())}` is missing; add it")
+    return rows
+
+
+def _group_by_article(rows: list[Row]) -> list[Row]:
+    """RACE's questions put together by article, as lm-eval's data set has them."""
+    articles: dict[str, list[Row]] = {}
+    for row in rows:
+        problem = {name: row[name] for name in ("question", "answer", "options")}
+        articles.setdefault(row["article"], []).append(problem)
+    return [{"article": article, "problems": repr(problems)} for article, problems in articles.items()]
+
+
+# Where the hub has training questions that lm-eval's own data set lacks, and how they become its rows.
+HUB_OVERRIDES = {"race": ("ehovy/race", "high", "train", _group_by_article)}
+
+
+def check(source: str, task: str) -> None:
+    """UserError where a task is unknown, can't be tuned and scored, or has no questions to tune on at that source."""
+    config = task_config(task)
+    if source == "hub" and config["training_split"] is None and task not in HUB_OVERRIDES:
+        raise UserError(f"task {task!r} has no training split, so nothing can be tuned on it")
+
+
+def training(task: str) -> list[Row]:
+    """A task's training questions from the hub; UserError where it has none, or they can't be loaded."""
+    from datasets import load_dataset
+
+    check("hub", task)
+    config = task_config(task)
+    path, name, split, regroup = HUB_OVERRIDES.get(
+        task, (config["dataset_path"], config.get("dataset_name"), config["training_split"], None)
+    )
+    options = {} if regroup else config.get("dataset_kwargs") or {}
+    with _reachable(path):
+        rows = load_dataset(path, name, split=split, **options).to_list()
+    return regroup(rows) if regroup else rows
+
+
+def hub(task: str) -> tuple[list[Row], list[Row]]:
+    """The training split and the evaluated one that lm-eval's definition of the task names, from the hub.
+
+    UserError for an unknown task and for a data set that can't be loaded.
+    """
+    from datasets import load_dataset
+
+    config = task_config(task)
+    path, options = config["dataset_path"], config.get("dataset_kwargs") or {}
+    with _reachable(path):
+        rows = load_dataset(path, config.get("dataset_name"), split=evaluated_split(config), **options).to_list()
+    return training(task), rows
+
+
+@contextmanager
+def _reachable(path: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the network, the hub and each file format have their own types
+        raise UserError(f"{path} can't be loaded from the hub ({one_line(error)})") from error
+
+
+def _drop_empty(task: str, rows: list[Row]) -> list[Row]:
+    """The rows without those that have nothing in them, such as a page of WikiText's validation split on the hub."""
+    filled = [row for row in rows if any(str(value).strip() for value in row.values())]
+    if len(filled) < len(rows):
+        say(f"task {task}: {len(rows) - len(filled)} of {len(rows)} rows are empty and left out", style="yellow")
+    return filled
+
+
+def load(
+    source: str, task: str, *, wheel: Path | None, train: int, evaluate: int, seed: int
+) -> tuple[list[Row], list[Row]]:
+    """At most `train` training and `evaluate` evaluation rows of a task, in the fields of its hub data set.
+
+    `source` is `embedded` (then `wheel` holds them), `hub`, or a folder; none stands in for another. UserError where a
+    source can't be read or a part comes out empty.
+    """
+    try:
+        if source == "embedded":
+            assert wheel is not None
+            parts = split(embedded.questions(wheel, task), train=train, evaluate=evaluate, seed=seed)
+        else:
+            given = hub(task) if source == "hub" else local(Path(source), task)
+            filled = [_drop_empty(task, rows) for rows in given]
+            parts = cut(*filled, train=train, evaluate=evaluate, seed=seed)
+    except UserError as error:
+        raise UserError(f"task {task}: {error}") from error
+    for name, rows in zip(("training", "evaluation"), parts, strict=True):
+        if not rows:
+            raise UserError(f"task {task}: params.yaml: data.source = {source!r} has no {name} question")
+    if len(parts[1]) < 2:
+        raise UserError(f"task {task}: a standard error needs two evaluation questions; raise data.eval_questions")
+    return parts

@@ -1,0 +1,153 @@
+"""Evaluation, all of it lm-eval's own: `simple_evaluate` over the model in memory (method section 6)."""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from scaleot_core.common.errors import UserError
+from scaleot_core.common.progress import Tick, progress, say
+from scaleot_core.evaluation.tasks import OWN_TASKS, Rows, answer_pairs, load_task, metric_name, metrics, right_choices
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+    from lm_eval.models.huggingface import HFLM
+
+
+def lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 1, label: str = "") -> "HFLM":
+    """lm-eval's view of a model in memory: it encodes, batches and scores, with our progress in place of its own."""
+    from lm_eval.models.huggingface import HFLM
+
+    class View(HFLM):
+        tick: Tick
+
+        def _watched(self, score: Callable[..., list[Any]], requests: list[Any], batches: int) -> list[Any]:
+            with progress(label, batches) as self.tick:
+                return score(requests, disable_tqdm=True)
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            return self._watched(super().loglikelihood, requests, math.ceil(len(requests) / batch_size))
+
+        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+            windows = sum(math.ceil(len(self.tok_encode(r.args[0])) / self.max_length) for r in requests)
+            self.batch_size_per_gpu = 1  # lm-eval pads texts to the longest in a batch
+            try:
+                return self._watched(super().loglikelihood_rolling, requests, windows)
+            finally:
+                self.batch_size_per_gpu = batch_size
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+            return self._watched(super().generate_until, requests, math.ceil(len(requests) / batch_size))
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **options: Any) -> Any:
+            return super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)
+
+        def _model_call(self, inps: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+            logits = super()._model_call(inps, *args, **options)
+            self.tick(tokens=inps.numel())
+            return logits
+
+        def _model_generate(self, context: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+            made = super()._model_generate(context, *args, **options)
+            self.tick(tokens=made.numel())
+            return made
+
+    return View(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Mapping[str, Rows],
+    *,
+    batch_size: int,
+    label: str,
+) -> dict[str, dict[str, Any]]:
+    """Zero-shot figures of a model on each task's questions.
+
+    Per task: lm-eval's own metrics, such as `acc`, `exact_match` or `word_perplexity`, each with its `_stderr`;
+    `answer_nll`, the mean negative log-likelihood (nats) of the right answer (the likeliest, where several are right),
+    summed over its tokens, or, of texts that are scored as a whole, `token_perplexity`; the number of `questions`; the
+    task's `version`. `tasks.metrics` lists them. Of several processes the first alone gets figures.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    for name, rows in questions.items():
+        if len(rows) < 2:
+            raise UserError(f"task {name}: a standard error needs two questions; raise data.eval_questions")
+    say(f"{label}: {', '.join(f'{name} ({len(rows)} questions)' for name, rows in questions.items())}")
+    tasks = {name: load_task(name, rows, rows) for name, rows in questions.items()}
+    view = lm(model, tokenizer, batch_size, label)
+    results = simple_evaluate(
+        model=view,
+        tasks=list(tasks.values()),
+        task_manager=TaskManager(include_path=str(OWN_TASKS), include_defaults=False),  # the default one takes 10 s
+        num_fewshot=0,
+        bootstrap_iters=100,  # accuracies have a closed form; only a value above zero is needed
+        log_samples=True,
+    )
+    if results is None:  # lm-eval has figures for the first of several processes alone
+        return {}
+    return {name: _figures(results, name, task, view) for name, task in tasks.items()}
+
+
+def _figures(results: dict[str, Any], name: str, task: "Task", view: "HFLM") -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    filters = [entry["name"] for entry in task.config.filter_list or [{"name": "none"}]]
+    for key, value in results["results"][name].items():
+        metric, _, by = key.partition(",")
+        if by in filters and isinstance(value, float):
+            stem = metric.removesuffix("_stderr")
+            figures[metric_name(stem, by if len(filters) > 1 else "none") + metric.removeprefix(stem)] = value
+    samples = [sample for sample in results["samples"][name] if sample["filter"] == filters[0]]
+    ours = _of_texts(samples, task, view) if task.OUTPUT_TYPE == "loglikelihood_rolling" else _nll(samples, task, view)
+    return figures | ours | {"questions": len(samples), "version": results["versions"][name]}
+
+
+def _nll(samples: list[dict[str, Any]], task: "Task", view: "HFLM") -> dict[str, float]:
+    """The right answers' negative log-likelihood: from the choices that were scored, else scored now."""
+    if task.OUTPUT_TYPE == "multiple_choice":
+        nll = [
+            -max(float(sample["filtered_resps"][choice][0]) for choice in right_choices(task, sample["doc"]))
+            for sample in samples
+        ]
+    else:
+        from lm_eval.api.instance import Instance
+
+        pairs = answer_pairs(task, view.tokenizer, context_length=view.max_length, part="evaluation")
+        asked = [Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0) for pair in pairs]
+        nll = [-value for value, _ in view.loglikelihood(asked)]
+    _check_finite(task, nll)
+    return {"answer_nll": statistics.fmean(nll), "answer_nll_stderr": statistics.stdev(nll) / len(nll) ** 0.5}
+
+
+def _check_finite(task: "Task", values: list[float]) -> None:
+    if not all(map(math.isfinite, values)):
+        name = task.config.task
+        raise UserError(f"task {name}: a likelihood is not finite; mend the model's weights or use dtype float32")
+
+
+def _of_texts(samples: list[dict[str, Any]], task: "Task", view: "HFLM") -> dict[str, float]:
+    """Perplexity per token, and the standard errors, which lm-eval doesn't give, of all figures of texts.
+
+    Each is a ratio of two sums over texts, nll by words, bytes or tokens, with a ratio estimator's error.
+    """
+    found: dict[str, float] = {}
+    nll = [-float(sample["filtered_resps"][0]) for sample in samples]
+    _check_finite(task, nll)
+    units = {
+        metric: [float(sample[metric][1]) for sample in samples]
+        for metric in metrics(task)
+        if all(isinstance(sample.get(metric), tuple) for sample in samples)
+    }
+    units["token_perplexity"] = [float(len(view.tok_encode(str(task.doc_to_target(s["doc"]))))) for s in samples]
+    for metric, counts in units.items():
+        ratio = sum(nll) / sum(counts)
+        apart = [one - ratio * count for one, count in zip(nll, counts, strict=True)]
+        error = math.sqrt(len(apart) / (len(apart) - 1) * sum(value**2 for value in apart)) / sum(counts)
+        found[f"{metric}_stderr"] = error / math.log(2) if metric == "bits_per_byte" else math.exp(ratio) * error
+    return found | {"token_perplexity": math.exp(sum(nll) / sum(units["token_perplexity"]))}

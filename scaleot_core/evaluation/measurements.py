@@ -1,0 +1,60 @@
+"""The five measurements put together: gap and recovery, the table a person reads, CSV for DVC's plots."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MEASUREMENTS = ("zero_shot", "full_finetune", "emulator_zero_shot", "emulator_finetune", "plug_in")
+Measured = Mapping[str, Any]
+"""Of one task the five measurements, each with its figures, and what they are: `metrics` and `less_is_better`."""
+
+
+def _values(measured: Measured, metric: str) -> dict[str, float]:
+    """The five measurements in one metric, with the sign turned where less is better, as in a perplexity."""
+    sign = -1 if metric in measured["less_is_better"] else 1
+    return {name: sign * measured[name][metric] for name in MEASUREMENTS}
+
+
+def utility(measured: Measured) -> dict[str, dict[str, float | None]]:
+    """Gap and recovery of one task (method, "The two parties"), in each of its `metrics`.
+
+    Gap = plug_in − emulator_finetune; recovery = (plug_in − zero_shot) / (full_finetune − zero_shot), None where full
+    fine-tuning gained nothing. More is better in both, whatever the metric.
+    """
+    found: dict[str, dict[str, float | None]] = {"gap": {}, "recovery": {}}
+    for metric in measured["metrics"]:
+        value = _values(measured, metric)
+        ceiling = value["full_finetune"] - value["zero_shot"]
+        found["gap"][metric] = value["plug_in"] - value["emulator_finetune"]
+        found["recovery"][metric] = (value["plug_in"] - value["zero_shot"]) / ceiling if ceiling > 0 else None
+    return found
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Their mean, None where there is none or one is undefined, as a recovery may be."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known and len(known) == len(values) else None
+
+
+def over_seeds(values: Sequence[float | None]) -> tuple[float, float | None] | None:
+    """Mean and, of several, its standard error; None where a seed has no figure, as an undefined recovery."""
+    known, middle = [value for value in values if value is not None], mean(values)
+    if middle is None:
+        return None
+    return middle, statistics.stdev(known) / len(known) ** 0.5 if len(known) > 1 else None
+
+
+def judged_by(measured: Measured) -> list[str]:
+    """The metrics that a task is judged by: its first, and the last, which is the least noisy."""
+    return list(dict.fromkeys([measured["metrics"][0], measured["metrics"][-1]]))
+
+
+def misordered(measured: Measured) -> list[str]:
+    """What is not as the method promises, in the metrics that count; an empty list is the promise kept."""
+    wrong = []
+    for metric in judged_by(measured):
+        value = _values(measured, metric)
+        for lower in ("zero_shot", "emulator_finetune"):
+            if value["plug_in"] <= value[lower]:
+                wrong.append(f"plug_in is not better than {lower} in {metric}")
+    return wrong

@@ -1,0 +1,108 @@
+"""What crosses between the two parties: a folder, or one archive of it, with a manifest that is checked before use.
+
+Everything that comes from the other side is hostile until it was checked: only listed files of known names, no links,
+no pickle, JSON within bounds, hashes before content, shapes before memory, finite numbers. A refusal is a UserError.
+"""
+
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from scaleot_core.common.errors import UserError, one_line, printable
+from scaleot_core.common.files import sha256, write_json
+from scaleot_core.exchange.untrusted import read_untrusted_json
+
+MANIFEST = "manifest.json"
+LARGEST_TOKENIZER = 2**26  # bytes of one of the tokenizer's files
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Entry(BaseModel):
+    """A file as the manifest lists it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Hash
+
+
+class Manifest(BaseModel):
+    """What every manifest has; a subclass is one format."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    format: str
+    """Which format this is."""
+    format_version: int
+    """Its version."""
+    files: Annotated[dict[str, Entry], Field(max_length=16)]
+    """Every file beside the manifest."""
+
+
+M = TypeVar("M", bound=Manifest)
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write a folder's manifest, with all other files in it listed."""
+    files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(folder.iterdir())}
+    write_json(folder / MANIFEST, {**manifest, "files": files})
+
+
+def copy_files(source: Path, folder: Path, manifest: Manifest, **changes: Any) -> None:
+    """Copy what a checked manifest lists into an empty folder, with some of the manifest's own fields changed."""
+    for name in manifest.files:
+        shutil.copyfile(source / name, folder / name)
+    fields = manifest.model_dump(mode="json", exclude={"files"})
+    write_manifest(folder, {**fields, **changes})
+
+
+def manifest_sha256(folder: Path) -> str:
+    """The SHA-256 of a folder's manifest, which stands for all that it lists."""
+    return sha256(folder / MANIFEST)
+
+
+def manifest_format(folder: Path) -> str:
+    """The format that a folder's manifest names, of the two that there are or not; UserError for no manifest."""
+    data = read_untrusted_json(folder / MANIFEST)
+    return str(data.get("format")) if isinstance(data, dict) else ""
+
+
+def read_checked(folder: Path, kind: type[M], names: Iterable[str]) -> M:
+    """The manifest of a folder, after every file that it lists was found whole; UserError otherwise.
+
+    `names` are those that files may have. Nothing of a file but its hash is read here.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    data = read_untrusted_json(folder / MANIFEST)
+    expected = {key: kind.model_fields[key].default for key in ("format", "format_version")}
+    if not isinstance(data, dict) or data.get("format") != expected["format"]:
+        raise UserError(f"{folder}: not a {expected['format']} folder ({MANIFEST} names another format)")
+    if data.get("format_version") != expected["format_version"]:
+        raise UserError(f"{folder}: version {data.get('format_version')!r}; this reads {expected['format_version']}")
+    try:
+        manifest = kind.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = printable(".".join(map(str, first["loc"])))[:200]
+        reason = one_line(ValueError(first["msg"]))
+        raise UserError(f"{folder}/{MANIFEST}: {where}: {reason}; fetch it again") from None
+    there = {file.name: file.is_file() and not file.is_symlink() for file in folder.iterdir()}
+    for name in sorted({*manifest.files, MANIFEST} | there.keys()):
+        if name not in (*names, MANIFEST) or not there.get(name, True):
+            raise UserError(f"{folder}: {name!r} is no file of this format; fetch it again")
+        if name not in there:
+            raise UserError(f"{folder}: {name!r} is missing; fetch it again")
+        if name not in (*manifest.files, MANIFEST):
+            raise UserError(f"{folder}: {name!r} is not listed in the manifest; fetch it again")
+    for name, entry in manifest.files.items():
+        if name in TOKENIZER_FILES and entry.bytes > LARGEST_TOKENIZER:
+            raise UserError(f"{folder}: {name!r} has more than {LARGEST_TOKENIZER:,} bytes")
+        file = folder / name
+        if file.stat().st_size != entry.bytes or sha256(file) != entry.sha256:
+            raise UserError(f"{file}: the content is not what the manifest says; fetch it again")
+    return manifest

@@ -1,0 +1,90 @@
+"""TODO-DOC exchange.untrusted."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from scaleot_core.common.errors import UserError, one_line
+from scaleot_core.common.tensors import SAFETENSORS_DTYPES, Shapes
+
+LARGEST_JSON = 2**20  # bytes of a manifest, or of a header: those of the largest models have some 100 KB
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
+
+
+def read_untrusted_json(path: Path) -> Any:
+    """JSON from the other party: a plain file of bounded size, no key twice, no NaN, nothing nested beyond reason."""
+    if path.is_symlink() or not path.is_file():
+        raise UserError(f"{path}: no such file, or not a plain one")
+    if path.stat().st_size > LARGEST_JSON:
+        raise UserError(f"{path}: {path.stat().st_size:,} bytes are too many for it; {LARGEST_JSON:,} are the most")
+    try:
+        return _parse_strictly(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({one_line(error)}); fetch it again") from None
+
+
+def _parse_strictly(text: bytes) -> Any:
+    return json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+
+
+def check_tensors(files: Mapping[Path, Shapes]) -> None:
+    """UserError unless some safetensors files have exactly the tensors expected, by name, shape and dtype.
+
+    Their headers alone are read, which safetensors holds to be free of overlaps and gaps; no memory is taken.
+    """
+    for file, expected in files.items():
+        with _refusing_damage(file), file.open("rb") as content:
+            size = int.from_bytes(content.read(8), "little")
+            if size > LARGEST_JSON:
+                raise ValueError(f"a header of {size:,} bytes")
+            _parse_strictly(content.read(size))
+        with _refusing_damage(file), safe_open(file, framework="pt") as stream:
+            given = {name: stream.get_slice(name) for name in stream.keys()}  # noqa: SIM118
+            for name in sorted(expected.keys() | given.keys()):
+                there, (shape, dtype) = given.get(name), expected.get(name, ((), torch.float32))
+                if (
+                    name not in expected
+                    or there is None
+                    or tuple(there.get_shape()) != shape
+                    or there.get_dtype() != SAFETENSORS_DTYPES[dtype]
+                ):
+                    raise UserError(
+                        f"{file}: tensor {name[:200]!r} is missing, foreign or of the wrong shape or dtype; "
+                        "fetch it again"
+                    )
+
+
+def read_untrusted_tensors(files: Mapping[Path, Shapes]) -> dict[str, torch.Tensor]:
+    """The tensors of some safetensors files: exactly those expected, all numbers finite; UserError names one else."""
+    check_tensors(files)
+    found: dict[str, torch.Tensor] = {}
+    for file, expected in files.items():
+        with _refusing_damage(file), safe_open(file, framework="pt") as stream:
+            for name in expected:
+                found[name] = stream.get_tensor(name)
+                if not found[name].isfinite().all():
+                    raise UserError(f"{file}: tensor {name!r} has numbers that are not finite; it is of no use")
+    return found
+
+
+@contextmanager
+def _refusing_damage(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not a sound safetensors file ({one_line(error)}); fetch it again") from None

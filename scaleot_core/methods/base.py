@@ -1,0 +1,116 @@
+"""What a method is given, and the size that its emulator is fitted to: equal bytes for all methods."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from accelerate import init_empty_weights
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from scaleot_core.common.errors import UserError
+from scaleot_core.common.runtime import Runtime
+from scaleot_core.compression import emulator
+from scaleot_core.compression.layer_importance import read_scores
+from scaleot_core.compression.plan import LayerKind, Plan, plan_for
+from scaleot_core.models.loading import load_model, read_config
+from scaleot_core.models.streaming import StreamedModel
+from scaleot_core.params import Params
+from scaleot_core.training.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class BuiltEmulator:
+    """An emulator as a method makes it."""
+
+    plan: Plan
+    tensors: Iterable[tuple[str, Tensor]]
+    """What a package has of it, by its name in the model; to be gone through once."""
+
+
+@dataclass(frozen=True)
+class ModelOwner:
+    """What the model owner has to make an emulator from."""
+
+    folder: Path
+    """Of the real model."""
+    runtime: Runtime
+    blocks: Tensor
+    """Training blocks of the public corpus (N, T)."""
+    params: Params
+    harmonizers: Path
+    """What stage train_harmonizers wrote: harmonizers and scores."""
+    scratch: Path
+    """Where what serves other runs too is kept."""
+    checkpoint: Checkpoint
+    count: Callable[[PreTrainedModel], None] = lambda model: None
+    """What is called with every model before it runs, to count its tokens."""
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The real model's configuration, in the dtype that it computes in."""
+        config = read_config(self.folder)
+        config.dtype = self.runtime.dtype
+        return config
+
+    @cached_property
+    def outline(self) -> PreTrainedModel:
+        """The real model without weights, to read shapes from."""
+        with init_empty_weights(include_buffers=True):
+            return AutoModelForCausalLM.from_config(self.config)
+
+    def load(self) -> PreTrainedModel:
+        """The real model, frozen and whole."""
+        model = load_model(self.folder, device=self.runtime.device, dtype=self.runtime.dtype)
+        self.count(model)
+        return model
+
+    def stream(self) -> StreamedModel:
+        """The real model, its layers left on disk."""
+        streamed = StreamedModel(self.folder, self.config, device=self.runtime.device, dtype=self.runtime.dtype)
+        self.count(streamed.model)
+        return streamed
+
+    def scores(self) -> list[float]:
+        """The layers' scores."""
+        return read_scores(self.harmonizers / "scores.json", self.config.num_hidden_layers)
+
+    def plan(self, kinds: tuple[LayerKind, ...], **cuts: object) -> Plan:
+        """A plan with these kinds, and nothing cut but what `cuts` say."""
+        return Plan(kinds, 0.0, "removed", self.params.harmonizer, **cuts)  # type: ignore[arg-type]
+
+
+def model_bytes(owner: ModelOwner) -> int:
+    """Bytes of the whole model's weights."""
+    return emulator.plan_bytes(owner.config, owner.plan(("compressed",) * owner.config.num_hidden_layers))
+
+
+def target_bytes(owner: ModelOwner) -> int:
+    """Most bytes that an emulator may have: `budget`, or, where that is 0, those of ScaleOT's at α and β."""
+    if owner.params.budget:
+        return int(owner.params.budget * model_bytes(owner))
+    return emulator.plan_bytes(owner.config, plan_for(owner.params, owner.scores(), owner.outline))
+
+
+def largest_fitting(owner: ModelOwner, sizes: range, plan: Callable[[int], Plan]) -> int:
+    """The largest size whose plan keeps to the target; UserError where the least one doesn't.
+
+    Larger sizes have more bytes.
+    """
+    target = target_bytes(owner)
+
+    def fits(size: int) -> bool:
+        return emulator.plan_bytes(owner.config, plan(size)) <= target
+
+    low, high = sizes.start, sizes.stop - 1
+    if not fits(low):
+        share = target / model_bytes(owner)
+        raise UserError(
+            f"params.yaml: method = {owner.params.method!r}: its least emulator has more than the budget of "
+            f"{share:.0%} of the model's bytes; raise `budget`, or lower alpha or beta"
+        )
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

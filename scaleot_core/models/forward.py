@@ -1,0 +1,83 @@
+"""TODO-DOC models.forward."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import (
+    PreTrainedModel,
+)
+
+from scaleot_core.common.errors import UserError
+from scaleot_core.models.families import decoder_layers
+
+
+@contextmanager
+def hooks(*handles: RemovableHandle) -> Iterator[None]:
+    """Hooks that are registered for the length of a block."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def swapped_layers(model: PreTrainedModel, stand_ins: Mapping[int, nn.Module]) -> Iterator[None]:
+    """Put stand-ins in the place of some decoder layers, by index, for the length of a block."""
+    layers = decoder_layers(model)
+    originals = {i: layers[i] for i in stand_ins}
+    try:
+        for i, stand_in in stand_ins.items():
+            layers[i] = stand_in
+        yield
+    finally:
+        for i, original in originals.items():
+            layers[i] = original
+
+
+def last_hidden_state(model: PreTrainedModel, blocks: Tensor) -> Tensor:
+    """The last hidden states (B, T, D) of blocks (B, T), without the head and without a key-value cache."""
+    output: Tensor = model.base_model(input_ids=blocks.to(model.device).long(), use_cache=False).last_hidden_state
+    return output
+
+
+def next_token_loss(model: PreTrainedModel, blocks: Tensor) -> Tensor:
+    """Mean next-token cross-entropy (nats) of blocks (B, T), without a key-value cache."""
+    blocks = blocks.to(model.device).long()
+    logits = model(input_ids=blocks, use_cache=False).logits[:, :-1].float()
+    return nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten())
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, blocks: Tensor, batch_blocks: int = 8) -> float:
+    """Mean next-token cross-entropy (nats) over blocks (N, T); its exponential is the perplexity."""
+    total = 0.0
+    for batch in blocks.split(batch_blocks):
+        total += next_token_loss(model, batch).item() * len(batch)
+    if not math.isfinite(total):
+        raise UserError(f"the model's loss on the corpus is {total}; check its weights, or use dtype float32")
+    return total / len(blocks)
+
+
+@torch.no_grad()
+def hidden_states(model: PreTrainedModel, blocks: Tensor, batch_blocks: int = 8) -> list[Tensor]:
+    """Inputs of all decoder layers and the output of the last: L + 1 tensors (N·T, D) in the model's dtype.
+
+    Read by hooks, since `output_hidden_states` knows only a family's own layers. The model's head is not run.
+    """
+    layers = decoder_layers(model)
+    kept: list[list[Tensor]] = [[] for _ in range(len(layers) + 1)]
+
+    def keep_input(i: int):  # type: ignore[no-untyped-def]
+        return lambda module, args: kept[i].append(args[0].flatten(0, 1))
+
+    handles = [layer.register_forward_pre_hook(keep_input(i)) for i, layer in enumerate(layers)]
+    handles.append(layers[-1].register_forward_hook(lambda module, args, out: kept[-1].append(out.flatten(0, 1))))
+    with hooks(*handles):
+        for batch in blocks.split(batch_blocks):
+            last_hidden_state(model, batch)
+    return [torch.cat(parts) for parts in kept]

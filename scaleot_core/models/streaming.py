@@ -1,0 +1,159 @@
+"""A model whose decoder layers stay on disk: each is read when its turn comes and dropped behind it.
+
+So a model of any depth takes the memory of its embeddings and of one layer. The model's own forward runs; only its
+layers are fetched for it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from scaleot_core.common import distributed
+from scaleot_core.common.errors import UserError, one_line
+from scaleot_core.models.families import decoder_layers, family
+from scaleot_core.models.forward import last_hidden_state, swapped_layers
+from scaleot_core.models.loading import load_model, read_config
+
+LayerHook = Callable[[int, nn.Module], AbstractContextManager[object]]
+"""What is to happen around the pass through a layer: it is given its number and the layer with its weights."""
+LayerLoader = Callable[[], AbstractContextManager[nn.Module]]
+
+
+class StreamedModel:
+    """A causal language model in a folder of safetensors, as `save_model` writes it, read part by part.
+
+    `model` has no weights but those that a block here put in: all of them are on the meta device. UserError for a
+    tensor that is missing, of another shape, or in a damaged file.
+    """
+
+    def __init__(self, folder: Path, config: PretrainedConfig, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.folder, self.device, self.dtype = folder, device, dtype
+        self.files: dict[str, Path] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            with self._sound(file), safe_open(file, framework="pt") as stream:
+                self.files |= dict.fromkeys(stream.keys(), file)
+        with init_empty_weights(include_buffers=False):
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        self.model.eval().requires_grad_(False)
+        for name, buffer in self.model.named_buffers():  # what a model computes for itself
+            owner, _, last = name.rpartition(".")
+            setattr(self.model.get_submodule(owner), last, buffer.to(device))
+        self.path, self._layers = family(config).layers, list(decoder_layers(self.model))
+        tied, inside = set(self.model.all_tied_weights_keys), f"{self.path}."
+        self._shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items() if name not in tied}
+        self.outside = [name for name in self._shapes if not name.startswith(inside)]
+        """Names of the tensors that are in no decoder layer: embeddings, norm, head."""
+
+    @contextmanager
+    def _sound(self, file: Path) -> Iterator[None]:
+        try:
+            yield
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{file}: the model can't be loaded ({one_line(error)}); fetch it again") from error
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, a copy: what safetensors gives is a window on the file, which would keep it in memory."""
+        file = self.files.get(name, self.folder)
+        with self._sound(file):
+            if file == self.folder:
+                raise ValueError(f"tensor {name!r} is missing")
+            with safe_open(file, framework="pt") as stream:
+                tensor = stream.get_tensor(name)
+                if tensor.shape != self._shapes[name]:
+                    raise ValueError(f"tensor {name!r} is {tuple(tensor.shape)}, not {tuple(self._shapes[name])}")
+                return tensor.to(self.device, self.dtype, copy=True)
+
+    def _fill(self, module: nn.Module, prefix: str, names: list[str]) -> None:
+        module.load_state_dict({n.removeprefix(prefix): self.read(n) for n in names}, strict=False, assign=True)
+        module.requires_grad_(False)
+
+    @contextmanager
+    def _filled(self, module: nn.Module, prefix: str, names: list[str]) -> Iterator[None]:
+        self._fill(module, prefix, names)
+        try:
+            yield
+        finally:
+            empty = {name: tensor.to("meta") for name, tensor in module.state_dict().items()}
+            module.load_state_dict(empty, assign=True)
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """A decoder layer with its weights, for the length of the block; whatever it then has is dropped behind it."""
+        with self._filled(*self._part(index)):
+            yield self._layers[index]
+
+    def _part(self, index: int) -> tuple[nn.Module, str, list[str]]:
+        layer, prefix = self._layers[index], f"{self.path}.{index}."
+        return layer, prefix, [f"{prefix}{name}" for name in layer.state_dict()]
+
+    def load(self) -> PreTrainedModel:
+        """The model with its weights; of layers that are split, this process's part: one at a time is there whole."""
+        self._fill(self.model, "", self.outside)
+        self.model.tie_weights()
+        for index, layer in enumerate(self._layers):
+            self._fill(*self._part(index))
+            distributed.shard_layers([layer])
+        return self.model
+
+    @torch.no_grad()
+    def run(self, blocks: Tensor, around: LayerHook, batch_blocks: int = 8) -> None:
+        """Run blocks (N, T) through the stack: all of them through a layer, `batch_blocks` at once, before the next.
+
+        Memory: embeddings and twice the N · T · D numbers of the hidden states, beside a layer.
+        """
+        last = len(self._layers) - 1
+        passing = {
+            i: StreamedLayer(partial(self.layer, i), partial(around, i), batch_blocks, last=i == last)
+            for i in range(len(self._layers))
+        }
+        stack = f"{self.model.base_model_prefix}."
+        with (
+            self._filled(self.model, "", [name for name in self.outside if name.startswith(stack)]),
+            swapped_layers(self.model, passing),
+        ):
+            last_hidden_state(self.model, blocks)
+
+
+def load_sharded(folder: Path, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """`load_model`; where processes split the layers, without the whole model in any one's memory."""
+    if not distributed.fsdp_enabled():
+        return load_model(folder, device=device, dtype=dtype)
+    return StreamedModel(folder, read_config(folder), device=device, dtype=dtype).load()
+
+
+class StreamedLayer(nn.Module):
+    """In the place of a decoder layer: the layer, there only while hidden states pass through it in parts."""
+
+    def __init__(
+        self,
+        layer: LayerLoader,
+        around: Callable[[nn.Module], AbstractContextManager[object]],
+        rows: int,
+        *,
+        last: bool,
+    ) -> None:
+        super().__init__()
+        self.layer, self.around, self.rows, self.last = layer, around, rows, last
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(B, T, D) to (B, T, D); of the last layer nobody needs more than one sequence."""
+        count = len(hidden_states)
+
+        def part(value: Any, at: slice) -> Any:
+            return value[at] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
+
+        out = torch.empty_like(hidden_states)
+        with self.layer() as layer, self.around(layer):
+            for start in range(0, count, self.rows):
+                at = slice(start, start + self.rows)
+                named = {name: part(value, at) for name, value in kwargs.items()}
+                out[at] = layer(hidden_states[at], *(part(value, at) for value in args), **named)
+        return out[:1] if self.last else out

@@ -1,0 +1,136 @@
+"""What a run will do and cost, checked and said before the first heavy stage."""
+
+import os
+import time
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from scaleot_core.common.errors import UserError
+from scaleot_core.common.progress import console
+from scaleot_core.common.runtime import Runtime
+from scaleot_core.common.validation import check_range
+from scaleot_core.compression import dlr
+from scaleot_core.compression.svd import decompose
+from scaleot_core.data.corpus import SUFFIXES
+from scaleot_core.models.families import family
+from scaleot_core.models.loading import read_config
+from scaleot_core.params import Params, Tuning, changed
+
+QUESTION_TOKENS = 30  # of a typical question with its answer
+CHOICES = 4  # scored for a typical question
+OVERHEAD_SECONDS = 15  # of one stage: imports and loading
+SMALL = 256  # rows and columns of the matrix that a decomposition is timed on
+EFFICIENCY = 0.4  # of a large matrix product's rate that a small model reaches
+
+
+def located(params: Params) -> Params:
+    """Parameters whose local files are found in the project's folder, also from the folder of an experiment."""
+    root = Path(os.environ.get("DVC_ROOT", "."))
+    given = {"model": params.model, "data.source": params.data.source, "data.corpus": params.data.corpus}
+    return changed(params, {key: str(root / path) for key, path in given.items() if (root / path).exists()})
+
+
+def check_sources(params: Params) -> None:
+    """UserError where a local folder or file that params.yaml names isn't there or can't be used."""
+    for key, value in (
+        ("model", params.model),
+        ("data.source", params.data.source),
+        ("data.corpus", params.data.corpus),
+    ):
+        is_path = value.startswith((".", "/", "~")) or value.endswith(SUFFIXES)
+        is_path = is_path or (key == "data.source" and value not in ("embedded", "hub"))
+        if is_path and not Path(value).exists():
+            raise UserError(f"params.yaml: {key} = {value!r}: no such file or folder; correct the path")
+    folder = Path(params.model)
+    if folder.is_dir():
+        check_model(params, folder)
+        if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+            raise UserError(f"params.yaml: model = {params.model!r}: no weights (*.safetensors) are in that folder")
+
+
+def check_model(params: Params, folder: Path) -> None:
+    """UserError where a parameter doesn't fit the model in a folder: its architecture, layers or context length."""
+    config = read_config(folder)
+    layers = config.num_hidden_layers
+    check_range("adapter_layers", params.adapter_layers, layers, least=1, most=layers - 1)
+    dlr.validate(params.dlr, layers=layers, blocks=params.data.train_blocks)
+    if params.data.block_size > config.max_position_embeddings:
+        raise UserError(
+            f"params.yaml: data.block_size = {params.data.block_size}: the model's context is "
+            f"{config.max_position_embeddings} tokens; the range is 8 to {config.max_position_embeddings}"
+        )
+
+
+def _tuning_tokens(tuning: Tuning, questions: int) -> int:
+    seen = questions * tuning.epochs
+    runs = 1 + len(tuning.lr) if len(tuning.lr) > 1 else 1
+    return runs * QUESTION_TOKENS * (min(seen, tuning.max_steps * tuning.batch_size) if tuning.max_steps else seen)
+
+
+def forward_tokens(params: Params) -> dict[str, float]:
+    """Tokens that each stage sends through the model, in units of one forward pass; a backward pass counts double.
+
+    A backward pass through frozen layers counts once: it needs the gradient of their input alone.
+    """
+    block, tasks = params.data.block_size, len(params.tasks)
+    fits, steps = params.layer_importance, params.dlr.steps
+    layers = 30  # of the sensitivities, in a typical model
+    scoring = params.data.eval_questions * CHOICES * QUESTION_TOKENS * tasks
+    candidates = steps // params.dlr.score_every * params.dlr.candidates
+    return {
+        "layer_importance": block * (fits.calibration_blocks + layers * fits.sensitivity_blocks)
+        + 0.1 * fits.steps * fits.batch_tokens,
+        "train_harmonizers": block * params.dlr.batch_blocks * (2 * steps + candidates),
+        "compress": block * params.src.calibration_blocks if params.src.whiten else 0,
+        "zero_shot": scoring,
+        "full_finetune": scoring + 3 * tasks * _tuning_tokens(params.full_finetune, params.data.train_questions),
+        "offsite_tune": 2 * tasks * _tuning_tokens(params.tuning, params.data.train_questions),
+        "evaluate": 3 * scoring,
+    }
+
+
+def _rate(runtime: Runtime) -> float:
+    """Measured floating-point operations a second of a matrix product on this device."""
+    a = torch.randn(1024, 1024).to(runtime.device, runtime.dtype)
+    for warm in (True, False):
+        start, count = time.perf_counter(), 2 if warm else 20
+        for _ in range(count):
+            result = a @ a
+        result.float().sum().item()
+    return count * 2 * 1024**3 / (time.perf_counter() - start)
+
+
+def _decomposition_seconds(config: PretrainedConfig) -> float:
+    """Seconds that the decompositions of all attention projections take: measured on a small one, cubic in its size."""
+    start = time.perf_counter()
+    decompose(torch.randn(SMALL, SMALL))
+    one = (time.perf_counter() - start) * (config.hidden_size / SMALL) ** 3
+    return one * sum(family(config).projections.values()) * config.num_hidden_layers
+
+
+def show(params: Params, model: Path, runtime: Runtime) -> None:
+    """Print the stages to come, where they run, and about how long each takes."""
+    config = read_config(model)
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+    rate = _rate(runtime) * EFFICIENCY
+    table = Table(
+        title=f"What will run: α = {params.alpha}, β = {params.beta}, {params.model}, {', '.join(params.tasks)}"
+    )
+    table.add_column("stage")
+    table.add_column("tokens through the model", justify="right")
+    table.add_column("about", justify="right")
+    total = 0.0
+    for stage, tokens in forward_tokens(params).items():
+        processes = len(params.tasks) if stage in ("zero_shot", "full_finetune", "offsite_tune") else 1
+        seconds = tokens * 2 * parameters / rate + OVERHEAD_SECONDS * processes
+        seconds += _decomposition_seconds(config) if stage == "compress" else 0
+        total += seconds
+        table.add_row(stage, f"{tokens:,.0f}", f"{seconds / 60:.1f} min")
+    table.add_row("all", "", f"{total / 60:.0f} min", style="bold")
+    console.print(table)
+    where = f"{runtime.device.type} in {params.dtype}, {torch.get_num_threads()} threads"
+    console.print(f"{parameters / 1e6:.0f} M parameters on {where}")

@@ -1,0 +1,188 @@
+"""Pictures of what was measured, by matplotlib: as PNG beside the metrics, as SVG in the report."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from scaleot_core.evaluation.measurements import MEASUREMENTS, Measured, judged_by
+
+matplotlib.rcParams.update(
+    {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "figure.dpi": 120,
+        "figure.autolayout": True,
+        "svg.fonttype": "none",  # text stays text
+        "svg.hashsalt": "scaleot",  # the same figures give the same bytes
+    }
+)
+KIND_COLOURS = {
+    "adapter": "#d1495b",
+    "compressed": "#00798c",
+    "harmonizer": "#edae49",
+    "shared": "#9aa5b1",
+    "removed": "#d8d8d8",
+}
+MARKERS = "os^DvP*X"
+
+Row = Mapping[str, Any]
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whatever the file's name."""
+    figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def svg(figure: Figure) -> str:
+    """A figure as an SVG element."""
+    text = StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    element = "<svg" + text.getvalue().partition("<svg")[2]  # without XML's declaration, which HTML has no place for
+    return re.sub(r"\s*<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
+
+
+def measurements(tasks: Mapping[str, Measured]) -> Figure:
+    """The five measurements of every task, in the metrics that it is judged by."""
+    colours = ["#9aa5b1", "#3e4c59", "#edae49", "#e07b39", "#d1495b"]
+    figure = Figure(figsize=(4.2 * len(tasks), 6.4))
+    rows = figure.subplots(2, len(tasks), squeeze=False)
+    for column, (task, measured) in enumerate(tasks.items()):
+        for axis in rows[len(judged_by(measured)) :, column]:
+            axis.axis("off")
+        for axis, metric in zip(rows[:, column], judged_by(measured), strict=False):
+            values = [measured[name][metric] for name in MEASUREMENTS]
+            errors = [measured[name][f"{metric}_stderr"] for name in MEASUREMENTS]
+            axis.bar(range(5), values, yerr=errors, color=colours, capsize=3)
+            low, high = min(values) - 2 * max(errors), max(values) + 2 * max(errors) or 1.0
+            axis.set_ylim(max(0, low - 0.3 * (high - low)), high)
+            axis.set_xticks(range(5), [name.replace("_", "\n") for name in MEASUREMENTS], fontsize=7)
+            better = "less" if metric in measured["less_is_better"] else "more"
+            axis.set_title(f"{task}\n{metric} ({better} is better)", fontsize=9)
+    return figure
+
+
+def layers(scores: Mapping[str, Any]) -> Figure:
+    """Every layer's score over depth, coloured by what became of it; `scores` has `prior`, `scores` and `kinds`."""
+    figure = Figure(figsize=(8.4, 3.2))
+    axis = figure.subplots()
+    for kind, colour in KIND_COLOURS.items():
+        members = [i for i, k in enumerate(scores["kinds"]) if k == kind]
+        if members:
+            axis.bar(members, [scores["scores"][i] for i in members], color=colour, label=kind)
+    axis.plot(range(len(scores["prior"])), scores["prior"], "k.", markersize=4, label="prior")
+    axis.axhline(0, color="black", linewidth=0.6)
+    axis.set_xlabel("decoder layer")
+    axis.set_ylabel("score")
+    axis.legend(fontsize=8, ncols=4, frameon=False)
+    return figure
+
+
+def curves(histories: Mapping[str, Sequence[Row]]) -> Figure:
+    """The loss of every step, a panel a stage."""
+    columns = min(3, len(histories))
+    count = math.ceil(len(histories) / columns)
+    figure = Figure(figsize=(4 * columns, 2.6 * count))
+    axes = figure.subplots(count, columns, squeeze=False)
+    for axis in axes.flat[len(histories) :]:
+        axis.axis("off")
+    for axis, (stage, history) in zip(axes.flat, histories.items(), strict=False):
+        axis.plot([row["step"] for row in history], [row["loss"] for row in history], linewidth=0.9)
+        axis.set_title(stage, fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.set_ylabel("loss", fontsize=8)
+    return figure
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What one panel of a frontier shows: names of a point's figures, of which `y ±` is y's error, and its texts."""
+
+    x: str
+    y: str
+    title: str
+    y_label: str
+    x_label: str = "recovery: share of full fine-tuning's gain"
+
+
+def gap_panel(metric: str, title: str) -> Panel:
+    """Gap against recovery in one metric."""
+    return Panel(f"recovery {metric}", f"gap {metric}", title, "gap: plug-in minus tuned emulator")
+
+
+GAPS = {
+    "acc": gap_panel("acc", "accuracy"),
+    "answer_nll": gap_panel("answer_nll", "answer nll (nats)"),
+}
+LACKING = Panel(
+    "recovery answer_nll",
+    "lacking",
+    "after the recovery attack",
+    "log-perplexity that the attacker still lacks (nats)",
+)
+
+
+def by_line(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
+    """Lines of a frontier: rows of one `line` in their order; what stands beside a point is its `label`, if any."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        label = f"{row['label']:g}" if isinstance(row["label"], int | float) else ""
+        lines.setdefault(row["line"], []).append({**row, "label": label})
+    return lines
+
+
+def line_of(beta: float) -> str:
+    """The name of the line that one β makes along α."""
+    return f"β = {beta:g}, over α"
+
+
+def by_beta(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
+    """Lines of a frontier: the settings of one β along α."""
+    dial = sorted(rows, key=lambda row: row["beta"])
+    return by_line([{**row, "line": line_of(row["beta"]), "label": row["alpha"]} for row in dial])
+
+
+def frontier(lines: Mapping[str, Sequence[Row]], panels: Sequence[Panel]) -> Figure:
+    """Privacy against utility, one line a name of `lines`; a point has its panels' figures, and `label` beside it.
+
+    A point is left out where a figure is undefined (None or NaN).
+    """
+    figure = Figure(figsize=(5 * len(panels), 4.8), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)
+    colours = matplotlib.colormaps["viridis"]
+    for axis, panel in zip(axes.flat, panels, strict=True):
+        for k, (name, points) in enumerate(lines.items()):
+            known = [p for p in points if p[panel.x] not in (None, "") and p[panel.y] not in (None, "")]
+            x, y, errors = ([float(p[part] or 0) for p in known] for part in (panel.x, panel.y, f"{panel.y} ±"))
+            marker = MARKERS[k % len(MARKERS)]
+            axis.errorbar(x, y, errors, color=colours(k / len(lines)), marker=marker, label=name)
+            for point, at, height in zip(known, x, y, strict=True):
+                if math.isfinite(at):
+                    axis.annotate(point["label"], (at, height), (3, 4), textcoords="offset points", fontsize=7)
+        axis.axhline(0, color="black", linewidth=0.6)
+        axis.set_xlabel(panel.x_label)
+        axis.set_ylabel(panel.y_label)
+        axis.set_title(panel.title, fontsize=9)
+    figure.legend(
+        *axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False
+    )
+    return figure
+
+
+def recovered(curves: Mapping[str, Sequence[Row]]) -> Figure:
+    """Attacks' curves: perplexity over tokens seen, a line a target; a point has `tokens` and `perplexity`."""
+    figure = Figure(figsize=(6.4, 3.8))
+    axis = figure.subplots()
+    for name, points in curves.items():
+        axis.plot([p["tokens"] for p in points], [p["perplexity"] for p in points], marker="o", label=name)
+    axis.set_yscale("log")
+    axis.set_xlabel("tokens that the attacker has trained on")
+    axis.set_ylabel("corpus perplexity")
+    axis.legend(fontsize=8, frameon=False)
+    return figure

@@ -1,0 +1,164 @@
+"""The report: what was measured on one HTML page that needs nothing else, no network, no script."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, select_autoescape
+
+from scaleot_core.common.files import atomic_file
+from scaleot_core.evaluation.measurements import MEASUREMENTS
+from scaleot_core.reporting import figures
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page. `tables` are rows of cells, the first of them the header."""
+
+    title: str
+    text: str = ""
+    picture: str = ""
+    tables: list[list[list[str]]] = field(default_factory=list)
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return "–" if value is None or value == "" else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def table(rows: Iterable[Row]) -> list[list[str]]:
+    """Rows of one shape as cells under their names."""
+    rows = list(rows)
+    return [list(rows[0]), *([_number(value) for value in row.values()] for row in rows)] if rows else []
+
+
+def _measurements(tasks: Mapping[str, Any]) -> Section:
+    tables = []
+    for task, measured in tasks.items():
+        header = [task, *measured["metrics"]]
+        cells = [
+            [name, *(f"{measured[name][m]:.3f} ± {measured[name][f'{m}_stderr']:.3f}" for m in measured["metrics"])]
+            for name in MEASUREMENTS
+        ]
+        for name in ("gap", "recovery"):
+            cells.append([name, *(_number(measured[name][metric]) for metric in measured["metrics"])])
+        tables.append([header, *cells])
+    text = "Gap is plug-in minus tuned emulator, recovery the plug-in's share of what full fine-tuning gains."
+    return Section("The five measurements", text, figures.svg(figures.measurements(tasks)), tables)
+
+
+def _frontier(
+    title: str,
+    text: str,
+    lines: Mapping[str, Sequence[Row]],
+    panels: Sequence[figures.Panel] = (*figures.GAPS.values(),),
+) -> Section:
+    return Section(title, text, figures.svg(figures.frontier(lines, panels)))
+
+
+def _attack(found: Mapping[str, Any], curves: Sequence[Row], tasks: Mapping[str, Any]) -> Section:
+    judged = {task: measured["metrics"][0] for task, measured in tasks.items()}
+    recovery = [
+        {
+            "target": target,
+            "tokens": end["tokens"],
+            "perplexity": end["perplexity"],
+            "of the way to the model": end["recovered"],
+            **{f"{task} {metric}": end["tasks"][task][metric] for task, metric in judged.items()},
+        }
+        for target, end in found["recovery"].items()
+    ]
+    weights = [{"of the model's bytes": given, "share": share} for given, share in found["weights"].items()]
+    membership = [
+        {
+            "task": task,
+            "attack": name,
+            "AUC": told[name]["auc"],
+            "±": told[name]["auc_stderr"],
+            "true positives at 1 % false": told[name]["true_positives"],
+            "private answers said": told["extracted"]["members"],
+            "held-out answers said": told["extracted"]["others"],
+        }
+        for task, told in found["membership"].items()
+        for name in ("loss", "calibrated")
+    ]
+    targets = dict.fromkeys(row["target"] for row in curves)
+    lines = {target: [row for row in curves if row["target"] == target] for target in targets}
+    text = (
+        "Everything in the package trained on the public corpus; weights given away; what the adapter tells of records."
+    )
+    tables = [table(rows) for rows in (recovery, weights, membership)]
+    return Section("What an attacker makes of it", text, figures.svg(figures.recovered(lines)), tables)
+
+
+def sections(
+    metrics: Mapping[str, Any],
+    layers: Mapping[str, Any],
+    histories: Mapping[str, Sequence[Row]],
+    *,
+    sweep: Sequence[Row] = (),
+    compared: Sequence[Row] = (),
+    attacks: Sequence[Row] = (),
+    attack: tuple[Mapping[str, Any], Sequence[Row]] | None = None,
+) -> list[Section]:
+    """The page's parts.
+
+    `sweep`, `compared` and `attacks` are the tables of `make sweep`, `make compare` and `make attacks`, if there are
+    any; `attack` is what `make attack` left: attack.json and its curves.
+    """
+    found = []
+    if compared:
+        lines = {row["method"]: [{**_renamed(row), "label": ""}] for row in compared}
+        text = "Each method at the same bytes, mean over tasks and seeds. Up and to the right is better."
+        found.append(_frontier("Methods", text, lines))
+    if sweep:
+        text = "ScaleOT over α, the number beside a point, and β. Up and to the right is better."
+        found.append(_frontier("The dial", text, figures.by_beta(sweep)))
+    if attacks:
+        text = (
+            "ScaleOT over α, β and src.channels, the number beside a point, and changes to the default: what is kept "
+            "from an attacker, and the paper's gap."
+        )
+        panels = [figures.LACKING, figures.GAPS["answer_nll"]]
+        found.append(_frontier("The dial under attack", text, figures.by_line(attacks), panels))
+    found.append(_measurements(metrics["tasks"]))
+    kinds = list(zip(*(layers[name] for name in ("prior", "scores", "kinds")), strict=True))
+    rows = [{"layer": i, "prior": p, "score": s, "became": kind} for i, (p, s, kind) in enumerate(kinds)]
+    found.append(
+        Section(
+            "Layers",
+            "Scores over depth, and what became of each layer.",
+            figures.svg(figures.layers(layers)),
+            [table(rows)],
+        )
+    )
+    if attack:
+        found.append(_attack(*attack, metrics["tasks"]))
+    found.append(Section("Losses", "Of every stage that trains.", figures.svg(figures.curves(histories))))
+    costs = [{"stage": stage, **cost} for stage, cost in metrics["cost"].items()]
+    names = list(dict.fromkeys(name for cost in costs for name in cost))
+    found.append(Section("Costs", tables=[table({name: cost.get(name) for name in names} for cost in costs)]))
+    return found
+
+
+def _renamed(row: Row) -> dict[str, Any]:
+    """A row of the comparison under the sweep's names of its metrics."""
+    return {
+        f"{figure} {metric}{error}": row[f"{figure} {short}{error}"]
+        for figure in ("recovery", "gap")
+        for metric, short in (("acc", "acc"), ("answer_nll", "nll"))
+        for error in ("", " ±")
+    }
+
+
+def write(path: Path, title: str, summary: Mapping[str, Any], parts: Sequence[Section]) -> None:
+    """Write the page, whole or not at all."""
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=select_autoescape(("jinja",)), trim_blocks=True)
+    text = environment.get_template("report.html.jinja").render(title=title, summary=summary, sections=parts)
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,59 @@
+"""TODO-DOC reporting.tables."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from scaleot_core.common.files import write_csv
+from scaleot_core.common.progress import console
+from scaleot_core.evaluation.measurements import MEASUREMENTS, Measured, misordered
+
+
+def measurement_table(tasks: Mapping[str, Measured]) -> Table:
+    """The five measurements of every task, each with its standard error."""
+    table = Table(title="The five measurements (our own splits, not the official ones)")
+    table.add_column("", no_wrap=True)
+    metrics = list(dict.fromkeys(metric for measured in tasks.values() for metric in measured["metrics"]))
+    for metric in metrics:
+        table.add_column(metric, justify="right")
+
+    def cell(figures: Mapping[str, Any], metric: str) -> str:
+        return f"{figures[metric]:.3f} ± {figures[metric + '_stderr']:.3f}" if metric in figures else "–"
+
+    for task, measured in tasks.items():
+        table.add_section()
+        table.add_row(task, style="bold")
+        for name in MEASUREMENTS:
+            table.add_row(f"  {name}", *(cell(measured[name], metric) for metric in metrics))
+    return table
+
+
+def show(metrics: Mapping[str, Any]) -> None:
+    """Print the measurements and what they come to."""
+    console.print(measurement_table(metrics["tasks"]))
+    for task, measured in metrics["tasks"].items():
+        metric = measured["metrics"][0]
+        gap, recovery = measured["gap"][metric], measured["recovery"][metric]
+        share = "undefined (full fine-tuning gained nothing)" if recovery is None else f"{recovery:.2f}"
+        console.print(f"{task}: gap {gap:+.3f} in {metric}, recovery {share}")
+        for line in misordered(measured):
+            console.print(f"  note: {line}", style="yellow")
+    emulator, perplexity = metrics["emulator"], metrics["corpus_perplexity"]
+    console.print(
+        f"emulator: {emulator['share_of_model']:.0%} of the model's bytes; "
+        f"corpus perplexity {perplexity['emulator']:.1f} against the model's {perplexity['model']:.1f}"
+    )
+
+
+def write_curves(folder: Path, histories: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    """Loss curves as one CSV a stage, `<folder>/<stage>.csv`: step, loss."""
+    for stage, history in histories.items():
+        write_csv(folder / f"{stage}.csv", ["step", "loss"], ([row["step"], row["loss"]] for row in history))
+
+
+def write_layers(path: Path, prior: Sequence[float], scores: Sequence[float], kinds: Sequence[str]) -> None:
+    """Per-layer scores as one CSV: layer, prior, score, kind."""
+    rows = zip(range(len(scores)), prior, scores, kinds, strict=True)
+    write_csv(path, ["layer", "prior", "score", "kind"], rows)

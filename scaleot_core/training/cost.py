@@ -1,0 +1,56 @@
+"""TODO-DOC training.cost."""
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from scaleot_core.common.files import write_json
+from scaleot_core.common.runtime import Runtime
+from scaleot_core.models.families import family
+
+
+class Meter:
+    """Wall-clock seconds and peak memory (MiB, of the process and of the GPU) since it was made, and counted tokens."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.start = time.perf_counter()
+        self.tokens = 0
+        self.gpu = runtime.device.type == "cuda"
+        if self.gpu:
+            torch.cuda.reset_peak_memory_stats()
+
+    def count(self, model: PreTrainedModel) -> None:
+        """Count from here on the tokens that go through a model's forward pass, padding among them."""
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+            inputs = (*args, options.get("input_ids"), options.get("inputs_embeds"))
+            given = next(tensor for tensor in inputs if tensor is not None)
+            self.tokens += given.shape[0] * given.shape[1]
+
+        stack = model.get_submodule(family(model.config).layers.rpartition(".")[0])
+        stack.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def read(self) -> dict[str, float]:
+        measured: dict[str, float] = {
+            "tokens": self.tokens,
+            "seconds": round(time.perf_counter() - self.start, 1),
+            "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        }
+        if self.gpu:
+            measured["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
+        return measured
+
+
+@contextmanager
+def cost(path: Path, runtime: Runtime) -> Iterator[Meter]:
+    """Write what the block cost to `path`, once it ended well."""
+    meter = Meter(runtime)
+    yield meter
+    write_json(path, meter.read())

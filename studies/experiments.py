@@ -1,0 +1,259 @@
+"""Runs of the pipeline with some parameters changed, as DVC experiments that are made once and read back by name.
+
+Each runs in a folder of its own (`dvc exp run --temp`), so that the project stays as it is, and takes from DVC's cache
+all that the change doesn't touch. One that was stopped is run again; one that is there isn't. A long study keeps its
+runs' figures in a CSV file too, which git has where DVC's cache is gone.
+"""
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from scaleot_core.common.errors import UserError
+from scaleot_core.common.files import fingerprint, read_csv, write_csv
+from scaleot_core.common.progress import progress, say
+from scaleot_core.common.validation import validate_block
+from scaleot_core.params import Params, changed, load_params
+
+POLL_SECONDS = 20.0
+# In what `dvc queue status` says:
+QUEUE_LINE = re.compile(r"^([0-9a-f]{7})\s+(\S+)\s.*\s(Queued|Running|Failed|Success)\s*$", re.MULTILINE)
+WAITING = {"Queued", "Running"}
+NO_WORKER = "Worker status: 0 active, 0 idle"
+STATUS_SECONDS = 120.0  # far more than it takes
+MAX_IDLE_POLLS = 10  # times that it has no worker, or says nothing, before we believe it: one may be busy
+NEUTRAL_PARAMS = {"device", "threads", "launch", "checkpoint_seconds"}  # parameters that no figure hangs on
+DRAWING = Path("scaleot_core/reporting/figures.py")  # and code that none hangs on
+
+PIPELINE = ("dvc.yaml",)  # all of its stages, as a target
+EMULATOR_STAGES = ("layer_importance", "train_harmonizers", "compress")  # the stages that ScaleOT's emulator takes
+
+Row = dict[str, Any]
+"""Metrics and parameters of one experiment, by names such as `tasks.piqa.gap.acc` and `dlr.steps`."""
+Changes = Mapping[str, Any]
+"""To params.yaml, by names such as `dlr.steps`."""
+Figures = Mapping[str, float | None]
+"""What a study takes from one run, by the name of its column; None where a run has none."""
+
+
+def experiment_name(*parts: object) -> str:
+    """A name that DVC takes: words and numbers joined by hyphens."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", " ".join(map(str, parts))).strip("-")
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"git {' '.join(arguments)}: {' '.join(done.stderr.split())}")
+    return done.stdout
+
+
+def _commit(revision: str = "HEAD") -> str:
+    return _git("rev-parse", revision).strip()
+
+
+def finished(base: str) -> dict[str, str]:
+    """Commits of the experiments of commit `base` that ended well, by name: DVC has a git reference to each."""
+    listed = _git("for-each-ref", "--format=%(refname:lstrip=4) %(objectname)", f"refs/exps/{base[:2]}/{base[2:]}")
+    return dict(line.split(" ") for line in listed.splitlines())
+
+
+def _set(changes: Changes) -> list[str]:
+    return [f"--set-param={key}={json.dumps(value)}" for key, value in changes.items()]
+
+
+def _expected(changes: Changes) -> dict[str, Any]:
+    """All parameters with these changes, flat; UserError where one is wrong."""
+    return flatten(changed(load_params(), dict(changes)).model_dump())
+
+
+def _row(name: str, commit: str, expected: Mapping[str, Any], targets: Sequence[str]) -> Row:
+    """An experiment's row; UserError where it was made with other parameters or another code of its targets."""
+    made = flatten(validate_block(Params, yaml.safe_load(_git("show", f"{commit}:params.yaml"))).model_dump())
+    for key, value in expected.items():
+        if key not in NEUTRAL_PARAMS and made.get(key) != value:
+            raise UserError(
+                f"experiment {name}: it is there with {key} = {made.get(key)!r}, and would now have {value!r}; "
+                f"commit params.yaml, or `dvc exp remove {name}`"
+            )
+    if edited := _git("diff", "--name-only", commit, "--", *map(str, code(*targets))).split():
+        raise UserError(
+            f"experiment {name}: it is there, made before {edited[0]} was changed; commit that, or "
+            f"`dvc exp remove {name}`"
+        )
+    row = {"commit": commit, **made}
+    return row | flatten(read_metrics(row))
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested parameters by names such as `dlr.steps`."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
+def run(name: str, changes: Changes) -> Row:
+    """The row of experiment `name`, run now with these parameters if it isn't there; UserError where a run fails."""
+    expected, base = _expected(changes), _commit()
+    if name not in finished(base):
+        say(f"experiment {name}", style="bold")
+        if subprocess.run(["dvc", "exp", "run", "--temp", f"--name={name}", *_set(changes)]).returncode:
+            raise UserError(f"experiment {name}: it failed; see above, mend it, then run again: what is done is kept")
+    return _row(name, finished(base)[name], expected, PIPELINE)
+
+
+def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
+    """`KEY=VALUE` arguments as changes to params.yaml; UserError for one that is none."""
+    changes = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise UserError(f"{argument!r}: a setting is KEY=VALUE, such as alpha=0.5")
+        changes[key] = yaml.safe_load(value)
+    return changes
+
+
+def workers() -> int:
+    """How many experiments this machine runs at once: one for every four cores and eight GiB; on a GPU one."""
+    import torch
+
+    if load_params().device != "cpu" and torch.cuda.is_available():
+        return 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return max(1, min(len(os.sched_getaffinity(0)) // 4, int(memory // 8)))
+
+
+def run_all(wanted: Mapping[str, Changes], label: str, targets: Sequence[str] = PIPELINE) -> Iterator[tuple[str, Row]]:
+    """Names and rows of many experiments, each as it ends: what isn't there goes into DVC's queue, which as many work
+    off as fit.
+
+    `targets` are what each runs, as `dvc repro` takes them. Whoever stops watching doesn't stop the queue, and watches
+    it again with the same command. UserError names an experiment that failed.
+    """
+    todo, base = {name: _expected(changes) for name, changes in wanted.items()}, _commit()
+
+    def ended() -> Iterator[tuple[str, Row]]:
+        done = finished(base)
+        for name in [name for name in todo if name in done]:
+            yield name, _row(name, done[name], todo.pop(name), targets)
+
+    yield from ended()
+    if not todo:
+        return
+    others = _queue({name: wanted[name] for name in todo}, base, label, targets)
+    unseen = 0  # times in a row that no worker was
+    with progress(label, len(wanted), len(wanted) - len(todo)) as tick:
+        while True:
+            for each in ended():
+                tick()
+                yield each
+            if not todo:
+                return
+            time.sleep(POLL_SECONDS)
+            try:
+                status = _dvc("queue", "status", seconds=STATUS_SECONDS)
+            except UserError:
+                status = NO_WORKER  # DVC trips at times over a run that ends while it looks
+            for task, name, state in QUEUE_LINE.findall(status):
+                if name in todo and state == "Failed" and task not in others:
+                    raise UserError(
+                        f"experiment {name}: it failed; `dvc queue logs {name}` says why; mend it, then run again: "
+                        "what is done is kept"
+                    )
+            unseen = unseen + 1 if NO_WORKER in status else 0
+            if unseen == MAX_IDLE_POLLS:
+                raise UserError(
+                    f"experiment {next(iter(todo))}: DVC has no worker for it; `dvc queue kill` what `dvc queue "
+                    "status` has as running though nothing runs, then run again: what is done is kept"
+                )
+
+
+def _queue(missing: Mapping[str, Changes], base: str, label: str, targets: Sequence[str]) -> set[str]:
+    """Have DVC's queue worked off, with what is missing and not in it yet; gives its tasks that are none of ours."""
+    tasks = QUEUE_LINE.findall(_dvc("queue", "status"))
+    waiting = {task: name for task, name, state in tasks if state in WAITING}
+    ours = {task: name for task, name in waiting.items() if _commit(f"{task}^") == base}
+    others = {task for task, *_ in tasks} - ours.keys()
+    if first := [waiting[task] for task in waiting.keys() & others]:
+        say(f"{label}: in DVC's queue {first[0]} goes first, of another commit; `dvc queue remove --queued` empties it")
+    jobs = workers()
+    shared = {"threads": len(os.sched_getaffinity(0)) // jobs} if jobs > 1 else {}
+    for name in [name for name in missing if name not in ours.values()]:
+        _dvc("exp", "run", "--queue", f"--name={name}", *_set({**missing[name], **shared}), *targets)
+    _dvc("queue", "start", f"--jobs={jobs}")
+    say(f"{label}: {jobs} at once, also if this is stopped; `dvc queue logs NAME` shows one, `dvc queue stop` ends it")
+    return others
+
+
+def code(*targets: str) -> list[Path]:
+    """The project's own files that figures of DVC's targets, a file or a stage of it, hang on."""
+    stages: list[dict[str, Any]] = []
+    for target in targets:
+        path, _, stage = target.partition(":")
+        there = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["stages"]
+        stages += [there[stage]] if stage else there.values()
+    own = {Path(dep) for stage in stages for dep in stage["deps"] if not dep.startswith(("artifacts/", "costs"))}
+    own.discard(DRAWING)
+    files = [file for dep in sorted(own) for file in (sorted(dep.rglob("*")) if dep.is_dir() else [dep])]
+    return [file for file in files if file.suffix in {".py", ".yaml", ".lock"}]
+
+
+def cached_figures(
+    path: Path,
+    columns: Collection[str],
+    wanted: Mapping[str, Changes],
+    make: Callable[[Mapping[str, Changes]], Iterable[tuple[str, Figures]]],
+    *targets: str,
+) -> dict[str, Figures]:
+    """Figures of every wanted run by its name: from the CSV file at `path`, or made now and written there as each ends.
+
+    A line there counts for a run of the same parameters and the same `code` of these targets, whatever its name, if it
+    has all columns. Lines of other runs stay. UserError where the code is changed meanwhile.
+    """
+    lines = [line for line in (read_csv(path) if path.exists() else []) if line.keys() >= {"run", *columns, "made of"}]
+    known = {line["made of"]: line for line in lines}
+    source, made_of, found = fingerprint(*code(*targets)), dict[str, str](), dict[str, Figures]()
+    for name, changes in wanted.items():
+        params = changed(load_params(), dict(changes)).model_dump(exclude=NEUTRAL_PARAMS)
+        made_of[name] = f"sha256-{fingerprint(params, source)}"
+        if line := known.get(made_of[name]):
+            found[name] = {column: None if line[column] == "" else line[column] for column in columns}
+    rest = [line for line in lines if line["run"] not in wanted and line["made of"] not in made_of.values()]
+    for name, figures in make({name: changes for name, changes in wanted.items() if name not in found}):
+        if fingerprint(*code(*targets)) != source:
+            raise UserError(f"{path}: the code was changed while {name} was made; commit it and run again, or undo it")
+        values = {column: figures[column] for column in columns}
+        found[name] = {column: None if value is None else float(value) for column, value in values.items()}
+        there = [[name, *found[name].values(), made_of[name]] for name in wanted if name in found]
+        there += [[line["run"], *(line[column] for column in columns), line["made of"]] for line in rest]
+        write_csv(path, ["run", *columns, "made of"], there)
+    return {name: found[name] for name in wanted}
+
+
+def _dvc(*arguments: str, seconds: float | None = None) -> str:
+    """What one of DVC's commands says, into a file: a worker that it starts would keep a pipe open to its end."""
+    with tempfile.TemporaryFile("w+") as said:
+        try:
+            exit_code = subprocess.run(["dvc", *arguments], stdout=said, stderr=said, timeout=seconds).returncode
+        except subprocess.TimeoutExpired:
+            exit_code = None
+        said.seek(0)
+        text = said.read()
+    if exit_code != 0:
+        ending = "no end" if exit_code is None else f"exit code {exit_code}"
+        raise UserError(f"dvc {arguments[0]} {arguments[1]}: {ending}; {' '.join(text.split())[-300:]}")
+    return text
+
+
+def read_metrics(row: Row, name: str = "metrics.json") -> Any:
+    """All of an experiment's metrics.json, or of another file of metrics that git has."""
+    return json.loads(_git("show", f"{row['commit']}:{name}"))
