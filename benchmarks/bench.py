@@ -30,8 +30,7 @@ from scaleot_core.common.tensors import read_tensors
 from scaleot_core.compression import emulator, svd
 from scaleot_core.evaluation.harness import evaluate
 from scaleot_core.evaluation.tasks import load_task
-from scaleot_core.exchange import package
-from scaleot_core.exchange.tokenizer import load_untrusted_tokenizer
+from scaleot_core.exchange.package import Package
 from scaleot_core.methods import METHODS, ModelOwner
 from scaleot_core.models.forward import mean_loss
 from scaleot_core.models.loading import load_model, load_tokenizer
@@ -43,7 +42,12 @@ from studies.experiments import EMULATOR_STAGES
 
 ARTIFACTS, COSTS, LOG = Path("artifacts"), Path("costs"), Path("docs/benchmarks.md")
 ROUNDS = 3
-CHANNELS_ALONE = {"alpha": 0.0, "beta": 0.0, "src.channels": 0.51, "adapter_placement": "ends"}  # the default's bytes
+CHANNELS_ALONE = {
+    "alpha": 0.0,
+    "beta": 0.0,
+    "channel_pruning.ratio": 0.51,
+    "adapter_placement": "ends",
+}  # the default's bytes
 
 Row = dict[str, str]
 
@@ -74,22 +78,21 @@ def tune(params: Params, device: torch.device) -> list[Row]:
     """Tuning the adapter layers for one epoch, against a loop as in OT's scripts: shuffled batches, all logits."""
     task = params.tasks[0]
     rows = read_jsonl(ARTIFACTS / "tasks" / task / "train.jsonl")[:160]
-    model, plan = package.load(ARTIFACTS / "emulator", device=device)
-    data = examples.from_task(
-        model, load_untrusted_tokenizer(ARTIFACTS / "emulator"), task, rows, block_size=params.data.block_size
-    )
-    adapters = emulator.layer_parameters(model, plan, "adapter")
+    package = Package(ARTIFACTS / "emulator")
+    model = package.load(device)
+    data = examples.from_task(model, package.tokenizer(), task, rows, block_size=params.data.block_size)
+    adapters = emulator.layer_parameters(model, package.plan, "adapter")
     start = {name: p.detach().clone() for name, p in adapters.items()}
-    size, lr = params.tuning.batch_size, params.tuning.lr[0]
+    size, lr = params.offsite_tune.batch_size, params.offsite_tune.lr[0]
     losses: dict[str, list[float]] = {}
 
     def ours() -> None:
-        emulator.plug_in(model, plan, start)
-        settings = params.tuning.model_copy(update={"epochs": 1, "max_steps": 0})
+        emulator.plug_in(model, package.plan, start)
+        settings = params.offsite_tune.model_copy(update={"epochs": 1, "max_steps": 0})
         losses["ours"] = [step["loss"] for step in train(model, adapters, data, settings, lr=lr, seed=0, label="tune")]
 
     def baseline() -> None:
-        emulator.plug_in(model, plan, start)
+        emulator.plug_in(model, package.plan, start)
         for parameter in adapters.values():
             parameter.requires_grad_(True)
         optimizer = torch.optim.AdamW(adapters.values(), lr=lr)
@@ -164,7 +167,7 @@ def prepare(params: Params, device: torch.device) -> list[Row]:
         return took, loss
 
     stages = sum(read_json(COSTS / f"{stage}.json")["seconds"] for stage in EMULATOR_STAGES)
-    shipped = mean_loss(package.load(ARTIFACTS / "emulator", device=device)[0], heldout)
+    shipped = mean_loss(Package(ARTIFACTS / "emulator").load(device), heldout)
     with TemporaryDirectory() as folder:
         alone = make(CHANNELS_ALONE, Path(folder))
         ours = {"the default run's stages": (stages, shipped), "feed-forward channels alone": alone}

@@ -85,15 +85,14 @@ def main() -> None:
     torch.manual_seed(0)
     small = {
         "method": "scaleot",
-        "budget": 0.0,
+        "max_bytes_ratio": 0.0,
         "adapter_layers": 1,
         "alpha": 0.0,
         "beta": 0.8,
-        "rank_semantics": "removed",
         "harmonizer.rank": 256,
-        "src.whiten": True,
-        "src.calibration_blocks": BLOCKS,
-        "dlr.after_src": 0,
+        "rank_compression.whiten": True,
+        "rank_compression.calibration_blocks": BLOCKS,
+        "after_src.steps": 0,
     }
     params, times = changed(load_params(), small), defaultdict[str, float](float)
     svd.decompose = timed(times, "decomposing", svd.decompose)

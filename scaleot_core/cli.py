@@ -34,14 +34,14 @@ app = typer.Typer(
     "owner checks them and plugs them into the real model.",
 )
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-Package = Annotated[Path, typer.Option("--package", help="The package that was shipped: a folder or .zip.")]
-Adapter = Annotated[Path, typer.Argument(help="The adapter that came back: a folder or .zip.")]
+PackageOption = Annotated[Path, typer.Option("--package", help="The package that was shipped: a folder or .zip.")]
+AdapterArgument = Annotated[Path, typer.Argument(help="The adapter that came back: a folder or .zip.")]
 
 
 @app.command()
 def pack(
     out: Annotated[Path, typer.Option(help="The package to write: a folder, or one file if the name ends in .zip.")],
-    licence: Annotated[
+    license: Annotated[
         str | None, typer.Option(help="Under which the package is shipped; without it the receiver is told to ask you.")
     ] = None,
     project: Annotated[Path, typer.Option(help="The folder in which the pipeline was run.")] = Path("."),
@@ -51,23 +51,26 @@ def pack(
 
     Beside it comes OUT.private.json, with the layers' scores and the parameters, which stays with you.
     """
+    from scaleot_core.artifacts import Artifacts
     from scaleot_core.common.files import read_json, write_json
-    from scaleot_core.compression.plan import DECIDED_BY
     from scaleot_core.exchange.archive import new_output
     from scaleot_core.exchange.manifest import copy_files, manifest_sha256
-    from scaleot_core.exchange.package import LONGEST_LICENCE, UNSTATED, read_manifest
+    from scaleot_core.exchange.package import LONGEST_LICENSE, UNSTATED, Package
     from scaleot_core.params import load_params
+    from scaleot_core.pipeline import DVC_YAML, read_entry
 
-    licence = UNSTATED if licence is None else licence
-    if len(licence) > LONGEST_LICENCE:
-        raise UserError(f"--licence: {len(licence)} characters are too many; {LONGEST_LICENCE} are the most")
-    made = project / "artifacts" / "emulator"
-    known = read_json(made.with_name(f"{made.name}.private.json"))
-    if known["params"] != load_params(project / "params.yaml").model_dump(include=DECIDED_BY):
-        raise UserError(f"{made}: it was made with other parameters than params.yaml has now; run `dvc repro` first")
-    manifest = read_manifest(made)
+    license = UNSTATED if license is None else license
+    if len(license) > LONGEST_LICENSE:
+        raise UserError(f"--license: {len(license)} characters are too many; {LONGEST_LICENSE} are the most")
+    artifacts = Artifacts(project / "artifacts")
+    known = read_json(artifacts.emulator_private)
+    if known["params"] != read_entry("compress", file=project / DVC_YAML).values(load_params(project / "params.yaml")):
+        raise UserError(
+            f"{artifacts.emulator}: it was made with other parameters than params.yaml has now; run `dvc repro` first"
+        )
+    manifest = Package(artifacts.emulator).manifest
     with new_output(out) as folder:
-        copy_files(made, folder, manifest, licence=licence)
+        copy_files(artifacts.emulator, folder, manifest, license=license)
         identity = manifest_sha256(folder)
     write_json(_private(out), {"package": identity, **known})
     _show({"package": str(out), "id": identity, "private": str(_private(out))}, as_json)
@@ -82,10 +85,10 @@ def inspect(
 
     A package is checked to the last shape; an adapter by `scaleot check`, which knows the package it belongs to.
     """
-    from scaleot_core.exchange import adapter, untrusted
+    from scaleot_core.exchange import adapter
     from scaleot_core.exchange.archive import unpacked
     from scaleot_core.exchange.manifest import Manifest, manifest_format, manifest_sha256
-    from scaleot_core.exchange.package import outline
+    from scaleot_core.exchange.package import Package
 
     with unpacked(path) as folder:
         found: dict[str, Any] = {"path": str(path)}
@@ -101,11 +104,12 @@ def inspect(
                 **{f"tuning: {key}": value for key, value in given.tuning.model_dump(exclude_none=True).items()},
             }
         else:
-            manifest, model, expected = outline(folder)
-            untrusted.check_tensors(expected)
+            shipped = Package(folder)
+            shipped.check()
+            manifest, model = shipped.manifest, shipped.meta_model
             found |= {
                 "format": f"{manifest.format} {manifest.format_version}",
-                "licence": manifest.licence,
+                "license": manifest.license,
                 "architecture": model.config.model_type,
                 "parameters": model.num_parameters(),
                 "dtype": manifest.dtype,
@@ -139,9 +143,9 @@ def tune(
     task: Annotated[
         str | None, typer.Option(help="A task of lm-eval; without --data its training questions come from the hub.")
     ] = None,
-    method: Annotated[
-        Literal["full", "lora"], typer.Option(help="Tune every weight of the adapter layers, or LoRA inside them.")
-    ] = "full",
+    peft: Annotated[
+        Literal["none", "lora"], typer.Option(help="Tune every weight of the adapter layers, or LoRA inside them.")
+    ] = "none",
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of LoRA's matrices.")] = 16,
     lora_alpha: Annotated[float, typer.Option(min=0, help="LoRA's scale, over its rank.")] = 32.0,
     epochs: Annotated[int, typer.Option(min=1, help="Most passes over the records.")] = 10,
@@ -187,9 +191,7 @@ def tune(
     from scaleot_core.evaluation.tasks import check_rows
     from scaleot_core.exchange import adapter
     from scaleot_core.exchange.archive import new_output, unpacked
-    from scaleot_core.exchange.manifest import manifest_sha256
-    from scaleot_core.exchange.package import load, read_manifest
-    from scaleot_core.exchange.tokenizer import load_untrusted_tokenizer
+    from scaleot_core.exchange.package import Package
     from scaleot_core.models.loading import check_tokenizer
     from scaleot_core.params import OffsiteTuning
     from scaleot_core.training.checkpoint import Checkpoint
@@ -202,28 +204,21 @@ def tune(
         OffsiteTuning,
         {
             "epochs": epochs,
-            "max_steps": 0,
             "batch_size": batch_size,
             "lr": lr or [3e-4],
-            "validation": validation,
+            "validation_fraction": validation,
             "patience": (0 if epsilon else 1) if patience is None else patience,
-            "warmup": 0.1,
-            "weight_decay": 0.0,
-            "clip": 1.0,
-            "method": method,
+            "peft": peft,
             "lora_rank": lora_rank,
             "lora_alpha": lora_alpha,
-            "harmonizers": "frozen",
             "epsilon": epsilon,
             "delta": delta,
         },
     )
     with unpacked(package) as folder, new_output(out) as target:
-        manifest = read_manifest(folder)
-        identity = manifest_sha256(folder)
-        runtime = setup(_Settings(device, manifest.dtype, threads), "tune")
-        model, plan = load(folder, device=runtime.device)
-        tokenizer = load_untrusted_tokenizer(folder)
+        shipped = Package(folder)
+        runtime = setup(_Settings(device, shipped.manifest.dtype, threads), "tune")
+        model, tokenizer = shipped.load(runtime.device), shipped.tokenizer()
         check_tokenizer(tokenizer, model.config)
         if task is None:
             assert data is not None
@@ -232,16 +227,16 @@ def tune(
             rows = training(task) if data is None else read_jsonl(data)
             check_rows(task, rows, tokenizer, context_length=model.config.max_position_embeddings, part="training")
             made = examples.from_task(model, tokenizer, task, rows, block_size=block_size, packed=not epsilon)
-        key = fingerprint(settings.model_dump(), seed, identity, made)
+        key = fingerprint(settings.model_dump(), seed, shipped.sha256, made)
         checkpoint = Checkpoint(out.with_name(f".{out.name}.progress") / key, PROGRESS_SECONDS)
-        parameters = adapter.trainable(model, plan, settings, seed)
+        parameters = adapter.trainable(model, shipped.plan, settings, seed)
         seed = secrets.randbits(256) if epsilon else seed  # whoever could guess it could take the noise off
         try:
             tuned = tune_parameters(model, parameters, made, settings, seed=seed, label="tune", checkpoint=checkpoint)
         except KeyboardInterrupt:
             say("interrupted; the same command goes on from here", style="yellow")
             raise
-        adapter.save(target, model, plan, parameters, package=identity, tuning=settings, tuned=tuned)
+        adapter.save(target, model, shipped.plan, parameters, package=shipped.sha256, tuning=settings, tuned=tuned)
     write_json(_private(out), {"validation_loss": tuned.validation_loss, "history": tuned.history})
     checkpoint.remove()
     with suppress(OSError):  # it isn't there, or another command's progress is in it
@@ -261,7 +256,7 @@ def tune(
 
 
 @app.command()
-def check(adapter: Adapter, package: Package, as_json: AsJson = False) -> None:
+def check(adapter: AdapterArgument, package: PackageOption, as_json: AsJson = False) -> None:
     """Model owner: whether an adapter is sound and belongs to a package, and how far it moved each layer.
 
     Relative change is the norm of a layer's change over the norm of what was shipped; the outlier is the largest change
@@ -269,17 +264,18 @@ def check(adapter: Adapter, package: Package, as_json: AsJson = False) -> None:
     """
     from scaleot_core.exchange.adapter import check_adapter
     from scaleot_core.exchange.archive import unpacked
+    from scaleot_core.exchange.package import Package
 
     with unpacked(adapter) as folder, unpacked(package) as shipped:
-        found = check_adapter(folder, shipped)
+        found = check_adapter(folder, Package(shipped))
     _show_changes({"adapter": str(adapter), "sound": True}, found.layer_changes, as_json)
 
 
 @app.command()
 def plug(
     base: Annotated[str, typer.Argument(help="The real model: a transformers folder or a hub id.")],
-    adapter: Adapter,
-    package: Package,
+    adapter: AdapterArgument,
+    package: PackageOption,
     out: Annotated[Path, typer.Option(help="The plug-in model to write: a transformers folder.")],
     max_change: Annotated[
         float | None, typer.Option(min=0, help="Refuse an adapter that changes a layer by more (relative norm).")
@@ -297,11 +293,13 @@ def plug(
     from scaleot_core.compression import emulator
     from scaleot_core.exchange.adapter import check_adapter
     from scaleot_core.exchange.archive import check_new, unpacked
+    from scaleot_core.exchange.package import Package
     from scaleot_core.models.loading import read_model
 
     check_new(out)
-    with unpacked(adapter) as folder, unpacked(package) as shipped:
-        found = check_adapter(folder, shipped)
+    with unpacked(adapter) as folder, unpacked(package) as unpacked_package:
+        shipped = Package(unpacked_package)
+        found, originals, plan = check_adapter(folder, shipped), shipped.adapter_tensors, shipped.plan
     for moved in found.layer_changes:
         for name, limit, value in (("change", max_change, moved.relative), ("outlier", max_outlier, moved.outlier)):
             if limit is not None and not value <= limit:
@@ -309,12 +307,12 @@ def plug(
                     f"{adapter}: layer {moved.layer} has {name} {value:.3g}, the limit is {limit:g}; "
                     "look at `scaleot check`, then ask for another or raise the limit"
                 )
-    model, tokenizer = read_model(base, DTYPES[found.package.dtype])
+    model, tokenizer = read_model(base, DTYPES[shipped.manifest.dtype])
     here = dict(model.named_parameters())
-    for name, tensor in found.shipped.items():
+    for name, tensor in originals.items():
         if name not in here or not torch.equal(here[name], tensor):
             raise UserError(f"{base}: its {name!r} is not that of the package, which was made from another model")
-    emulator.plug_in(model, found.plan, found.tuned)
+    emulator.plug_in(model, plan, found.tuned)
     with atomic_folder(out) as target:
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)

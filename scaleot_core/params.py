@@ -1,5 +1,6 @@
-"""params.yaml as checked values. Every key there is a field here, with its type, range and meaning."""
+"""params.yaml as checked values: every key is a field here, with its type, range, default and one description."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ from scaleot_core.common.errors import UserError
 from scaleot_core.common.validation import Block, validate_block
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 Name = Annotated[str, Field(min_length=1)]
@@ -17,236 +19,254 @@ TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
 class Data(Block):
-    """What `prepare_data` reads and how much of it."""
+    """Stage prepare_data: what is read, and how much of it."""
 
-    source: Name
-    """The questions: `embedded`, `hub`, or a folder with `<task>/train.jsonl` and `validation.jsonl`."""
-    corpus: Name
-    """The public text: `embedded`, a .jsonl (field `text`) or .txt file, or a hub data set."""
-    block_size: Annotated[int, Field(ge=8)]
-    """Tokens in a block of the corpus."""
-    train_blocks: Positive
-    """Blocks for fitting harmonizers and scores."""
-    heldout_blocks: Positive
-    """Blocks for perplexity, from passages that no training block has."""
-    train_questions: Positive
-    """Most private training questions a task."""
-    eval_questions: Positive
-    """Most evaluated questions a task."""
+    questions: Name = "embedded"
+    """embedded, hub, or a folder of <task>/train.jsonl and validation.jsonl"""
+    questions_revision: str = ""
+    """commit, tag or branch of the tasks' data sets on the hub; empty for the newest"""
+    corpus: Name = "embedded"
+    """embedded, a .jsonl or .txt file, a folder of such, or a data set on the hub"""
+    corpus_revision: str = ""
+    """commit, tag or branch of the corpus on the hub; empty for the newest"""
+    block_size: Annotated[int, Field(ge=8)] = 256
+    """tokens in a corpus block"""
+    train_blocks: Positive = 512
+    """blocks to train harmonizers and scores on"""
+    heldout_blocks: Positive = 32
+    """blocks for perplexity, from other passages"""
+    train_questions: Positive = 600
+    """most training questions of a task"""
+    eval_questions: Positive = 400
+    """most evaluated questions of a task"""
 
 
 class HarmonizerForm(Block):
-    """What the stand-in for one decoder layer is (method section 1)."""
+    """The harmonizer (method section 1)."""
 
-    rank: Positive
-    """r: 64 for models up to about 2B parameters, 256 for larger ones."""
-    residual: bool
-    """Whether the input is added to the output."""
-    norm: bool
-    """Whether the input of W_down is divided by its root mean square."""
+    rank: Positive = 64
+    """r, 64 up to about 2B parameters, 256 above"""
 
 
 class LayerImportance(Block):
-    """The prior: local fits and sensitivities (method section 2)."""
+    """Stage layer_importance: local fits and prior scores (method section 2)."""
 
-    estimator: Literal["sensitivity", "block_influence", "taylor", "zero"]
-    """What the prior scores are made of."""
-    calibration_blocks: Positive
-    """Training blocks whose hidden states are kept for the local fits; memory grows with it."""
-    steps: Annotated[int, Field(ge=0)]
-    """Steps of local regression; all layers take each step together. With 0 harmonizers stay identities."""
-    batch_tokens: Positive
-    """Tokens in a step."""
-    lr: Rate
-    """AdamW's learning rate."""
-    sensitivity_blocks: Positive
-    """Training blocks on which a layer's sensitivity is measured."""
-
-
-class Src(Block):
-    """Selective Rank Compression (method section 4)."""
-
-    whiten: bool
-    """Truncate what projections give out on the corpus, as SVD-LLM does, or plain matrices, as the paper does."""
-    calibration_blocks: Positive
-    """Training blocks whose projection inputs are the covariance."""
-    channels: Fraction
-    """Share of the feed-forward channels that are cut, of every layer whose attention is; the paper cuts none."""
+    estimator: Literal["sensitivity", "block_influence", "taylor"] = "sensitivity"
+    """what the prior scores are computed from"""
+    calibration_blocks: Positive = 128
+    """blocks whose hidden states are kept for the local fits"""
+    steps: Count = 500
+    """steps of local regression, all layers at once; with 0 harmonizers stay identities"""
+    batch_tokens: Positive = 1024
+    """tokens in a step"""
+    lr: Rate = 0.01
+    """AdamW's learning rate"""
+    sensitivity_blocks: Positive = 8
+    """blocks on which a layer's sensitivity is measured"""
 
 
 class Dlr(Block):
-    """Dynamic LayerReplace (method section 2)."""
+    """Stage train_harmonizers: Dynamic LayerReplace (method section 2)."""
 
-    init: Literal["prior", "zero"]
-    """Scores start at the prior or at zero."""
-    group_size: Annotated[int, Field(ge=2)]
-    """N_g: neighbouring layers in a group, half of which is replaced in a sample."""
-    settled: Fraction
-    """Layers whose p_i is above this leave the draw and are kept; 1 for none, the paper's rule."""
-    steps: Annotated[int, Field(ge=0)]
-    """Harmonizer updates."""
-    batch_blocks: Positive
-    """Corpus blocks in a step."""
-    lr: Rate
-    """AdamW's learning rate for the harmonizers."""
-    hidden_weight: Annotated[float, Field(ge=0)]
-    """Weight of the error of the last hidden states beside the cross-entropy; 0 is the paper's loss, OT has 30."""
-    score_blocks: Positive
-    """Training blocks set aside to compare candidates on."""
-    score_every: Positive
-    """Harmonizer updates between two score updates."""
-    score_lr: Annotated[float, Field(gt=0)]
-    """η of the score update."""
-    candidates: Annotated[int, Field(ge=2)]
-    """N_c: distinct networks compared in a score update."""
-    after_src: Annotated[int, Field(ge=0)]
-    """Harmonizer updates in the finished emulator, by stage `compress`, to make up for what the truncation costs."""
+    init: Literal["prior", "zero"] = "prior"
+    """where the scores start"""
+    group_size: Annotated[int, Field(ge=2)] = 4
+    """N_g, neighbouring layers in a group, half of which is replaced in a sample"""
+    keep_threshold: Fraction = 0.9
+    """layers with p_i above it are always kept; 1 for none, the paper's rule"""
+    steps: Count = 60
+    """harmonizer updates"""
+    batch_blocks: Positive = 2
+    """corpus blocks in a step"""
+    lr: Rate = 0.0001
+    """AdamW's learning rate"""
+    score_blocks: Positive = 64
+    """training blocks set aside to compare candidates on"""
+    score_interval: Positive = 10
+    """harmonizer updates between two score updates"""
+    score_lr: Annotated[float, Field(gt=0)] = 10.0
+    """η, step of the score update"""
+    candidates: Annotated[int, Field(ge=2)] = 3
+    """N_c, distinct networks compared in a score update"""
+
+
+class RankCompression(Block):
+    """Stage compress: Selective Rank Compression (method section 4)."""
+
+    whiten: bool = True
+    """truncate the projections' outputs on the corpus (SVD-LLM), or, false, the matrices, as the paper does"""
+    calibration_blocks: Positive = 64
+    """training blocks whose projection inputs are the covariance"""
+
+
+class ChannelPruning(Block):
+    """Stage compress: channel pruning of the compressed layers, beyond the paper (method section 7)."""
+
+    ratio: Fraction = 0.0
+    """share of the feed-forward channels that is cut; 0 as in the paper"""
+
+
+class AfterSrc(Block):
+    """Stage compress: harmonizers trained once more, in the finished emulator."""
+
+    steps: Count = 0
+    """harmonizer updates; 0 for none, as in the paper"""
+    batch_blocks: Positive = 2
+    """corpus blocks in a step"""
+    lr: Rate = 0.0001
+    """AdamW's peak learning rate"""
 
 
 class Distill(Block):
-    """Offsite-tuning's distillation, where `method` is distilled."""
+    """Stage compress, method distilled: offsite-tuning's distillation (method section 9)."""
 
-    steps: Annotated[int, Field(ge=0)]
-    """Updates of the layers that are kept."""
-    batch_blocks: Positive
-    """Corpus blocks in a step."""
-    lr: Rate
-    """AdamW's peak learning rate."""
-    hidden_weight: Annotated[float, Field(ge=0)]
-    """Weight of the hidden states' error beside the cross-entropy."""
+    steps: Count = 300
+    """updates of the layers that are kept"""
+    batch_blocks: Positive = 4
+    """corpus blocks in a step"""
+    lr: Rate = 0.0001
+    """AdamW's peak learning rate"""
+    hidden_weight: Annotated[float, Field(ge=0)] = 30.0
+    """weight of the hidden states' error beside the cross-entropy"""
 
 
 class Crash(Block):
-    """CRaSh, where `method` is crash."""
+    """Stage compress, method crash (method section 9)."""
 
-    calibration_blocks: Annotated[int, Field(ge=2)]
-    """Training blocks on which layers are compared."""
+    calibration_blocks: Annotated[int, Field(ge=2)] = 256
+    """training blocks on which layers are compared"""
 
 
 class Gradot(Block):
-    """GradOT, where `method` is gradot."""
+    """Stage compress, method gradot (method section 9)."""
 
-    calibration_blocks: Positive
-    """Training blocks for gradients and the Hessian's factors."""
-    lambda_attention: float
-    """λ of singular values: how much a part counts whose loss would raise the emulator's own loss."""
-    lambda_feed_forward: float
-    """λ of feed-forward channels."""
+    calibration_blocks: Positive = 32
+    """training blocks for gradients and the Hessian's factors"""
+    lambda_attention: float = 1.0
+    """λ of singular values: how much a part counts whose loss would raise the emulator's own loss"""
+    lambda_feed_forward: float = 1.0
+    """λ of feed-forward channels"""
 
 
 class Tuning(Block):
-    """How weights are tuned on a task, for the adapter layers and for full fine-tuning alike (method section 5)."""
+    """Stage full_finetune, the ceiling (method section 5)."""
 
-    epochs: Positive
-    """Passes over the training questions."""
-    max_steps: Annotated[int, Field(ge=0)]
-    """Stop after so many steps; 0 for no limit."""
-    batch_size: Positive
-    """Questions in a step."""
+    epochs: Positive = 2
+    """passes over the training questions"""
+    max_steps: Count = 0
+    """stop after this many steps; 0 for no limit"""
+    batch_size: Positive = 8
+    """questions in a step"""
     lr: Annotated[
         list[Rate],
         BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
         Field(min_length=1),
-    ]
-    """AdamW's peak learning rate. Of several the one that is best on a part of the training questions is taken."""
-    validation: Fraction
-    """Share of the training questions that is held out, to choose between rates and to know when to stop."""
-    patience: Annotated[int, Field(ge=0)]
-    """Stop after so many epochs without a lower held-out loss; 0 for no held-out part and all epochs."""
-    warmup: Fraction
-    """Share of the steps in which the rate rises to its peak; then it falls linearly to zero."""
-    weight_decay: Annotated[float, Field(ge=0)]
-    """AdamW's weight decay."""
-    clip: Annotated[float, Field(gt=0)]
-    """Largest norm of the gradient."""
+    ] = [0.00005]
+    """AdamW's peak learning rate; of several the one with the lowest held-out loss is taken"""
+    validation_fraction: Fraction = 0.1
+    """share of the questions held out, where several rates or patience need it"""
+    patience: Count = 0
+    """stop after this many epochs without a lower held-out loss; 0 for all epochs"""
+    warmup_ratio: Fraction = 0.1
+    """share of the steps until the peak rate; linear to zero after it"""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's weight decay"""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """largest norm of the gradient"""
 
 
 class OffsiteTuning(Tuning):
-    """How the data owner tunes."""
+    """Stage offsite_tune: how the data owner tunes (method section 5)."""
 
-    method: Literal["full", "lora"]
-    """What is tuned of the adapter layers: every weight, or PEFT's LoRA inside them."""
-    lora_rank: Positive
-    """Rank of LoRA's matrices."""
-    lora_alpha: Annotated[float, Field(gt=0)]
-    """LoRA's scale, over its rank."""
-    harmonizers: Literal["frozen", "tuned"]
-    """Whether the harmonizers stay as they came, or are tuned along; they don't go back either way."""
-    epsilon: Annotated[float, Field(ge=0)]
-    """ε of differential privacy for each training question (DP-SGD); 0 for none."""
-    delta: Annotated[float, Field(gt=0, lt=1)]
-    """δ of differential privacy: less than one over the number of questions."""
+    lr: Annotated[
+        list[Rate],
+        BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
+        Field(min_length=1),
+    ] = [0.0003]
+    """AdamW's peak learning rate; of several the one with the lowest held-out loss is taken"""
+    peft: Literal["none", "lora"] = "none"
+    """what is tuned of the adapter layers: every weight, or LoRA inside them (PEFT)"""
+    lora_rank: Positive = 16
+    """rank of LoRA's matrices"""
+    lora_alpha: Annotated[float, Field(gt=0)] = 32.0
+    """LoRA's scale, over its rank"""
+    epsilon: Annotated[float, Field(ge=0)] = 0.0
+    """ε of differential privacy (DP-SGD) for each training question; 0 for none"""
+    delta: Annotated[float, Field(gt=0, lt=1)] = 0.0001
+    """δ of differential privacy: less than one over the number of questions"""
 
 
 class Attack(Block):
-    """The attacker's budget, where stage `attack` is run."""
+    """Stage attack, off the main path: `make attack`."""
 
-    steps: Annotated[int, Field(ge=1)]
-    """Updates of every weight in the package."""
-    batch_blocks: Positive
-    """Corpus blocks in a step."""
-    lr: Rate
-    """AdamW's peak learning rate."""
-    points: Positive
-    """Measurements on the way."""
-    beside: list[Literal["widened", "without_weights", "uniform"]]
-    """What else is attacked beside the package."""
-    records: Annotated[int, Field(ge=2)]
-    """Most private training questions, and as many held-out ones, that membership is told for."""
+    steps: Positive = 64
+    """updates of every weight in the package"""
+    batch_blocks: Positive = 4
+    """corpus blocks in a step"""
+    lr: Rate = 0.0001
+    """AdamW's peak learning rate"""
+    eval_points: Positive = 4
+    """measurements during the attack, beside that of the start"""
+    references: list[Literal["widened", "without_weights", "uniform"]] = ["widened", "without_weights", "uniform"]
+    """what else is attacked with the same budget"""
+    membership_records: Annotated[int, Field(ge=2)] = 200
+    """most private training questions, and held-out ones, in membership inference"""
 
 
 class Evaluate(Block):
-    """Evaluation by lm-eval."""
+    """Stages evaluate, zero_shot and full_finetune: lm-eval (method section 6)."""
 
-    batch_size: Positive
-    """Requests in a forward pass."""
+    batch_size: Positive = 32
+    """requests in a forward pass"""
 
 
 class Params(Block):
     """All of params.yaml."""
 
-    alpha: Fraction
-    """α: share of the non-adapter layers that harmonizers replace."""
-    beta: Fraction
-    """β: share of the attention rank that is cut from the other layers (see rank_semantics)."""
-    method: Literal["scaleot", "uniform", "distilled", "crash", "gradot"]
-    """How the emulator is made."""
-    budget: Fraction
-    """Most bytes of the emulator as a share of the model's; 0 for what ScaleOT's has at α and β."""
-    model: Name
-    """The model owner's model: `embedded`, a hub id, or a local folder."""
-    tasks: Annotated[list[TaskName], Field(min_length=1)]
-    """The data owner's tasks, by lm-eval's names."""
-    seed: Annotated[int, Field(ge=0)]
-    """Every random draw comes from it."""
-    device: Literal["auto", "cpu", "cuda"]
-    """Where tensors live."""
-    dtype: Literal["float32", "bfloat16", "float16"]
-    """What the models compute in; trained weights keep a float32 copy."""
-    threads: Annotated[int, Field(ge=0)]
-    """CPU threads; 0 for all."""
-    launch: Name
-    """What starts the stages that train by gradients: `python`, or what starts several processes of one."""
-    checkpoint_seconds: Annotated[float, Field(ge=0)]
-    """Time between two checkpoints of a long stage."""
-    adapter_layers: Positive
-    """N_a: layers that are shipped as they are and tuned."""
-    adapter_placement: Literal["importance", "ends"]
-    """Adapter layers: those of highest score, or OT's bottom and top layers."""
-    rank_semantics: Literal["removed", "kept"]
-    """Whether β is the share of the rank that is removed or kept."""
-    data: Data
-    harmonizer: HarmonizerForm
-    layer_importance: LayerImportance
-    dlr: Dlr
-    src: Src
-    distill: Distill
-    crash: Crash
-    gradot: Gradot
-    tuning: OffsiteTuning
-    full_finetune: Tuning
-    evaluate: Evaluate
-    attack: Attack
+    alpha: Fraction = 0.25
+    """α, the share of the non-adapter layers that harmonizers replace"""
+    beta: Fraction = 0.8
+    """β, the share of the attention rank that is cut in the other non-adapter layers"""
+    method: Literal["scaleot", "uniform", "distilled", "crash", "gradot"] = "scaleot"
+    """how the emulator is built"""
+    max_bytes_ratio: Fraction = 0.0
+    """most bytes of the emulator over the model's; 0 for what alpha and beta give"""
+    model: Name = "embedded"
+    """embedded (SmolLM2-135M-Instruct), a hub id, or a local folder"""
+    model_revision: str = ""
+    """commit, tag or branch of the model on the hub; empty for the newest"""
+    tasks: Annotated[list[TaskName], Field(min_length=1)] = ["piqa", "commonsense_qa_cloze"]
+    """lm-eval task names, each tuned on its own"""
+    adapter_layers: Positive = 4
+    """N_a, decoder layers that are shipped as they are and tuned"""
+    adapter_placement: Literal["importance", "ends"] = "importance"
+    """adapter layers are those of highest score, or OT's bottom and top layers"""
+    seed: Count = 0
+    """every random draw comes from it"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to compute"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """what models compute in; trained weights stay float32"""
+    threads: Count = 0
+    """CPU threads; 0 for all"""
+    launch: Name = "python"
+    """python, or `accelerate launch --num_processes 4`, or on CPUs `torchrun --nproc_per_node 4`"""
+    checkpoint_seconds: Annotated[float, Field(ge=0)] = 180
+    """seconds between two checkpoints of a long stage"""
+    data: Data = Data()
+    harmonizer: HarmonizerForm = HarmonizerForm()
+    layer_importance: LayerImportance = LayerImportance()
+    dlr: Dlr = Dlr()
+    rank_compression: RankCompression = RankCompression()
+    channel_pruning: ChannelPruning = ChannelPruning()
+    after_src: AfterSrc = AfterSrc()
+    distill: Distill = Distill()
+    crash: Crash = Crash()
+    gradot: Gradot = Gradot()
+    offsite_tune: OffsiteTuning = OffsiteTuning()
+    full_finetune: Tuning = Tuning()
+    evaluate: Evaluate = Evaluate()
+    attack: Attack = Attack()
 
     @field_validator("tasks")
     @classmethod
@@ -276,6 +296,19 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     try:
-        return validate_block(Params, data)
+        params = validate_block(Params, data)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    if missing := next(_missing(params), None):  # DVC watches the file: what isn't there couldn't be noticed
+        raise UserError(f"{path}: {missing} is missing; add it (params.yaml in the repository shows how)")
+    return params
+
+
+def _missing(block: Block, prefix: str = "") -> Iterator[str]:
+    """Yield the names, such as `dlr.steps`, of parameters that were left to their defaults."""
+    for name in type(block).model_fields:
+        value = getattr(block, name)
+        if name not in block.model_fields_set:
+            yield f"{prefix}{name}"
+        elif isinstance(value, Block):
+            yield from _missing(value, f"{prefix}{name}.")

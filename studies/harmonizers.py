@@ -37,7 +37,7 @@ SEEDS = (0, 1, 2)
 ALPHAS = (0.25, 0.5, 0.75)
 HELDOUT_BLOCKS = 16
 SHORT = 100  # steps of the fits that compare forms
-FITS, PAPER = {"dlr.steps": 0}, {"dlr.settled": 1.0}
+FITS, PAPER = {"dlr.steps": 0}, {"dlr.keep_threshold": 1.0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "layers dropped": {"layer_importance.steps": 0, **FITS},
     "ridge, rank 64": {"ridge": True},
@@ -51,10 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "fits, then DLR, paper's draw": PAPER,
     "fits, then DLR, essential layers settled": {},
-    "fits, then DLR, settled, hidden-state term": {"dlr.hidden_weight": 30.0},
     "short fits": {"layer_importance.steps": SHORT, **FITS},
-    "short fits, norm": {"layer_importance.steps": SHORT, "harmonizer.norm": True, **FITS},
-    "short fits, not residual": {"layer_importance.steps": SHORT, "harmonizer.residual": False, **FITS},
     "short fits, rank 16": {"layer_importance.steps": SHORT, "harmonizer.rank": 16, **FITS},
     "short fits, rank 256": {"layer_importance.steps": SHORT, "harmonizer.rank": 256, **FITS},
 }
@@ -111,7 +108,7 @@ def train(model: PreTrainedModel, blocks: Tensor, params: Params, prior: list[fl
             start += torch.tensor(prior)
         dlr.train(model, harmonizers, start, blocks, settings, seed=params.seed)
         seconds += time.perf_counter() - begun
-        networks = settings.steps + settings.steps // settings.score_every * settings.candidates
+        networks = settings.steps + settings.steps // settings.score_interval * settings.candidates
         tokens += networks * settings.batch_blocks * blocks.shape[1]
     return list(harmonizers), seconds, tokens
 

@@ -15,7 +15,7 @@ from scaleot_core.reporting import html
 from studies.experiments import flatten
 
 PLOTS, STUDIES, OUT = Path("plots"), Path("docs/studies"), Path("report.html")
-ATTACK, RECOVERY = Path("attack.json"), Path("artifacts/attack/recovery.csv")
+ATTACK, RESTORATION = Path("attack.json"), Path("artifacts/attack/restoration.csv")
 PACKAGE = Path("artifacts/emulator")
 
 
@@ -31,7 +31,7 @@ def main() -> None:
         read_csv(STUDIES / f"{name}.csv") if (STUDIES / f"{name}.csv").exists() else []
         for name in ("sweep", "compare", "attacks")
     )
-    attack = (read_json(ATTACK), read_csv(RECOVERY)) if ATTACK.exists() and RECOVERY.exists() else None
+    attack = (read_json(ATTACK), read_csv(RESTORATION)) if ATTACK.exists() and RESTORATION.exists() else None
     if attack and attack[0]["package"] != manifest_sha256(PACKAGE):
         raise UserError(f"{ATTACK}: it is of another package than {PACKAGE}; run `make attack` again, or delete it")
     parts = html.sections(metrics, layers, histories, sweep=sweep, compared=compared, attacks=attacks, attack=attack)

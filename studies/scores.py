@@ -76,11 +76,11 @@ def main() -> None:
     }
 
     def learned(changes: dict[str, Any]) -> list[float]:
-        settings = params.dlr.model_copy(update={**changes, "steps": STEPS, "score_every": 1, "settled": 1.0})
+        settings = params.dlr.model_copy(update={**changes, "steps": STEPS, "score_interval": 1, "keep_threshold": 1.0})
         start = torch.zeros(layers, dtype=torch.float64)
         return dlr.train(model, fitted(PRIOR), start, blocks, settings, seed=params.seed)[0].tolist()
 
-    network, updates = params.dlr.batch_blocks * blocks.shape[1], params.dlr.steps // params.dlr.score_every
+    network, updates = params.dlr.batch_blocks * blocks.shape[1], params.dlr.steps // params.dlr.score_interval
     spent = {"sensitivity": probe.numel() * (layers + 1), "block_influence": probe.numel(), "taylor": 3 * probe.numel()}
     rows = []
 

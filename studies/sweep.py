@@ -14,9 +14,9 @@ from rich.table import Table
 from scaleot_core.common.entrypoint import run_command
 from scaleot_core.common.files import atomic_file, write_csv
 from scaleot_core.common.progress import console
-from scaleot_core.evaluation.measurements import mean
 from scaleot_core.params import load_params
 from scaleot_core.reporting import figures
+from scaleot_core.reporting.measurements import mean
 from studies.experiments import Row, experiment_name, run_all
 
 ALPHAS, BETAS = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.5, 0.8, 0.95)

@@ -13,9 +13,9 @@ import yaml
 from scaleot_core.common.entrypoint import run_command
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import write_csv
-from scaleot_core.evaluation.measurements import MEASUREMENTS
 from scaleot_core.params import changed, load_params
 from scaleot_core.reporting import tables
+from scaleot_core.reporting.measurements import MEASUREMENTS
 from studies.experiments import experiment_name, parse_overrides, read_metrics, run
 
 PRESETS = Path("presets.yaml")

@@ -7,8 +7,8 @@ import pytest
 from conftest import ROOT
 from rich.console import Console
 
-from scaleot_core.evaluation.measurements import MEASUREMENTS, misordered
 from scaleot_core.params import load_params
+from scaleot_core.reporting.measurements import MEASUREMENTS, misordered
 from scaleot_core.reporting.tables import measurement_table
 
 LEAST_QUESTIONS = 400

@@ -93,9 +93,9 @@ def params() -> Params:
     return load_params(ROOT / "params.yaml")
 
 
-def form(rank: int, *, residual: bool = True, norm: bool = False) -> HarmonizerForm:
+def form(rank: int) -> HarmonizerForm:
     """The form of harmonizers in tests."""
-    return HarmonizerForm(rank=rank, residual=residual, norm=norm)
+    return HarmonizerForm(rank=rank)
 
 
 def piqa_rows(count: int) -> list[dict[str, object]]:
@@ -149,7 +149,7 @@ def write_project(folder: Path, tokenizer: PreTrainedTokenizerFast, family: str 
         "device": "cpu",
         "threads": 1,
         "adapter_layers": 1,
-        "data.source": "tiny-data",
+        "data.questions": "tiny-data",
         "data.corpus": "tiny-data/corpus.jsonl",
         "data.block_size": 32,
         "data.train_blocks": 24,
@@ -160,9 +160,9 @@ def write_project(folder: Path, tokenizer: PreTrainedTokenizerFast, family: str 
         "layer_importance.batch_tokens": 64,
         "layer_importance.sensitivity_blocks": 2,
         "dlr.steps": 10,
-        "dlr.score_every": 5,
+        "dlr.score_interval": 5,
         "dlr.score_blocks": 4,
-        "tuning.epochs": 2,
+        "offsite_tune.epochs": 2,
         "full_finetune.epochs": 1,
         **changes,
     }

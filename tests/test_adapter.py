@@ -1,6 +1,7 @@
 """The adapter that comes back: in full or a normal PEFT adapter, and the same logits whoever loads it."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from scaleot_core.common.tensors import read_tensors
 from scaleot_core.compression.emulator import layer_parameters, plug_in
 from scaleot_core.exchange import adapter
 from scaleot_core.exchange.manifest import manifest_sha256
-from scaleot_core.exchange.package import load
+from scaleot_core.exchange.package import Package
 from scaleot_core.tuning.selection import TuningResult
 
 each_family = pytest.mark.parametrize("name", sorted(CONFIGS))
@@ -23,7 +24,7 @@ TUNED = TuningResult([], 1e-3, 7, {})
 
 @pytest.fixture
 def lora(params):
-    return params.tuning.model_copy(update={"method": "lora", "lora_rank": 3, "lora_alpha": 5.0})
+    return params.offsite_tune.model_copy(update={"method": "lora", "lora_rank": 3, "lora_alpha": 5.0})
 
 
 def made(folder, model, tuning, package="0" * 64):
@@ -45,7 +46,9 @@ def logits(model):
 
 def read(folder, name, package="0" * 64):
     model = emulator_of(name)
-    return adapter.read(folder, model, PLAN, layer_parameters(model, PLAN, "adapter"), package=package)
+    originals = layer_parameters(model, PLAN, "adapter")
+    shipped = SimpleNamespace(meta_model=model, plan=PLAN, adapter_tensors=originals, sha256=package)
+    return adapter.read(folder, shipped)
 
 
 @each_family
@@ -64,9 +67,9 @@ def test_peft_loads_a_lora_adapter_on_the_real_model_and_gives_the_plug_ins_logi
 
 @each_family
 def test_tuned_emulator_is_what_the_adapter_says(name, tmp_path, params, lora):
-    for tuning in (params.tuning, lora):
+    for tuning in (params.offsite_tune, lora):
         model = emulator_of(name)
-        folder = made(tmp_path / tuning.method, model, tuning)
+        folder = made(tmp_path / tuning.peft, model, tuning)
         again = emulator_of(name)
         plug_in(again, PLAN, read(folder, name))
         torch.testing.assert_close(logits(again), logits(model), rtol=1e-4, atol=1e-5)
@@ -86,7 +89,7 @@ def test_lora_trains_only_its_own_matrices_in_the_adapter_layers_and_starts_at_n
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_same_adapter_gives_the_same_bytes(tmp_path, params, lora, method):
-    tuning = lora if method == "lora" else params.tuning
+    tuning = lora if method == "lora" else params.offsite_tune
     one, two = (made(tmp_path / name, emulator_of("llama"), tuning) for name in ("one", "two"))
     assert snapshot(one) == snapshot(two)
 
@@ -105,7 +108,7 @@ def test_lora_adapter_has_only_what_peft_reads_and_the_manifest(tmp_path, lora):
 
 
 def test_adapter_of_another_package_or_other_layers(tmp_path, params):
-    folder = made(tmp_path / "adapter", emulator_of("llama"), params.tuning)
+    folder = made(tmp_path / "adapter", emulator_of("llama"), params.offsite_tune)
     assert "another package" in refusal(lambda: read(folder, "llama", package="1" * 64))
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "layers": [2]}))
@@ -114,13 +117,13 @@ def test_adapter_of_another_package_or_other_layers(tmp_path, params):
 
 def test_receive_reads_files_alone(tmp_path, tokenizer, params):
     package = write(tmp_path / "package", tiny_model("llama"), tokenizer)
-    model, _ = load(package, device=CPU)
-    folder = made(tmp_path / "adapter", model, params.tuning, package=manifest_sha256(package))
-    found = adapter.check_adapter(folder, package)
-    assert found.plan == PLAN and [moved.layer for moved in found.layer_changes] == [1]
+    model = Package(package).load(CPU)
+    folder = made(tmp_path / "adapter", model, params.offsite_tune, package=manifest_sha256(package))
+    found = adapter.check_adapter(folder, Package(package))
+    assert [moved.layer for moved in found.layer_changes] == [1]
     assert all(torch.equal(found.tuned[key], p) for key, p in layer_parameters(model, PLAN, "adapter").items())
-    shipped = read_tensors(package / "adapter.safetensors")
-    assert found.shipped.keys() == shipped.keys() and all(torch.equal(found.shipped[k], shipped[k]) for k in shipped)
+    on_disk, shipped = read_tensors(package / "adapter.safetensors"), Package(package).adapter_tensors
+    assert shipped.keys() == on_disk.keys() and all(torch.equal(shipped[k], on_disk[k]) for k in on_disk)
 
 
 def test_layer_that_did_not_move_has_moved_by_nothing():

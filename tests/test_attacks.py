@@ -27,7 +27,7 @@ each_family = pytest.mark.parametrize("name", sorted(CONFIGS))
 
 @pytest.fixture
 def budget(params):
-    return params.attack.model_copy(update={"steps": 40, "batch_blocks": 4, "lr": 3e-3, "points": 2})
+    return params.attack.model_copy(update={"steps": 40, "batch_blocks": 4, "lr": 3e-3, "eval_points": 2})
 
 
 def logits(model):
@@ -140,7 +140,8 @@ def test_dense_product_of_low_rank_is_at_that_rank(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "given"), [({"method": "gradot", "budget": 0.8}, "exact"), ({"src.channels": 0.25, "beta": 0.0}, "rank")]
+    ("method", "given"),
+    [({"method": "gradot", "max_bytes_ratio": 0.8}, "exact"), ({"channel_pruning.ratio": 0.25, "beta": 0.0}, "rank")],
 )
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_kept_channels_count_as_given(name, method, given, params, blocks, tmp_path):
@@ -148,7 +149,12 @@ def test_kept_channels_count_as_given(name, method, given, params, blocks, tmp_p
 
     real = tiny_model(name, num_hidden_layers=LAYERS)
     real.save_pretrained(tmp_path, save_original_format=False)
-    small = {"adapter_layers": 2, "alpha": 0.0, "gradot.calibration_blocks": 4, "src.calibration_blocks": 4}
+    small = {
+        "adapter_layers": 2,
+        "alpha": 0.0,
+        "gradot.calibration_blocks": 4,
+        "rank_compression.calibration_blocks": 4,
+    }
     write_json(tmp_path / "scores.json", {"scores": [float(i) for i in range(LAYERS)]})
     values, none = changed(params, {**small, **method}), Checkpoint(tmp_path / "none", 1e9)
     owner = ModelOwner(tmp_path, Runtime(CPU, torch.float32), blocks, values, tmp_path, tmp_path / "scratch", none)
@@ -212,7 +218,7 @@ def test_overfitted_adapter_gives_its_records_away_and_the_model_is_as_it_was(to
     model, tuned = tiny_model("llama"), tiny_model("llama")
     data = from_task(model, tokenizer, "piqa", piqa_rows(24), block_size=16)
     members, others = data[::2], data[1::2]
-    settings = params.tuning.model_copy(update={"epochs": 40, "batch_size": 4})
+    settings = params.offsite_tune.model_copy(update={"epochs": 40, "batch_size": 4})
     train(tuned, layer_parameters(tuned, PLAN, "adapter"), members, settings, lr=1e-2, seed=0, label="test")
     adapter = {name: p.detach() for name, p in layer_parameters(tuned, PLAN, "adapter").items()}
     before = {name: p.clone() for name, p in model.named_parameters()}

@@ -151,9 +151,9 @@ def project(tmp_path, package):
 @pytest.mark.parametrize("name", ["shipped", "shipped.zip"])
 def test_pack_ships_the_package_and_keeps_the_scores(project, package, name):
     out = project / name
-    found = gives("pack", "--project", project, "--out", out, "--licence", "for tests alone")
+    found = gives("pack", "--project", project, "--out", out, "--license", "for tests alone")
     shown = gives("inspect", out)
-    assert shown["licence"] == "for tests alone" and shown["id"] == found["id"] and shown["sound"] is True
+    assert shown["license"] == "for tests alone" and shown["id"] == found["id"] and shown["sound"] is True
     private = json.loads((project / f"{name}.private.json").read_text())
     assert private["package"] == found["id"] and private["scores"] == [0.0, 3.0, 2.0, 1.0]
     assert private["params"]["alpha"] == 0.33
@@ -321,8 +321,8 @@ def test_outlier_that_is_too_large_for_its_square_is_refused(tmp_path, base, ada
         assert "the limit is 20" in refused(*command, limit, 20)
 
 
-def test_licence_that_no_one_could_read_back(project):
-    said = refused("pack", "--project", project, "--out", project / "out", "--licence", "x" * 1001)
+def test_license_that_no_one_could_read_back(project):
+    said = refused("pack", "--project", project, "--out", project / "out", "--license", "x" * 1001)
     assert "1000 are the most" in said and not (project / "out").exists()
 
 

@@ -17,18 +17,14 @@ from scaleot_core.compression.emulator import apply_plan, layer_parameters, pack
 from scaleot_core.compression.layer_importance import new_harmonizers
 from scaleot_core.compression.plan import Plan, choose_layers
 from scaleot_core.compression.svd import svd_factors
-from scaleot_core.exchange.package import load, save
+from scaleot_core.exchange.package import Package, save
 from scaleot_core.models.families import attention, decoder_layers, family
 from scaleot_core.models.forward import swapped_layers
 from scaleot_core.models.loading import load_model, load_tokenizer
 
 CPU = torch.device("cpu")
-PLAN = Plan(
-    ("harmonizer", "adapter", "compressed", "compressed"), beta=0.8, rank_semantics="removed", harmonizer=form(8)
-)
-WHOLE = Plan(
-    ("adapter", "compressed", "compressed", "compressed"), beta=0.0, rank_semantics="removed", harmonizer=form(8)
-)
+PLAN = Plan(("harmonizer", "adapter", "compressed", "compressed"), beta=0.8, harmonizer=form(8))
+WHOLE = Plan(("adapter", "compressed", "compressed", "compressed"), beta=0.0, harmonizer=form(8))
 IDS = torch.tensor([[5, 80, 200, 41, 17, 222, 9, 133]])
 each_family = pytest.mark.parametrize("name", sorted(CONFIGS))
 each_head = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -136,7 +132,7 @@ def test_alpha_and_beta_at_zero_give_the_model_itself(name, tied):
 def test_harmonizers_that_were_given_stand_in_for_their_own_layers(name):
     real, model = tiny_model(name), tiny_model(name)
     harmonizers = trained_harmonizers(model)
-    plan = Plan(("harmonizer", "adapter", "compressed", "harmonizer"), 0.0, "removed", form(8))
+    plan = Plan(("harmonizer", "adapter", "compressed", "harmonizer"), 0.0, form(8))
     give_harmonizers(model, plan, harmonizers)
     with swapped_layers(real, {i: harmonizers[i] for i in (0, 3)}):
         assert torch.equal(model(IDS).logits, real(IDS).logits)
@@ -145,8 +141,8 @@ def test_harmonizers_that_were_given_stand_in_for_their_own_layers(name):
 @pytest.mark.parametrize("kinds", [PLAN.kinds, ("compressed", "harmonizer", "adapter", "harmonizer")])
 @each_family
 def test_generation_with_a_cache_equals_generation_without(tmp_path, tokenizer, name, kinds):
-    plan = Plan(kinds, 0.8, "removed", form(8))
-    model, _ = load(write(tmp_path / "package", tiny_model(name), tokenizer, plan), device=CPU)
+    plan = Plan(kinds, 0.8, form(8))
+    model = Package(write(tmp_path / "package", tiny_model(name), tokenizer, plan)).load(CPU)
     options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
     cached, uncached = (model.generate(IDS, **options, use_cache=use) for use in (True, False))
     assert cached.shape == (1, 20) and torch.equal(cached, uncached)
@@ -163,7 +159,8 @@ def test_generation_with_a_cache_equals_generation_without(tmp_path, tokenizer, 
 def test_package_gives_the_same_emulator_back(tmp_path, tokenizer, name, tied):
     model = tiny_model(name, tie_word_embeddings=tied)
     package = write(tmp_path / "package", model, tokenizer)
-    loaded, plan = load(package, device=CPU)
+    given = Package(package)
+    loaded, plan = given.load(CPU), given.plan
     assert plan == PLAN
     assert loaded.state_dict().keys() == model.state_dict().keys()
     for key, tensor in model.state_dict().items():
@@ -178,7 +175,7 @@ def test_package_gives_the_same_emulator_back(tmp_path, tokenizer, name, tied):
 def test_package_keeps_bfloat16(tmp_path, tokenizer, name):
     tiny_model(name).save_pretrained(tmp_path / "model")
     model = load_model(tmp_path / "model", device=CPU, dtype=torch.bfloat16)
-    loaded, _ = load(write(tmp_path / "package", model, tokenizer), device=CPU)
+    loaded = Package(write(tmp_path / "package", model, tokenizer)).load(CPU)
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits)
 
@@ -193,7 +190,7 @@ def test_data_owner_needs_nothing_but_the_package(tmp_path, tokenizer, monkeypat
     shutil.rmtree(tmp_path / "owner")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(socket, "socket", lambda *args, **options: pytest.fail("a connection was tried"))
-    loaded, _ = load(tmp_path / "elsewhere", device=CPU)
+    loaded = Package(tmp_path / "elsewhere").load(CPU)
     torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits)
     assert load_tokenizer(tmp_path / "elsewhere")("some text")["input_ids"] == tokenizer("some text")["input_ids"]
 
@@ -202,9 +199,7 @@ def test_data_owner_needs_nothing_but_the_package(tmp_path, tokenizer, monkeypat
 @each_family
 def test_no_attention_matrix_leaves_at_full_rank_but_those_of_adapters(tmp_path, tokenizer, name, beta):
     model = tiny_model(name)
-    package = shipped(
-        write(tmp_path / "package", tiny_model(name), tokenizer, Plan(PLAN.kinds, beta, "removed", form(8)))
-    )
+    package = shipped(write(tmp_path / "package", tiny_model(name), tokenizer, Plan(PLAN.kinds, beta, form(8))))
     for i, kind in enumerate(PLAN.kinds):
         block = attention(model.config, decoder_layers(model)[i])
         for projection, fused in family(model.config).projections.items():
@@ -259,7 +254,7 @@ def package(tmp_path, tokenizer):
 
 
 def refused(folder):
-    return refusal(lambda: load(folder, device=CPU))
+    return refusal(lambda: Package(folder).load(CPU))
 
 
 def change_manifest(folder, **changes):
@@ -304,7 +299,7 @@ def test_damage_to_any_file_is_found_and_named(package, damage):
         shutil.copytree(package, copy)
         damage(copy / name)
         assert name in refused(copy)
-    load(package, device=CPU)
+    Package(package).load(CPU)
 
 
 @pytest.mark.parametrize("name", ["../secret", "sub/secret"])
@@ -348,7 +343,7 @@ def test_manifest_that_states_something_else_is_refused(package, changes, said):
     assert said in refused(package)
 
 
-KEYS = ["format", "format_version", "architecture", "dtype", "layers", "beta", "rank_semantics", "harmonizer"]
+KEYS = ["format", "format_version", "architecture", "dtype", "layers", "beta", "harmonizer"]
 
 
 @pytest.mark.parametrize(

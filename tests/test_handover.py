@@ -25,7 +25,7 @@ from scaleot_core.common.files import read_json, write_json
 from scaleot_core.common.tensors import read_tensors, write_tensors
 from scaleot_core.exchange.archive import archive
 from scaleot_core.exchange.manifest import manifest_sha256
-from scaleot_core.exchange.package import load
+from scaleot_core.exchange.package import Package
 
 SECONDS = 2.0  # within which a refusal comes
 ADAPTER = "adapter.safetensors"
@@ -318,8 +318,8 @@ PACKAGES = {
     "a removed layer": states(layers=["removed", "adapter", "compressed", "compressed"]),
     "another β": states(beta=0.1),
     "another semantics": states(rank_semantics="kept"),
-    "huge harmonizers": states(harmonizer={"rank": 10**9, "residual": True, "norm": False}),
-    "huge licence": states(licence="x" * 10_000),
+    "huge harmonizers": states(harmonizer={"rank": 10**9}),
+    "huge license": states(license="x" * 10_000),
     "dtype that is unknown": states(dtype="float8"),
     "another dtype stated": states(dtype="bfloat16"),
     "no architecture": states(architecture=None),
@@ -385,7 +385,7 @@ ADAPTERS = {
     "no layers": states(layers=[]),
     "layers of text": states(layers=["1; import os"]),
     "LoRA that isn't there": states(lora={"rank": 3, "alpha": 5.0}),
-    "record with more in it": states(tuning={"lr": 1e-3, "steps": 1, "batch_size": 1, "data": "private"}),
+    "record with more in it": states(offsite_tune={"lr": 1e-3, "steps": 1, "batch_size": 1, "data": "private"}),
     "NaN": holds(ADAPTER, filled(UP, float("nan"))),
     "infinity": holds(ADAPTER, filled(UP, float("-inf"))),
     "tensor too many": holds(ADAPTER, put(NORM, torch.ones(32))),
@@ -443,7 +443,7 @@ def sound(tmp_path_factory, tokenizer):
     full = load_params(ROOT / "params.yaml").tuning
     lora = full.model_copy(update={"method": "lora", "lora_rank": 3, "lora_alpha": 5.0})
     for name, tuning in (("full", full), ("lora", lora)):
-        made(folder / name, load(package, device=CPU)[0], tuning, package=manifest_sha256(package))
+        made(folder / name, Package(package).load(CPU), tuning, package=manifest_sha256(package))
     (folder / "records.jsonl").write_text('{"prompt": "count", "completion": " to one"}\n' * 9)
     return folder
 

@@ -18,7 +18,7 @@ from scaleot_core.compression.layer_importance import new_harmonizers
 from scaleot_core.compression.low_rank import weight_of
 from scaleot_core.compression.plan import Plan, plan_for
 from scaleot_core.compression.svd import decompose
-from scaleot_core.exchange.package import load, save
+from scaleot_core.exchange.package import Package, save
 from scaleot_core.methods import METHODS, ModelOwner, base, crash, distilled, gradot, uniform
 from scaleot_core.models.families import attention, decoder_layers, family
 from scaleot_core.models.forward import next_token_loss
@@ -45,7 +45,7 @@ def owner(tmp_path, blocks, params):
             "distill.batch_blocks": 2,
             "crash.calibration_blocks": 8,
             "gradot.calibration_blocks": 4,
-            "src.calibration_blocks": 4,
+            "rank_compression.calibration_blocks": 4,
         }
         values = changed(params, {**small, **changes})
         folder = tmp_path / "harmonizers"
@@ -79,7 +79,8 @@ def test_package_is_the_emulator_of_the_bytes_that_the_plan_says(name, method, o
     plan, made = emulated(who)
     (tmp_path / "package").mkdir()
     save(tmp_path / "package", who.config, tokenizer, plan, package_tensors(made, plan))
-    loaded, again = load(tmp_path / "package", device=CPU)
+    given = Package(tmp_path / "package")
+    loaded, again = given.load(CPU), given.plan
     assert again == plan and len(plan.layers("adapter")) == 2
     torch.testing.assert_close(loaded(IDS).logits, made(IDS).logits)
     assert not torch.allclose(loaded(IDS).logits, tiny_model(name, num_hidden_layers=LAYERS)(IDS).logits)
@@ -105,7 +106,7 @@ def test_adapters_are_the_models_own_layers_and_go_back_into_it(method, owner):
 def test_budget_is_kept_and_all_of_it_is_used(method, owner):
     sizes = []
     for share in (0.7, 0.8, 0.9):
-        who = owner(method=method, budget=share)
+        who = owner(method=method, max_bytes_ratio=share)
         sizes.append(plan_bytes(who.config, METHODS[method](who).plan) / base.model_bytes(who))
         assert share - 0.12 < sizes[-1] <= share
     assert sizes == sorted(sizes)
@@ -113,7 +114,7 @@ def test_budget_is_kept_and_all_of_it_is_used(method, owner):
 
 @each_method
 def test_budget_that_is_too_small_is_one_line(method, owner):
-    assert "raise `budget`" in refusal(METHODS[method], owner(method=method, budget=0.01))
+    assert "raise `max_bytes_ratio`" in refusal(METHODS[method], owner(method=method, max_bytes_ratio=0.01))
 
 
 @each_method
@@ -220,13 +221,13 @@ def test_adapters_and_shared_layers_are_those_of_the_sources_scripts():
 
 
 def test_shared_layers_keep_the_shipped_weights_when_the_adapters_are_tuned(owner, tmp_path, tokenizer):
-    who = owner(method="crash", budget=0.6)
+    who = owner(method="crash", max_bytes_ratio=0.6)
     plan, made = emulated(who)
     of_adapters = {i: other for i, other in plan.like.items() if plan.kinds[other] == "adapter"}
     assert of_adapters
     (tmp_path / "package").mkdir()
     save(tmp_path / "package", who.config, tokenizer, plan, package_tensors(made, plan))
-    loaded, _ = load(tmp_path / "package", device=CPU)
+    loaded = Package(tmp_path / "package").load(CPU)
     for model in (made, loaded):
         before = {i: decoder_layers(model)[i].state_dict()["mlp.up_proj.weight"].clone() for i in of_adapters}
         plug_in(model, plan, {name: p + 1 for name, p in layer_parameters(model, plan, "adapter").items()})
@@ -307,7 +308,7 @@ def test_the_largest_singular_values_stay_whatever_their_score():
 
 @each_family
 def test_what_stays_is_the_models_own(name, owner):
-    who = owner(name, "gradot", budget=0.9)
+    who = owner(name, "gradot", max_bytes_ratio=0.9)
     plan, made = emulated(who)
     real, names = tiny_model(name, num_hidden_layers=LAYERS), family(who.config)
     i = plan.layers("compressed")[0]
@@ -327,7 +328,7 @@ def test_without_a_budget_alpha_and_beta_decide(owner):
 
 
 def test_with_a_budget_alpha_is_the_least_that_keeps_to_it(owner):
-    who = owner(budget=0.8)
+    who = owner(max_bytes_ratio=0.8)
     plan = METHODS["scaleot"](who).plan
     fewer = changed(who.params, {"alpha": (len(plan.layers("harmonizer")) - 1) / 6})
     more = plan_for(fewer, who.scores(), who.outline)
@@ -336,7 +337,7 @@ def test_with_a_budget_alpha_is_the_least_that_keeps_to_it(owner):
 
 @each_family
 def test_channels_are_cut_beside_the_attention_and_peers_get_as_many_bytes(name, owner):
-    changes = {"src.channels": 0.25, "alpha": 0.5, "beta": 0.0}
+    changes = {"channel_pruning.ratio": 0.25, "alpha": 0.5, "beta": 0.0}
     who = owner(name, **changes)
     plan, made = emulated(who)
     real, names = tiny_model(name, num_hidden_layers=LAYERS), family(who.config)
@@ -355,4 +356,4 @@ def test_channels_are_cut_beside_the_attention_and_peers_get_as_many_bytes(name,
 def test_plan_that_makes_no_sense():
     for changes in ({"like": {0: 1}}, {"like": {1: 0}}, {"cuts": {0: None}}, {"like": {9: 1}}):
         with pytest.raises(ValueError, match="layer"):
-            Plan(("adapter", "compressed", "shared"), 0.0, "removed", form(4), **changes)
+            Plan(("adapter", "compressed", "shared"), 0.0, form(4), **changes)

@@ -26,7 +26,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
     folder = tmp_path_factory.mktemp("parallel") / "project"
     folder.mkdir()
     write_project(folder, tokenizer)
-    change(folder, dlr={"steps": 10, "score_every": 5, "batch_blocks": 3}, tuning={"epochs": 2, "batch_size": 7})
+    change(folder, dlr={"steps": 10, "score_interval": 5, "batch_blocks": 3}, offsite_tune={"epochs": 2, "batch_size": 7})
     succeed(
         folder, "prepare_data", "layer_importance", "train_harmonizers", "compress", "offsite_tune", "full_finetune"
     )
@@ -141,7 +141,7 @@ def test_rates_and_patience_with_split_layers_are_those_of_one_process(alone: Pa
 def test_lora_inside_split_layers_is_that_of_one_process(alone: Path, tmp_path: Path) -> None:
     one, two = (Path(shutil.copytree(alone, tmp_path / name)) for name in ("one", "two"))
     for folder in (one, two):
-        change(folder, tuning={"method": "lora", "lora_rank": 2, "max_steps": 4})
+        change(folder, offsite_tune={"peft": "lora", "lora_rank": 2, "max_steps": 4})
         shutil.rmtree(folder / OUTPUTS["offsite_tune"][0])
     succeed(one, "offsite_tune")
     launched(two, "stages/offsite_tune.py", "piqa", **FSDP)
@@ -154,7 +154,7 @@ def test_interrupted_together_and_resumed_together(alone: Path, tmp_path: Path, 
     two = Path(shutil.copytree(alone, tmp_path / "project"))
     output = OUTPUTS["offsite_tune"][0]
     shutil.rmtree(two / output)
-    change(two, checkpoint_seconds=0, tuning={"max_steps": 5, "epochs": 2})
+    change(two, checkpoint_seconds=0, offsite_tune={"max_steps": 5, "epochs": 2})
     script = two / "stop.py"
     script.write_text(
         "import os, runpy, signal, sys\n"

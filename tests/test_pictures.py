@@ -12,8 +12,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from test_report import GOOD, HISTORIES, LAYERS, perplexity
 
-from scaleot_core.evaluation import measurements
-from scaleot_core.reporting import figures, html
+from scaleot_core.reporting import figures, html, measurements
 
 TASKS = {
     "piqa": GOOD | measurements.utility(GOOD),

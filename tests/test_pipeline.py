@@ -21,10 +21,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import read_csv, read_jsonl
 from scaleot_core.evaluation.harness import evaluate
-from scaleot_core.exchange import package
+from scaleot_core.exchange.package import Package
 from scaleot_core.models.loading import load_model, load_tokenizer
 from studies import experiments
 
+SOURCES = "sources"  # runs each time: it looks whether what the user brought has changed
 UPSTREAM = ["prepare_data", "layer_importance", "train_harmonizers", "zero_shot@piqa", "full_finetune@piqa"]
 DOWNSTREAM = ["compress", "offsite_tune@piqa", "evaluate"]  # what α decides
 STAGES = sorted(UPSTREAM + DOWNSTREAM)
@@ -120,12 +121,12 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_every_stage_runs(sweep: Sweep) -> None:
-    assert stages_that("ran", sweep.first) == STAGES
+    assert stages_that("ran", sweep.first) == sorted([*STAGES, SOURCES])
 
 
 def test_nothing_changed_means_nothing_to_do(sweep: Sweep) -> None:
+    assert stages_that("ran", sweep.again) == [SOURCES]
     assert stages_that("rested", sweep.again) == STAGES
-    assert "up to date" in sweep.again
 
 
 def test_five_measurements_with_their_errors(metrics: dict[str, Any]) -> None:
@@ -163,7 +164,7 @@ def test_perplexity_of_both_on_held_out_text(sweep: Sweep, metrics: dict[str, An
     artifacts = sweep.at_first / "artifacts"
     blocks = load_file(artifacts / "corpus" / "heldout.safetensors")["blocks"].long()
     whole = load_model(artifacts / "model", device=CPU, dtype=torch.float32)
-    shipped, _ = package.load(artifacts / "emulator", device=CPU)
+    shipped = Package(artifacts / "emulator").load(CPU)
     for name, model in (("model", whole), ("emulator", shipped)):
         loss = model(input_ids=blocks, labels=blocks).loss
         assert metrics["corpus_perplexity"][name] == pytest.approx(loss.exp().item(), rel=1e-4)
@@ -200,7 +201,7 @@ def test_pictures_and_tables_of_the_curves(sweep: Sweep) -> None:
 
 
 def test_another_alpha_runs_only_what_hangs_on_it(sweep: Sweep) -> None:
-    assert stages_that("ran", sweep.changed) == sorted(DOWNSTREAM)
+    assert stages_that("ran", sweep.changed) == sorted([*DOWNSTREAM, SOURCES])
     assert stages_that("rested", sweep.changed) == sorted(UPSTREAM)
 
 
@@ -233,7 +234,7 @@ def test_experiments_are_listed_with_their_alpha_and_metrics(sweep: Sweep) -> No
 
 
 def test_first_alpha_again_comes_out_of_the_cache(sweep: Sweep) -> None:
-    assert stages_that("ran", sweep.back) == []
+    assert stages_that("ran", sweep.back) == [SOURCES]
     assert stages_that("cached", sweep.back) == sorted(DOWNSTREAM)
     assert yaml.safe_load((sweep.at_back / "params.yaml").read_text())["alpha"] == 0.25
     assert read_metrics(sweep.at_back) == read_metrics(sweep.at_first)
@@ -247,7 +248,7 @@ def test_first_alpha_again_comes_out_of_the_cache(sweep: Sweep) -> None:
 
 def test_adapter_layers_and_nothing_else_come_back_changed(sweep: Sweep) -> None:
     artifacts = sweep.at_first / "artifacts"
-    manifest = package.read_manifest(artifacts / "emulator")  # raises where any file isn't as compress wrote it
+    manifest = Package(artifacts / "emulator").manifest  # raises where any file isn't as compress wrote it
     shipped = tensors(artifacts / "emulator")
     returned = load_file(artifacts / "adapters" / "piqa" / "adapter" / "adapter.safetensors")
     whole = tensors(artifacts / "model")
@@ -263,7 +264,7 @@ def test_evaluated_models_are_the_tuned_ones(sweep: Sweep, metrics: dict[str, An
     artifacts = sweep.at_first / "artifacts"
     returned = load_file(artifacts / "adapters" / "piqa" / "adapter" / "adapter.safetensors")
     questions = {"piqa": read_jsonl(artifacts / "tasks" / "piqa" / "eval.jsonl")}
-    shipped, _ = package.load(artifacts / "emulator", device=CPU)
+    shipped = Package(artifacts / "emulator").load(CPU)
     whole = load_model(artifacts / "model", device=CPU, dtype=torch.float32)
     parts: dict[str, tuple[PreTrainedModel, Path]] = {
         "emulator_finetune": (shipped, artifacts / "emulator"),
@@ -400,7 +401,7 @@ def test_attacks_over_the_dial(sweep: Sweep) -> None:
     """The pipeline and the attack in one experiment a setting; the last here, since it changes the repository."""
     shutil.copytree(ROOT / "studies", sweep.folder / "studies", ignore=shutil.ignore_patterns("__pycache__"))
     settings = yaml.safe_load((sweep.folder / "studies/attacks.yaml").read_text())
-    small = {"tasks": ["piqa"], "attack.steps": 4, "attack.points": 1, "attack.records": 10}
+    small = {"tasks": ["piqa"], "attack.steps": 4, "attack.eval_points": 1, "attack.membership_records": 10}
     settings |= {"alphas": [0.5], "betas": [0.8], "channels": [], "variants": {}, "seeds": [0, 1]}
     settings["changes"] |= small
     (sweep.folder / "studies/attacks.yaml").write_text(yaml.safe_dump(settings))

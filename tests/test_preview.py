@@ -37,11 +37,11 @@ def fitting(params, folder):
 def test_sources_that_are_there_or_are_names_pass(params, fitting, folder, tmp_path):
     (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
     check_sources(params)
-    check_sources(changed(params, {"model": "org/name", "data.source": "hub", "data.corpus": "org/text"}))
-    check_sources(changed(fitting, {"data.source": str(tmp_path), "data.corpus": str(tmp_path / "text.jsonl")}))
+    check_sources(changed(params, {"model": "org/name", "data.questions": "hub", "data.corpus": "org/text"}))
+    check_sources(changed(fitting, {"data.questions": str(tmp_path), "data.corpus": str(tmp_path / "text.jsonl")}))
 
 
-@pytest.mark.parametrize("key", ["model", "data.source", "data.corpus"])
+@pytest.mark.parametrize("key", ["model", "data.questions", "data.corpus"])
 @pytest.mark.parametrize("path", ["./none", "../none", "/none/such", "~/none"])
 def test_missing_path_is_named_by_its_key(params, tmp_path, monkeypatch, key, path):
     monkeypatch.chdir(tmp_path)
@@ -49,7 +49,7 @@ def test_missing_path_is_named_by_its_key(params, tmp_path, monkeypatch, key, pa
     assert said.startswith(f"params.yaml: {key} = {path!r}: no such file or folder")
 
 
-@pytest.mark.parametrize(("key", "path"), [("data.source", "lab"), ("data.corpus", "lab/text.jsonl")])
+@pytest.mark.parametrize(("key", "path"), [("data.questions", "lab"), ("data.corpus", "lab/text.jsonl")])
 def test_missing_path_that_can_be_no_name_is_named_by_its_key(params, tmp_path, monkeypatch, key, path):
     monkeypatch.chdir(tmp_path)
     assert refusal(check_sources, changed(params, {key: path})).startswith(f"params.yaml: {key} = {path!r}: ")
@@ -131,11 +131,11 @@ def test_every_forward_pass_is_a_stage_of_the_pipeline_and_costs_something(param
         ("dlr.steps", 2, {DLR}),
         ("dlr.batch_blocks", 2, {DLR}),
         ("dlr.candidates", 2, {DLR}),
-        ("dlr.score_every", 0.5, {DLR}),
-        ("src.calibration_blocks", 2, {SRC}),
+        ("dlr.score_interval", 0.5, {DLR}),
+        ("rank_compression.calibration_blocks", 2, {SRC}),
         ("data.train_questions", 2, {FULL, TUNE}),
         ("data.eval_questions", 2, {ZERO, FULL, EVALUATE}),
-        ("tuning.epochs", 2, {TUNE}),
+        ("offsite_tune.epochs", 2, {TUNE}),
         ("full_finetune.epochs", 2, {FULL}),
         ("tasks", 2, {ZERO, FULL, TUNE, EVALUATE}),
         ("alpha", 2, set()),
@@ -152,7 +152,8 @@ def test_tokens_grow_with_what_a_stage_is_asked_for_and_in_no_other(params, key,
 
 def test_step_limit_bounds_the_tokens_of_tuning(params):
     unbounded, one, many = (
-        forward_tokens(changed(params, {"tuning.max_steps": n, "full_finetune.max_steps": n})) for n in (0, 1, 10**6)
+        forward_tokens(changed(params, {"offsite_tune.max_steps": n, "full_finetune.max_steps": n}))
+        for n in (0, 1, 10**6)
     )
     assert many == unbounded
     for stage in (FULL, TUNE):

@@ -29,7 +29,7 @@ def data(tokenizer):
 @pytest.fixture
 def settings(params):
     changes = {"epochs": 2, "batch_size": 4, "max_steps": 0, "epsilon": 4.0, "delta": 0.01, "clip": CLIP}
-    return params.tuning.model_copy(update=changes)
+    return params.offsite_tune.model_copy(update=changes)
 
 
 def optimizer(parameters, noise=0.0, batch_size=4):

@@ -12,7 +12,7 @@ from scaleot_core.models.families import attention, decoder_layers
 
 def cut(model, index, beta):
     """Compress one layer with plain decompositions; the ranks."""
-    ranks = target_ranks(model, index, beta=beta, semantics="removed")
+    ranks = target_ranks(model, index, beta=beta)
     compress_layer(model, index, ranks=ranks, decompose=svd_factors)
     return ranks
 

@@ -4,8 +4,7 @@ import csv
 
 import pytest
 
-from scaleot_core.evaluation import measurements
-from scaleot_core.reporting import tables
+from scaleot_core.reporting import measurements, tables
 
 HISTORIES = {
     "local fits": [{"step": 0, "loss": 1.5, "more": 7}, {"step": 1, "loss": 1.25}],
@@ -18,7 +17,7 @@ def measured(acc, nll):
     """The five measurements, in the order of `report.MEASUREMENTS`."""
     rows = zip(measurements.MEASUREMENTS, acc, nll, strict=True)
     five = {n: {"acc": a, "acc_stderr": 0.01, "answer_nll": b, "answer_nll_stderr": 0.1} for n, a, b in rows}
-    return five | {"metrics": ["acc", "answer_nll"], "less_is_better": ["answer_nll"]}
+    return five | {"metrics": ["acc", "answer_nll"], "lower_is_better": ["answer_nll"]}
 
 
 # zero_shot, full_finetune, emulator_zero_shot, emulator_finetune, plug_in
@@ -48,7 +47,7 @@ def perplexity(values):
     five = {
         n: {"perplexity": v, "perplexity_stderr": 0.5} for n, v in zip(measurements.MEASUREMENTS, values, strict=True)
     }
-    return five | {"metrics": ["perplexity"], "less_is_better": ["perplexity"]}
+    return five | {"metrics": ["perplexity"], "lower_is_better": ["perplexity"]}
 
 
 def test_less_perplexity_is_better():

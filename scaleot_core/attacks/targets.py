@@ -3,22 +3,21 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from scaleot_core.attacks.restoration import forget, widen
 from scaleot_core.compression import emulator
 from scaleot_core.compression.plan import Plan
-from scaleot_core.exchange import package
+from scaleot_core.exchange.package import Package
 from scaleot_core.methods import METHODS, ModelOwner
 from scaleot_core.params import changed
 
 Target = Callable[[], PreTrainedModel]
 
 
-def targets(folder: Path, owner: ModelOwner) -> dict[str, Target]:
-    """The package in a folder and what `attack.beside` names, by name, each to be loaded when its turn comes.
+def targets(package: Package, owner: ModelOwner) -> dict[str, Target]:
+    """The package and what `attack.references` names, by name, each to be loaded when its turn comes.
 
     `widened` is the package with what it can hold, `without_weights` the same shapes with all but the adapter layers
     drawn anew, and `uniform` another method's emulator of equal bytes, by the same owner.
@@ -26,9 +25,9 @@ def targets(folder: Path, owner: ModelOwner) -> dict[str, Target]:
     params, device = owner.params, owner.runtime.device
 
     def shipped(change: Callable[[PreTrainedModel, Plan], None] | None = None) -> PreTrainedModel:
-        model, plan = package.load(folder, device=device)
+        model = package.load(device)
         if change:
-            change(model, plan)
+            change(model, package.plan)
         return model
 
     def uniform() -> PreTrainedModel:
@@ -41,4 +40,4 @@ def targets(folder: Path, owner: ModelOwner) -> dict[str, Target]:
         "without_weights": partial(shipped, partial(forget, seed=params.seed)),
         "uniform": uniform,
     }
-    return {"package": shipped} | {name: beside[name] for name in params.attack.beside}
+    return {"package": shipped} | {name: beside[name] for name in params.attack.references}

@@ -13,8 +13,8 @@ from scaleot_core.common.errors import UserError
 from scaleot_core.common.runtime import generator, keep_freed_memory
 from scaleot_core.common.validation import check_range
 from scaleot_core.compression.harmonizer import Harmonizers
-from scaleot_core.models.forward import hooks, last_hidden_state, mean_loss, next_token_loss, swapped_layers
-from scaleot_core.params import Dlr
+from scaleot_core.models.forward import mean_loss, next_token_loss, swapped_layers
+from scaleot_core.params import AfterSrc, Dlr
 from scaleot_core.training import gradients
 from scaleot_core.training.checkpoint import Checkpoint
 from scaleot_core.training.loop import run_steps
@@ -23,16 +23,16 @@ from scaleot_core.training.optimizer import Optimizer, linear_warmup_decay
 DISTINCT_DRAWS = 100  # before the draw counts as settled
 
 
-def sample_kept(scores: Tensor, group_size: int, settled: float, draw: torch.Generator) -> Tensor:
+def sample_kept(scores: Tensor, group_size: int, keep_threshold: float, draw: torch.Generator) -> Tensor:
     """Draw one network: a mask (L,) of the layers kept, True, or replaced by their harmonizers, False.
 
     π_i ~ U(0, p_i) with p_i = sigmoid(s_i); in every group of `group_size` neighbours, the last taking the remainder,
     the layers at or above the group's median are kept. Of n layers in a group, ⌊n/2⌋ are replaced. A layer whose p_i
-    is above `settled` stands above those that are not, however the draw falls: replacing an essential layer costs so
-    much that its samples would drown the others. The paper's rule is `settled` = 1, where none does.
+    is above `keep_threshold` ranks above those that are not, however the draw falls: replacing an essential layer costs
+    so much that its samples would drown the others. The paper's rule is `keep_threshold` = 1, where none does.
     """
     p = torch.sigmoid(scores.double())
-    pi = torch.rand(len(scores), generator=draw, dtype=torch.float64) * p + (p > settled)
+    pi = torch.rand(len(scores), generator=draw, dtype=torch.float64) * p + (p > keep_threshold)
     kept = torch.ones(len(scores), dtype=torch.bool)
     for group in torch.arange(len(scores)).split(group_size):
         kept[group[pi[group].argsort()[: len(group) // 2]]] = False
@@ -40,12 +40,12 @@ def sample_kept(scores: Tensor, group_size: int, settled: float, draw: torch.Gen
 
 
 def distinct_candidates(
-    scores: Tensor, group_size: int, settled: float, count: int, draw: torch.Generator
+    scores: Tensor, group_size: int, keep_threshold: float, count: int, draw: torch.Generator
 ) -> list[Tensor]:
     """`count` networks of which no two are the same, or fewer where the scores hardly leave others to draw."""
     candidates: list[Tensor] = []
     for _ in range(DISTINCT_DRAWS):
-        kept = sample_kept(scores, group_size, settled, draw)
+        kept = sample_kept(scores, group_size, keep_threshold, draw)
         if not any(torch.equal(kept, other) for other in candidates):
             candidates.append(kept)
         if len(candidates) == count:
@@ -62,23 +62,6 @@ def updated_scores(scores: Tensor, candidates: list[Tensor], losses: Tensor, sco
     p = torch.sigmoid(scores)
     credit = torch.stack(candidates).to(rewards.dtype).T @ rewards  # (L,)
     return scores + score_lr * credit * p * (1 - p)
-
-
-def network_loss(model: PreTrainedModel, blocks: Tensor, *, hidden_weight: float, whole: Tensor | None) -> Tensor:
-    """Next-token cross-entropy (nats) of the model as it stands on blocks (B, T): the paper's loss.
-
-    With `hidden_weight`, that much of mean(((t − s) / rms(t))²) is added, the error of its last hidden states s against
-    those of the whole model, t = `whole` (B, T, D), as in OT's distillation.
-    """
-    if whole is None:
-        return next_token_loss(model, blocks)
-    states: list[Tensor] = []
-    head = model.get_output_embeddings()
-    with hooks(head.register_forward_pre_hook(lambda module, args: states.append(args[0]))):
-        loss = next_token_loss(model, blocks)
-    target = whole.float()
-    error = (target - states[0].float()) / target.square().mean(-1, keepdim=True).sqrt()
-    return loss + hidden_weight * error.square().mean()
 
 
 @dataclass
@@ -142,7 +125,7 @@ def train(
 
     def update_scores(i: int) -> dict[str, float]:
         draw = generator(seed, "dlr scores", i)
-        candidates = distinct_candidates(state.scores, dlr.group_size, dlr.settled, dlr.candidates, draw)
+        candidates = distinct_candidates(state.scores, dlr.group_size, dlr.keep_threshold, dlr.candidates, draw)
         heldout = _batch(score_blocks, dlr.batch_blocks, draw)
         losses = []
         for kept in candidates:
@@ -154,20 +137,16 @@ def train(
 
     def step(i: int) -> dict[str, float]:
         draw = generator(seed, "dlr", i)
-        kept = sample_kept(state.scores, dlr.group_size, dlr.settled, draw)
+        kept = sample_kept(state.scores, dlr.group_size, dlr.keep_threshold, draw)
         sampled = _batch(blocks, dlr.batch_blocks, draw)
 
         def loss(part: Tensor) -> Tensor:
-            whole = None
-            if dlr.hidden_weight:
-                with torch.no_grad():
-                    whole = last_hidden_state(model, part)
             with swapped_layers(model, network(kept)):
-                return network_loss(model, part, hidden_weight=dlr.hidden_weight, whole=whole)
+                return next_token_loss(model, part)
 
         figures = {"loss": gradients.backward(sampled, loss), "tokens": sampled.numel()}
         state.optimizer.step(dlr.lr * linear_warmup_decay(i, dlr.steps, 0.1))
-        return figures | (update_scores(i) if (i + 1) % dlr.score_every == 0 else {})
+        return figures | (update_scores(i) if (i + 1) % dlr.score_interval == 0 else {})
 
     history = run_steps(step, state, label="DLR", steps=dlr.steps, checkpoint=checkpoint)
     return state.scores, history
@@ -177,14 +156,14 @@ def finetune_after_src(
     emulator: PreTrainedModel,
     harmonizers: Mapping[str, nn.Parameter],
     blocks: Tensor,
-    dlr: Dlr,
+    after_src: AfterSrc,
     *,
     seed: int,
     checkpoint: Checkpoint | None = None,
 ) -> None:
     """Train the harmonizers in a finished emulator, in place, to make up for what the truncation beside them costs.
 
-    `dlr.after_src` updates by cross-entropy on `blocks` (N, T); nothing but `harmonizers`, by their names, moves.
+    `after_src.steps` updates by cross-entropy on `blocks` (N, T); nothing but `harmonizers`, by their names, moves.
     """
     keep_freed_memory()
     for parameter in harmonizers.values():
@@ -192,10 +171,10 @@ def finetune_after_src(
     optimizer = Optimizer(harmonizers)
 
     def step(i: int) -> dict[str, float]:
-        sampled = _batch(blocks, dlr.batch_blocks, generator(seed, "after src", i))
+        sampled = _batch(blocks, after_src.batch_blocks, generator(seed, "after src", i))
         loss = gradients.backward(sampled, partial(next_token_loss, emulator))
-        optimizer.step(dlr.lr * linear_warmup_decay(i, dlr.after_src, 0.1))
+        optimizer.step(after_src.lr * linear_warmup_decay(i, after_src.steps, 0.1))
         return {"loss": loss, "tokens": sampled.numel()}
 
-    run_steps(step, optimizer, label="after SRC", steps=dlr.after_src, checkpoint=checkpoint)
+    run_steps(step, optimizer, label="after SRC", steps=after_src.steps, checkpoint=checkpoint)
     emulator.requires_grad_(False)

@@ -10,20 +10,16 @@ from scaleot_core.params import HarmonizerForm
 
 
 class Harmonizer(nn.Module):
-    """h(x) = x + W_up · ReLU(W_down · n(x) + b_down) + b_up, with W_down (r, D) and W_up (D, r).
-
-    n(x) is x, or with `norm` x over its root mean square, which is how the layer's own parts see it; without `residual`
-    the x in front is left out. The source leaves both open.
+    """h(x) = x + W_up · ReLU(W_down · x + b_down) + b_up, with W_down (r, D) and W_up (D, r).
 
     Replaces a decoder layer in place. It takes what the layer takes and ignores all but the hidden states
     (B, T, D), and returns what the layer returns, hidden states of that shape and dtype, so that the model's own
-    forward runs unchanged. W_up starts at zero: the untrained residual harmonizer is the identity. W_down does not,
+    forward runs unchanged. W_up starts at zero: the untrained harmonizer is the identity. W_down does not,
     since a ReLU between two zero matrices passes no gradient.
     """
 
     def __init__(self, hidden_size: int, form: HarmonizerForm) -> None:
         super().__init__()
-        self.form = form
         self.down = nn.Linear(hidden_size, form.rank)
         self.up = nn.Linear(form.rank, hidden_size)
 
@@ -37,13 +33,8 @@ class Harmonizer(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         """(B, T, D) to (B, T, D); computed in the weights' own dtype, so float32 while they are trained."""
-        x = self.normed(hidden_states.to(self.down.weight.dtype))
-        out = self.up(F.relu(self.down(x))).to(hidden_states.dtype)
-        return hidden_states + out if self.form.residual else out
-
-    def normed(self, x: Tensor) -> Tensor:
-        """n(x), (..., D) to (..., D)."""
-        return F.rms_norm(x, x.shape[-1:]) if self.form.norm else x
+        x = hidden_states.to(self.down.weight.dtype)
+        return hidden_states + self.up(F.relu(self.down(x))).to(hidden_states.dtype)
 
 
 class Harmonizers(nn.ModuleList):

@@ -77,10 +77,9 @@ class LocalFit:
     def __init__(self, harmonizers: Harmonizers, states: list[Tensor]) -> None:
         self.states = states
         self.harmonizers = harmonizers
-        self.first = next(iter(harmonizers))  # they share one form
         means, deviations, weights, scales = [], [], [], []
         for before, after in pairwise(states):
-            x, target = self._pair(before, after)
+            x, target = before.float(), after.float() - before.float()
             weight = 1 / after.float().square().mean(1)  # (N·T,)
             mean = (weight @ x) / weight.sum()
             means.append(mean)
@@ -98,16 +97,11 @@ class LocalFit:
         }
         self.weights = {name: nn.Parameter(value.detach().clone()) for name, value in stack.items()}
 
-    def _pair(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-        """What W_down is given and what W_up is to give, for states (..., D) around a layer."""
-        before, after = before.float(), after.float()
-        return self.first.normed(before), after - before if self.first.form.residual else after
-
     def loss(self, rows: Tensor) -> Tensor:
         """Error relative to what each layer adds, summed over layers, at token positions `rows` (n,)."""
         states = torch.stack([state[rows] for state in self.states])  # (L + 1, n, D)
-        x, target = self._pair(states[:-1], states[1:])
-        x = (x - self.mean) / self.deviation
+        before, after = states[:-1].float(), states[1:].float()
+        x, target = (before - self.mean) / self.deviation, after - before
         hidden = torch.relu(torch.baddbmm(self.weights["down_bias"], x, self.weights["down"].mT))
         error = torch.baddbmm(self.weights["up_bias"], hidden, self.weights["up"].mT) - target / self.scale
         return (error.square().mean(2) * self.token_weights[:, rows]).mean(1).sum()
@@ -214,9 +208,7 @@ def estimate(name: str, model: PreTrainedModel, harmonizers: Harmonizers, blocks
         return sensitivity(model, harmonizers, blocks)
     if name == "block_influence":
         return block_influence(model, blocks)
-    if name == "taylor":
-        return taylor(model, blocks)
-    return [0.0] * len(harmonizers)
+    return taylor(model, blocks)
 
 
 def prior_scores(costs: list[float]) -> list[float]:

@@ -10,23 +10,11 @@ from transformers import PreTrainedModel
 
 from scaleot_core.common.validation import check_range
 from scaleot_core.compression.channels import channels_of
-from scaleot_core.compression.rank_compression import target_rank, target_ranks
+from scaleot_core.compression.rank_compression import round_half_up, target_rank, target_ranks
 from scaleot_core.params import HarmonizerForm, Params, Positive
 
 LayerKind = Literal["adapter", "harmonizer", "compressed", "removed", "shared"]
 DECODER_KINDS: tuple[LayerKind, ...] = ("adapter", "compressed", "shared")  # kinds that are still decoder layers
-DECIDED_BY = {
-    "alpha",
-    "beta",
-    "method",
-    "budget",
-    "adapter_layers",
-    "adapter_placement",
-    "rank_semantics",
-    "harmonizer",
-    "seed",
-    "src",
-}  # parameters that decide what the emulator is
 
 
 class Cut(BaseModel):
@@ -46,7 +34,6 @@ class Plan:
 
     kinds: tuple[LayerKind, ...]
     beta: float
-    rank_semantics: Literal["removed", "kept"]
     harmonizer: HarmonizerForm
     like: Mapping[int, int] = field(default_factory=dict)
     """Whose weights, as they are shipped, each shared layer has."""
@@ -70,7 +57,7 @@ class Plan:
     def ranks(self, model: PreTrainedModel, index: int) -> Mapping[str, Sequence[int]]:
         """The ranks that one compressed layer's attention projections are cut to, by the projection's name."""
         cut = self.cuts.get(index)
-        return cut.ranks if cut else target_ranks(model, index, beta=self.beta, semantics=self.rank_semantics)
+        return cut.ranks if cut else target_ranks(model, index, beta=self.beta)
 
 
 def choose_layers(
@@ -90,7 +77,7 @@ def choose_layers(
     else:
         adapters = set(ranked[:adapter_layers])
     others = [i for i in ranked if i not in adapters]
-    replaced = set(others[len(others) - math.floor(round(alpha * len(others), 9) + 0.5) :])
+    replaced = set(others[len(others) - round_half_up(alpha * len(others)) :])
     return tuple(
         "adapter" if i in adapters else "harmonizer" if i in replaced else "compressed" for i in range(len(scores))
     )
@@ -101,13 +88,13 @@ def plan_for(params: Params, scores: Sequence[float], model: PreTrainedModel) ->
     kinds = choose_layers(
         scores, adapter_layers=params.adapter_layers, alpha=params.alpha, placement=params.adapter_placement
     )
-    decided = Plan(kinds, params.beta, params.rank_semantics, params.harmonizer)
-    if not params.src.channels:
+    decided = Plan(kinds, params.beta, params.harmonizer)
+    if not params.channel_pruning.ratio:
         return decided
     cuts = {
         i: Cut(
             ranks={name: tuple(ranks) for name, ranks in decided.ranks(model, i).items()},
-            channels=target_rank(channels_of(model, i), params.src.channels, "removed"),
+            channels=target_rank(channels_of(model, i), params.channel_pruning.ratio),
         )
         for i in decided.layers("compressed")
     }

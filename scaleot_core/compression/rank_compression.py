@@ -16,13 +16,14 @@ from scaleot_core.compression.svd import Decompose, Factors
 from scaleot_core.models.families import attention, decoder_layers, family, fused_runs, projection_name
 
 
-def target_rank(full: int, beta: float, semantics: str) -> int:
-    """The rank that is left of `full` = min(rows, columns): max(1, round((1 − β) · full)), β the share removed.
+def round_half_up(value: float) -> int:
+    """Round to the nearest whole, halves up, whatever the last bits of a share times a count are."""
+    return math.floor(round(value, 9) + 0.5)
 
-    `semantics` is "removed" as above, or "kept" for β as the share that is kept. Rounding is half up.
-    """
-    share = 1 - beta if semantics == "removed" else beta
-    return max(1, math.floor(round(share * full, 9) + 0.5))
+
+def target_rank(full: int, beta: float) -> int:
+    """Give the rank left of `full` = min(rows, columns): max(1, round((1 − β) · full)), β the share removed."""
+    return max(1, round_half_up((1 - beta) * full))
 
 
 def _truncated(weight: Tensor, bias: Tensor | None, rank: int, factors: Callable[[Tensor], Factors]) -> nn.Module:
@@ -45,10 +46,10 @@ def matrix_shapes(model: PreTrainedModel, index: int) -> dict[str, list[tuple[in
     return shapes
 
 
-def target_ranks(model: PreTrainedModel, index: int, *, beta: float, semantics: str) -> dict[str, list[int]]:
+def target_ranks(model: PreTrainedModel, index: int, *, beta: float) -> dict[str, list[int]]:
     """The ranks that β leaves of the matrices in one layer's attention projections, by the projection's name."""
     return {
-        name: [target_rank(min(shape), beta, semantics) for shape in shapes]
+        name: [target_rank(min(shape), beta) for shape in shapes]
         for name, shapes in matrix_shapes(model, index).items()
     }
 

@@ -18,9 +18,10 @@ SUFFIXES = (".jsonl", ".jsonl.zst", ".txt")
 SHUFFLED = 10_000  # passages that are held to draw the next one from: a stream is never read whole
 
 
-def read_text(source: str) -> Iterator[str]:
+def read_text(source: str, revision: str = "") -> Iterator[str]:
     """Passages of a file, of all such files in a folder, or of a hub data set, streamed.
 
+    `revision` is a commit, tag or branch on the hub, empty for the newest.
     Files are .jsonl or .jsonl.zst (field `text`), as the Pile's shards are, and .txt (parted by blank lines).
     UserError for a file or data set that can't be read, and for a row without text.
     """
@@ -36,7 +37,7 @@ def read_text(source: str) -> Iterator[str]:
     elif source.endswith(SUFFIXES):
         yield from _texts(source, (row for _, row in parse_jsonl(source, _lines(path))))
     else:
-        yield from _texts(source, _stream(source))
+        yield from _texts(source, _stream(source, revision))
 
 
 def _texts(source: str, rows: Iterable[object]) -> Iterator[str]:
@@ -71,12 +72,12 @@ def _read_txt(path: Path) -> list[str]:
         raise UserError(f"{path}: not UTF-8 text ({one_line(error)})") from None
 
 
-def _stream(source: str) -> Iterator[object]:
+def _stream(source: str, revision: str) -> Iterator[object]:
     """Rows of a hub data set's training split, as they arrive."""
     from datasets import load_dataset
 
     try:
-        yield from load_dataset(source, split="train", streaming=True)
+        yield from load_dataset(source, split="train", streaming=True, revision=revision or None)
     except Exception as error:  # the network, the hub and each file format have their own types
         raise UserError(f"params.yaml: data.corpus = {source!r}: it can't be loaded ({one_line(error)})") from error
 

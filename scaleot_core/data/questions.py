@@ -99,7 +99,7 @@ def check(source: str, task: str) -> None:
         raise UserError(f"task {task!r} has no training split, so nothing can be tuned on it")
 
 
-def training(task: str) -> list[Row]:
+def training(task: str, revision: str = "") -> list[Row]:
     """A task's training questions from the hub; UserError where it has none, or they can't be loaded."""
     from datasets import load_dataset
 
@@ -110,11 +110,13 @@ def training(task: str) -> list[Row]:
     )
     options = {} if regroup else config.get("dataset_kwargs") or {}
     with _reachable(path):
-        rows = load_dataset(path, name, split=split, **options).to_list()
+        rows = load_dataset(
+            path, name, split=split, revision=None if regroup else revision or None, **options
+        ).to_list()
     return regroup(rows) if regroup else rows
 
 
-def hub(task: str) -> tuple[list[Row], list[Row]]:
+def hub(task: str, revision: str = "") -> tuple[list[Row], list[Row]]:
     """The training split and the evaluated one that lm-eval's definition of the task names, from the hub.
 
     UserError for an unknown task and for a data set that can't be loaded.
@@ -124,8 +126,10 @@ def hub(task: str) -> tuple[list[Row], list[Row]]:
     config = task_config(task)
     path, options = config["dataset_path"], config.get("dataset_kwargs") or {}
     with _reachable(path):
-        rows = load_dataset(path, config.get("dataset_name"), split=evaluated_split(config), **options).to_list()
-    return training(task), rows
+        rows = load_dataset(
+            path, config.get("dataset_name"), split=evaluated_split(config), revision=revision or None, **options
+        ).to_list()
+    return training(task, revision), rows
 
 
 @contextmanager
@@ -145,7 +149,7 @@ def _drop_empty(task: str, rows: list[Row]) -> list[Row]:
 
 
 def load(
-    source: str, task: str, *, wheel: Path | None, train: int, evaluate: int, seed: int
+    source: str, task: str, *, revision: str = "", wheel: Path | None, train: int, evaluate: int, seed: int
 ) -> tuple[list[Row], list[Row]]:
     """At most `train` training and `evaluate` evaluation rows of a task, in the fields of its hub data set.
 
@@ -157,14 +161,14 @@ def load(
             assert wheel is not None
             parts = split(embedded.questions(wheel, task), train=train, evaluate=evaluate, seed=seed)
         else:
-            given = hub(task) if source == "hub" else local(Path(source), task)
+            given = hub(task, revision) if source == "hub" else local(Path(source), task)
             filled = [_drop_empty(task, rows) for rows in given]
             parts = cut(*filled, train=train, evaluate=evaluate, seed=seed)
     except UserError as error:
         raise UserError(f"task {task}: {error}") from error
     for name, rows in zip(("training", "evaluation"), parts, strict=True):
         if not rows:
-            raise UserError(f"task {task}: params.yaml: data.source = {source!r} has no {name} question")
+            raise UserError(f"task {task}: params.yaml: data.questions = {source!r} has no {name} question")
     if len(parts[1]) < 2:
         raise UserError(f"task {task}: a standard error needs two evaluation questions; raise data.eval_questions")
     return parts

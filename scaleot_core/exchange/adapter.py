@@ -24,8 +24,8 @@ from scaleot_core.compression.emulator import layer_parameters
 from scaleot_core.compression.low_rank import weight_of
 from scaleot_core.compression.plan import Plan
 from scaleot_core.exchange import untrusted
-from scaleot_core.exchange.manifest import Hash, Manifest, manifest_sha256, read_checked, write_manifest
-from scaleot_core.exchange.package import PackageManifest, outline, plan_of
+from scaleot_core.exchange.manifest import Hash, Manifest, read_checked, write_manifest
+from scaleot_core.exchange.package import Package
 from scaleot_core.models.families import decoder_layers, family
 from scaleot_core.params import OffsiteTuning, Positive
 from scaleot_core.tuning.selection import TuningResult
@@ -91,7 +91,7 @@ def _linears(model: PreTrainedModel, plan: Plan) -> dict[str, nn.Linear | Conv1D
 
 
 def _lora(tuning: OffsiteTuning) -> Lora | None:
-    return None if tuning.method == "full" else Lora(rank=tuning.lora_rank, alpha=tuning.lora_alpha)
+    return None if tuning.peft == "full" else Lora(rank=tuning.lora_rank, alpha=tuning.lora_alpha)
 
 
 def _lora_config(model: PreTrainedModel, plan: Plan, lora: Lora) -> Any:
@@ -181,17 +181,13 @@ def read_manifest(folder: Path) -> AdapterManifest:
     return manifest
 
 
-def read(
-    folder: Path, model: PreTrainedModel, plan: Plan, originals: Mapping[str, Tensor], *, package: str
-) -> dict[str, Tensor]:
-    """Check an adapter and give all weights of the adapter layers as it would have them; UserError otherwise.
-
-    `model` is the emulator or the real model, with or without weights; `originals` are the adapter layers' weights as
-    they were shipped, and `package` is the hash of the package that was.
-    """
-    manifest = read_manifest(folder)
-    if manifest.package != package:
-        raise UserError(f"{folder}: it was tuned on another package ({manifest.package[:12]}…, not {package[:12]}…)")
+def read(folder: Path, package: Package) -> dict[str, Tensor]:
+    """Check an adapter and give all weights of the adapter layers as it would have them; UserError otherwise."""
+    manifest, model, plan, originals = read_manifest(folder), package.meta_model, package.plan, package.adapter_tensors
+    if manifest.package != package.sha256:
+        raise UserError(
+            f"{folder}: it was tuned on another package ({manifest.package[:12]}…, not {package.sha256[:12]}…)"
+        )
     if list(manifest.layers) != plan.layers("adapter"):
         raise UserError(
             f"{folder}: its layers are {list(manifest.layers)}, the adapter layers {plan.layers('adapter')}"
@@ -257,25 +253,18 @@ def layer_changes(
 
 @dataclass(frozen=True)
 class CheckedAdapter:
-    """An adapter that came back, with the package that it was tuned on; both checked."""
+    """An adapter that came back, found sound."""
 
-    package: PackageManifest
-    plan: Plan
-    shipped: dict[str, Tensor]
-    """Every weight of the adapter layers as it was shipped, by its name in the model."""
     tuned: dict[str, Tensor]
-    """The same as it is to be plugged in."""
+    """Every weight of the adapter layers as it is to be plugged in, by its name in the model."""
     layer_changes: list[LayerChange]
 
 
-def check_adapter(folder: Path, package: Path) -> CheckedAdapter:
+def check_adapter(folder: Path, package: Package) -> CheckedAdapter:
     """Check an adapter against the package that was shipped; UserError where either is not sound.
 
     No weights but the adapter layers' are loaded.
     """
-    manifest, model, expected = outline(package)
-    plan, part = plan_of(manifest), package / "adapter.safetensors"
-    shipped = untrusted.read_untrusted_tensors({part: expected[part]})
-    tuned = read(folder, model, plan, shipped, package=manifest_sha256(package))
-    moved = layer_changes(plan, shipped, tuned, family(model.config).layers)
-    return CheckedAdapter(manifest, plan, shipped, tuned, moved)
+    tuned = read(folder, package)
+    path = family(package.config).layers
+    return CheckedAdapter(tuned, layer_changes(package.plan, package.adapter_tensors, tuned, path))

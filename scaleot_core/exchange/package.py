@@ -4,7 +4,9 @@ A folder of safetensors, the tokenizer's files and one manifest.json. It holds e
 it is all that the data owner needs.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -24,17 +26,24 @@ from scaleot_core.common.runtime import DTYPES
 from scaleot_core.common.tensors import Shapes, TensorWriter
 from scaleot_core.compression.emulator import PARTS, assemble, meta_emulator, part_of, tensor_shapes
 from scaleot_core.compression.plan import Cut, LayerKind, Plan
-from scaleot_core.exchange import untrusted
-from scaleot_core.exchange.manifest import MANIFEST, TOKENIZER_FILES, Manifest, read_checked, write_manifest
-from scaleot_core.exchange.tokenizer import save_tokenizer
+from scaleot_core.exchange.manifest import (
+    MANIFEST,
+    TOKENIZER_FILES,
+    Manifest,
+    manifest_sha256,
+    read_checked,
+    write_manifest,
+)
+from scaleot_core.exchange.tokenizer import load_untrusted_tokenizer, save_tokenizer
+from scaleot_core.exchange.untrusted import check_tensors, read_untrusted_tensors
 from scaleot_core.models.families import FAMILIES, family
 from scaleot_core.models.forward import last_hidden_state
 from scaleot_core.params import Fraction, HarmonizerForm
 
 FORMAT: Final = "scaleot-emulator"
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 UNSTATED = "not stated: ask the model owner"
-LONGEST_LICENCE = 1000  # characters
+LONGEST_LICENSE = 1000  # characters
 LARGEST_BUFFERS = 2**24  # numbers: those that a model computes for itself, as rotary frequencies
 FILES = (*(f"{part}.safetensors" for part in PARTS), *TOKENIZER_FILES)
 
@@ -43,8 +52,8 @@ class PackageManifest(Manifest):
     """A package's manifest: what tuning needs to know, and no more."""
 
     format: Literal["scaleot-emulator"] = FORMAT
-    format_version: Literal[2] = FORMAT_VERSION
-    licence: Annotated[str, Field(max_length=LONGEST_LICENCE)]
+    format_version: Literal[3] = FORMAT_VERSION
+    license: Annotated[str, Field(max_length=LONGEST_LICENSE)]
     """Under which the package is shipped."""
     architecture: dict[str, Any]
     """The model's configuration, as transformers has it."""
@@ -53,8 +62,7 @@ class PackageManifest(Manifest):
     layers: Annotated[tuple[LayerKind, ...], Field(min_length=1, max_length=1024)]
     """What became of each decoder layer."""
     beta: Fraction
-    """β, which says with `rank_semantics` the ranks of the compressed layers."""
-    rank_semantics: Literal["removed", "kept"]
+    """β, which says the ranks of the compressed layers."""
     harmonizer: HarmonizerForm
     like: Annotated[dict[int, int], Field(max_length=1024, default_factory=dict)]
     """Whose weights each shared layer has."""
@@ -68,7 +76,7 @@ def save(
     tokenizer: PreTrainedTokenizerBase,
     plan: Plan,
     tensors: Iterable[tuple[str, Tensor]],
-    licence: str = UNSTATED,
+    license: str = UNSTATED,
 ) -> None:
     """Write an emulator as a package into an existing, empty folder, one tensor after the other.
 
@@ -89,30 +97,16 @@ def save(
     manifest = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "licence": licence,
+        "license": license,
         "architecture": {key: value for key, value in config.to_dict().items() if key in known},
         "dtype": str(config.dtype).removeprefix("torch."),
         "layers": list(plan.kinds),
         "beta": plan.beta,
-        "rank_semantics": plan.rank_semantics,
         "harmonizer": plan.harmonizer.model_dump(),
         "like": {str(i): other for i, other in plan.like.items()},
         "cuts": {str(i): cut.model_dump(mode="json") for i, cut in plan.cuts.items()},
     }
     write_manifest(folder, manifest)
-
-
-def read_manifest(folder: Path) -> PackageManifest:
-    """The manifest of a package, after every file that it lists was found whole; UserError otherwise."""
-    return read_checked(folder, PackageManifest, FILES)
-
-
-def plan_of(manifest: PackageManifest) -> Plan:
-    """The layer plan that a manifest states; ValueError for one that makes no sense."""
-    if "adapter" not in manifest.layers:
-        raise ValueError("no layer is an adapter layer")
-    form, beta = manifest.harmonizer, manifest.beta
-    return Plan(manifest.layers, beta, manifest.rank_semantics, form, manifest.like, manifest.cuts)
 
 
 def _config_fields(model_type: str) -> set[str]:
@@ -140,38 +134,92 @@ def _config(manifest: PackageManifest) -> PretrainedConfig:
     return AutoConfig.for_model(name, **{**fields, "dtype": DTYPES[manifest.dtype]})
 
 
-def outline(folder: Path) -> tuple[PackageManifest, PreTrainedModel, dict[Path, Shapes]]:
-    """A package's manifest, its model without weights, and the tensors that each of its files must have.
+class Package:
+    """A package in a folder, checked part by part as each is first asked for; UserError where a part isn't sound.
 
-    UserError where the manifest describes no model. Of the files nothing but hashes was read.
+    `Package(folder)` itself reads the manifest and finds every file that it lists whole.
     """
-    manifest = read_manifest(folder)
-    try:
-        plan = plan_of(manifest)
-        model = meta_emulator(_config(manifest), plan, buffers_too=True)
-        buffers = sum(buffer.numel() for buffer in model.buffers())
-        if buffers > LARGEST_BUFFERS:
-            raise ValueError(f"its buffers would have {buffers:,} numbers")
-    except Exception as error:  # whatever a manifest that makes no sense leads to
-        raise UserError(f"{folder}/{MANIFEST}: it describes no model ({one_line(error)}); fetch it again") from error
-    expected: dict[Path, Shapes] = {folder / name: {} for name in manifest.files if name.endswith(".safetensors")}
-    expected |= {folder / f"{part}.safetensors": tensors for part, tensors in tensor_shapes(model, plan).items()}
-    return manifest, model, expected
 
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = read_checked(folder, PackageManifest, FILES)
 
-def load(folder: Path, *, device: torch.device) -> tuple[PreTrainedModel, Plan]:
-    """Read a package as a model, frozen, and its plan.
+    @cached_property
+    def sha256(self) -> str:
+        """The SHA-256 of the manifest, which identifies all that it lists."""
+        return manifest_sha256(self.folder)
 
-    The model is built from the manifest's configuration with no weights, its layers are replaced as the plan says,
-    and every tensor must then be in the files, by name, shape and dtype, and nothing else.
-    """
-    manifest, _, expected = outline(folder)
-    plan = plan_of(manifest)
-    tensors = untrusted.read_untrusted_tensors(expected)
-    model = assemble(_config(manifest), plan, tensors.items(), device=device)
-    try:
-        with torch.no_grad():
-            last_hidden_state(model, torch.zeros(1, 2, dtype=torch.long))
-    except Exception as error:  # whatever settings that don't go together lead to
-        raise UserError(f"{folder}/{MANIFEST}: its model doesn't run ({one_line(error)}); fetch it again") from error
-    return model, plan
+    @cached_property
+    def plan(self) -> Plan:
+        """The layer plan that the manifest states."""
+        manifest = self.manifest
+        with self._describing():
+            if "adapter" not in manifest.layers:
+                raise ValueError("no layer is an adapter layer")
+            return Plan(manifest.layers, manifest.beta, manifest.harmonizer, manifest.like, manifest.cuts)
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The model's configuration."""
+        with self._describing():
+            return _config(self.manifest)
+
+    @cached_property
+    def meta_model(self) -> PreTrainedModel:
+        """The emulator without weights, to read names and shapes from. Of the files nothing but hashes was read."""
+        plan, config = self.plan, self.config
+        with self._describing():
+            model = meta_emulator(config, plan, buffers_too=True)
+            buffers = sum(buffer.numel() for buffer in model.buffers())
+            if buffers > LARGEST_BUFFERS:
+                raise ValueError(f"its buffers would have {buffers:,} numbers")
+        return model
+
+    @cached_property
+    def expected(self) -> dict[Path, Shapes]:
+        """The tensors that each file must have, by name, shape and dtype, and nothing else."""
+        files: dict[Path, Shapes] = {
+            self.folder / name: {} for name in self.manifest.files if name.endswith(".safetensors")
+        }
+        parts = tensor_shapes(self.meta_model, self.plan)
+        return files | {self.folder / f"{part}.safetensors": tensors for part, tensors in parts.items()}
+
+    def check(self) -> None:
+        """Check every tensor's name, shape and dtype by the files' headers; no weights are loaded."""
+        check_tensors(self.expected)
+
+    @cached_property
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """Every weight of the adapter layers as it is shipped, by its name in the model; no other weights are read."""
+        file = self.folder / "adapter.safetensors"
+        return read_untrusted_tensors({file: self.expected[file]})
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer."""
+        return load_untrusted_tokenizer(self.folder)
+
+    def load(self, device: torch.device) -> PreTrainedModel:
+        """Load the emulator, frozen: built from the configuration and the plan, then filled with the tensors.
+
+        It is run once, on two tokens.
+        """
+        tensors = read_untrusted_tensors(self.expected)
+        model = assemble(self.config, self.plan, tensors.items(), device=device)
+        try:
+            with torch.no_grad():
+                last_hidden_state(model, torch.zeros(1, 2, dtype=torch.long))
+        except Exception as error:  # whatever settings that don't go together lead to
+            raise UserError(
+                f"{self.folder}/{MANIFEST}: its model doesn't run ({one_line(error)}); fetch it again"
+            ) from error
+        return model
+
+    @contextmanager
+    def _describing(self) -> Iterator[None]:
+        """Turn whatever a manifest that makes no sense leads to into a UserError."""
+        try:
+            yield
+        except Exception as error:
+            raise UserError(
+                f"{self.folder}/{MANIFEST}: it describes no model ({one_line(error)}); fetch it again"
+            ) from error

@@ -1,7 +1,7 @@
 """Ways to make an emulator, one module each behind one interface: `method` in params.yaml.
 
-Each gives the emulator's tensors and says what became of every layer. All but ScaleOT without a `budget` are fitted to
-the same bytes (`budget`).
+Each gives the emulator's tensors and says what became of every layer. All but ScaleOT without a `max_bytes_ratio` are fitted to
+the same bytes (`max_bytes_ratio`).
 """
 
 from collections.abc import Callable

@@ -78,7 +78,7 @@ class ModelOwner:
 
     def plan(self, kinds: tuple[LayerKind, ...], **cuts: object) -> Plan:
         """A plan with these kinds, and nothing cut but what `cuts` say."""
-        return Plan(kinds, 0.0, "removed", self.params.harmonizer, **cuts)  # type: ignore[arg-type]
+        return Plan(kinds, 0.0, self.params.harmonizer, **cuts)  # type: ignore[arg-type]
 
 
 def model_bytes(owner: ModelOwner) -> int:
@@ -87,9 +87,9 @@ def model_bytes(owner: ModelOwner) -> int:
 
 
 def target_bytes(owner: ModelOwner) -> int:
-    """Most bytes that an emulator may have: `budget`, or, where that is 0, those of ScaleOT's at α and β."""
-    if owner.params.budget:
-        return int(owner.params.budget * model_bytes(owner))
+    """Most bytes that an emulator may have: `max_bytes_ratio`, or, where that is 0, those of ScaleOT's at α and β."""
+    if owner.params.max_bytes_ratio:
+        return int(owner.params.max_bytes_ratio * model_bytes(owner))
     return emulator.plan_bytes(owner.config, plan_for(owner.params, owner.scores(), owner.outline))
 
 
@@ -108,7 +108,7 @@ def largest_fitting(owner: ModelOwner, sizes: range, plan: Callable[[int], Plan]
         share = target / model_bytes(owner)
         raise UserError(
             f"params.yaml: method = {owner.params.method!r}: its least emulator has more than the budget of "
-            f"{share:.0%} of the model's bytes; raise `budget`, or lower alpha or beta"
+            f"{share:.0%} of the model's bytes; raise `max_bytes_ratio`, or lower alpha or beta"
         )
     while low < high:
         middle = (low + high + 1) // 2

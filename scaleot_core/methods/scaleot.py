@@ -24,9 +24,9 @@ from scaleot_core.params import changed
 
 
 def plan(owner: ModelOwner) -> Plan:
-    """What α and β make of the layers; with a `budget` the least α that keeps to it."""
+    """What α and β make of the layers; with a `max_bytes_ratio` the least α that keeps to it."""
     params, scores, model = owner.params, owner.scores(), owner.outline
-    if not params.budget:
+    if not params.max_bytes_ratio:
         return plan_for(params, scores, model)
     others = len(scores) - params.adapter_layers
 
@@ -37,16 +37,18 @@ def plan(owner: ModelOwner) -> Plan:
 
 
 def build(owner: ModelOwner) -> BuiltEmulator:
-    """ScaleOT's emulator, made layer by layer. With `dlr.after_src` the harmonizers are trained once more in it."""
+    """ScaleOT's emulator, made layer by layer. With `after_src.steps` the harmonizers are trained once more in it."""
     params, decided = owner.params, plan(owner)
     if not decided.layers("compressed"):
         say(f"alpha = {params.alpha} leaves no layer to compress, so beta = {params.beta} does nothing", "yellow")
     tensors = layer_by_layer(owner, decided)
-    if params.dlr.after_src and decided.layers("harmonizer"):
+    if params.after_src.steps and decided.layers("harmonizer"):
         model = assemble(owner.config, decided, tensors, device=owner.runtime.device)
         owner.count(model)
         trained = emulator.layer_parameters(model, decided, "harmonizer")
-        dlr.finetune_after_src(model, trained, owner.blocks, params.dlr, seed=params.seed, checkpoint=owner.checkpoint)
+        dlr.finetune_after_src(
+            model, trained, owner.blocks, params.after_src, seed=params.seed, checkpoint=owner.checkpoint
+        )
         tensors = package_tensors(model, decided)
     return BuiltEmulator(decided, tensors)
 
@@ -56,7 +58,7 @@ def layer_by_layer(owner: ModelOwner, decided: Plan) -> Iterator[tuple[str, Tens
     give_back_freed_memory()
     streamed = owner.stream()
     model, scratch = streamed.model, owner.scratch
-    whiten, compressed = owner.params.src.whiten, decided.layers("compressed")
+    whiten, compressed = owner.params.rank_compression.whiten, decided.layers("compressed")
     inputs = covariances(owner, streamed) if compressed and (whiten or decided.cuts) else None
 
     def named(i: int, layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -84,11 +86,14 @@ def layer_by_layer(owner: ModelOwner, decided: Plan) -> Iterator[tuple[str, Tens
 def covariances(owner: ModelOwner, streamed: StreamedModel) -> Callable[[int], dict[str, Tensor]]:
     """Each layer's input covariances on the corpus, by the names of its projections.
 
-    With `src.channels` those of the matrix that takes the feed-forward channels too. Made once for a model and its
-    calibration blocks, and kept in files, one a layer; what several projections share is there once, under all of
-    their names.
+    With `channel_pruning.ratio` those of the down-projection too. Computed once for a model and its calibration blocks,
+    and cached in one file per layer; a covariance that several projections share is stored once, under all their names.
+
     """
-    blocks, channels = owner.blocks[: owner.params.src.calibration_blocks], owner.params.src.channels > 0
+    blocks, channels = (
+        owner.blocks[: owner.params.rank_compression.calibration_blocks],
+        owner.params.channel_pruning.ratio > 0,
+    )
     key = fingerprint(owner.folder, owner.runtime.device.type, str(owner.runtime.dtype), tensor_hash(blocks), channels)
 
     def file(i: int) -> Path:

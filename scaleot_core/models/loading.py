@@ -60,17 +60,19 @@ def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Pre
     return model.eval().requires_grad_(False)
 
 
-def read_model(source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def read_model(source: str, dtype: torch.dtype, revision: str = "") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in one dtype and its tokenizer, from the hub or a local folder, in any of transformers' formats.
 
+    `revision` is a commit, tag or branch on the hub, empty for the newest.
     UserError for a model that can't be fetched or read, is of an unsupported architecture, or has another's tokenizer.
     """
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        at = {"revision": revision or "main", "trust_remote_code": False}
+        config = AutoConfig.from_pretrained(source, **at)
         family(config)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, **at)
         check_tokenizer(tokenizer, config)
-        return _pretrained(source, config=config, dtype=dtype), tokenizer
+        return _pretrained(source, config=config, dtype=dtype, revision=at["revision"]), tokenizer
     except UserError as error:
         raise UserError(f"model = {source!r}: {error}") from error
     except Exception as error:
@@ -87,10 +89,10 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
         )
 
 
-def save_model(source: str, folder: Path, dtype: torch.dtype) -> None:
+def save_model(source: str, folder: Path, dtype: torch.dtype, revision: str = "") -> None:
     """Copy a model and its tokenizer, as `read_model` gives them, into `folder` as safetensors of one dtype."""
     try:
-        model, tokenizer = read_model(source, dtype)
+        model, tokenizer = read_model(source, dtype, revision)
     except UserError as error:
         raise UserError(f"params.yaml: {error}") from error
     model.save_pretrained(folder, save_original_format=False)  # tensors are named as in the model

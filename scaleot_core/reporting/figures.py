@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from scaleot_core.evaluation.measurements import MEASUREMENTS, Measured, judged_by
+from scaleot_core.reporting.measurements import MEASUREMENTS, Measured, judged_by
 
 matplotlib.rcParams.update(
     {
@@ -63,7 +63,7 @@ def measurements(tasks: Mapping[str, Measured]) -> Figure:
             low, high = min(values) - 2 * max(errors), max(values) + 2 * max(errors) or 1.0
             axis.set_ylim(max(0, low - 0.3 * (high - low)), high)
             axis.set_xticks(range(5), [name.replace("_", "\n") for name in MEASUREMENTS], fontsize=7)
-            better = "less" if metric in measured["less_is_better"] else "more"
+            better = "less" if metric in measured["lower_is_better"] else "more"
             axis.set_title(f"{task}\n{metric} ({better} is better)", fontsize=9)
     return figure
 

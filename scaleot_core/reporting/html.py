@@ -8,8 +8,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from scaleot_core.common.files import atomic_file
-from scaleot_core.evaluation.measurements import MEASUREMENTS
 from scaleot_core.reporting import figures
+from scaleot_core.reporting.measurements import MEASUREMENTS
 
 Row = Mapping[str, Any]
 
@@ -62,7 +62,7 @@ def _frontier(
 
 def _attack(found: Mapping[str, Any], curves: Sequence[Row], tasks: Mapping[str, Any]) -> Section:
     judged = {task: measured["metrics"][0] for task, measured in tasks.items()}
-    recovery = [
+    restoration = [
         {
             "target": target,
             "tokens": end["tokens"],
@@ -70,7 +70,7 @@ def _attack(found: Mapping[str, Any], curves: Sequence[Row], tasks: Mapping[str,
             "of the way to the model": end["recovered"],
             **{f"{task} {metric}": end["tasks"][task][metric] for task, metric in judged.items()},
         }
-        for target, end in found["recovery"].items()
+        for target, end in found["restoration"].items()
     ]
     weights = [{"of the model's bytes": given, "share": share} for given, share in found["weights"].items()]
     membership = [
@@ -91,7 +91,7 @@ def _attack(found: Mapping[str, Any], curves: Sequence[Row], tasks: Mapping[str,
     text = (
         "Everything in the package trained on the public corpus; weights given away; what the adapter tells of records."
     )
-    tables = [table(rows) for rows in (recovery, weights, membership)]
+    tables = [table(rows) for rows in (restoration, weights, membership)]
     return Section("What an attacker makes of it", text, figures.svg(figures.recovered(lines)), tables)
 
 
@@ -120,8 +120,8 @@ def sections(
         found.append(_frontier("The dial", text, figures.by_beta(sweep)))
     if attacks:
         text = (
-            "ScaleOT over α, β and src.channels, the number beside a point, and changes to the default: what is kept "
-            "from an attacker, and the paper's gap."
+            "ScaleOT over α, β and channel_pruning.ratio (the number beside a point), and variants of the default: "
+            "what an attacker is left without, and the paper's gap."
         )
         panels = [figures.LACKING, figures.GAPS["answer_nll"]]
         found.append(_frontier("The dial under attack", text, figures.by_line(attacks), panels))

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from scaleot_core.common.files import write_csv
 from scaleot_core.common.progress import console
-from scaleot_core.evaluation.measurements import MEASUREMENTS, Measured, misordered
+from scaleot_core.reporting.measurements import MEASUREMENTS, Measured, misordered
 
 
 def measurement_table(tasks: Mapping[str, Measured]) -> Table:

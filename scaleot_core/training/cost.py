@@ -1,17 +1,13 @@
-"""TODO-DOC training.cost."""
+"""Measure what a stage costs: seconds, memory, tokens."""
 
 import resource
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from scaleot_core.common.files import write_json
 from scaleot_core.common.runtime import Runtime
 from scaleot_core.models.families import family
 
@@ -38,6 +34,7 @@ class Meter:
         stack.register_forward_pre_hook(hook, with_kwargs=True)
 
     def read(self) -> dict[str, float]:
+        """Give the cost so far."""
         measured: dict[str, float] = {
             "tokens": self.tokens,
             "seconds": round(time.perf_counter() - self.start, 1),
@@ -46,11 +43,3 @@ class Meter:
         if self.gpu:
             measured["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
         return measured
-
-
-@contextmanager
-def cost(path: Path, runtime: Runtime) -> Iterator[Meter]:
-    """Write what the block cost to `path`, once it ended well."""
-    meter = Meter(runtime)
-    yield meter
-    write_json(path, meter.read())

@@ -35,8 +35,6 @@ def check(tuning: OffsiteTuning, examples: int) -> None:
     """UserError where a private tuning would look at examples outside its budget, or δ promises nothing."""
     if len(tuning.lr) > 1 or tuning.patience:
         raise UserError("with `epsilon` held-out examples can't choose: give one learning rate, and patience 0")
-    if tuning.harmonizers == "tuned":
-        raise UserError("with `epsilon` harmonizers stay frozen: set `tuning.harmonizers` to frozen")
     if tuning.delta * examples > 1:
         raise UserError(f"delta = {tuning.delta}: above one over the {examples} examples it promises nothing; lower it")
 

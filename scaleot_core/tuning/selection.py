@@ -64,7 +64,7 @@ def tune(
         history = train(model, parameters, data, tuning, lr=tuning.lr[0], **how)
         return TuningResult(history, tuning.lr[0], len(history), {})
     order = torch.randperm(len(data), generator=generator(seed, "validation")).tolist()
-    held = max(1, round(tuning.validation * len(data)))
+    held = max(1, round(tuning.validation_fraction * len(data)))
     if held >= len(data):
         raise UserError(f"{label}: {len(data)} examples are too few to hold some out; lower `validation` or give more")
     validation, rest = ([data[i] for i in part] for part in (order[:held], order[held:]))

@@ -69,7 +69,7 @@ def train(
     """
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    optimizer = Optimizer(parameters, weight_decay=tuning.weight_decay, clip=tuning.clip)
+    optimizer = Optimizer(parameters, weight_decay=tuning.weight_decay, clip=tuning.max_grad_norm)
     lengths = [len(tokens) for tokens, _ in data]
     an_epoch, steps = math.ceil(len(data) / tuning.batch_size), _step_count(tuning, len(data))
 
@@ -84,7 +84,7 @@ def train(
             return answer_loss(model, inputs.to(model.device), targets.to(model.device))
 
         value = gradients.backward([data[k] for k in batches[i % an_epoch]], loss, _answers)
-        optimizer.step(lr * linear_warmup_decay(i, steps, tuning.warmup))
+        optimizer.step(lr * linear_warmup_decay(i, steps, tuning.warmup_ratio))
         return {"loss": value, "tokens": distributed.all_reduce_sum(tokens)}
 
     ends = range(an_epoch, steps + an_epoch, an_epoch) if after_epoch else [steps]
@@ -121,7 +121,11 @@ def train_privately(
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     optimizer = privacy.PrivateOptimizer(
-        parameters, weight_decay=tuning.weight_decay, clip=tuning.clip, noise=noise, batch_size=tuning.batch_size
+        parameters,
+        weight_decay=tuning.weight_decay,
+        clip=tuning.max_grad_norm,
+        noise=noise,
+        batch_size=tuning.batch_size,
     )
 
     def step(i: int) -> dict[str, float]:
@@ -134,7 +138,7 @@ def train_privately(
             losses.append(loss.item())
             tokens += inputs.numel()
         draw = secret_draw(seed, "noise", i)
-        optimizer.step_with_noise(tuning.lr[0] * linear_warmup_decay(i, steps, tuning.warmup), draw)
+        optimizer.step_with_noise(tuning.lr[0] * linear_warmup_decay(i, steps, tuning.warmup_ratio), draw)
         known = [loss for loss in losses if math.isfinite(loss)]  # one record must not end the run
         return {"loss": sum(known) / max(1, len(known)), "examples": len(losses), "tokens": tokens}
 

@@ -6,12 +6,12 @@ from typing import Any
 
 MEASUREMENTS = ("zero_shot", "full_finetune", "emulator_zero_shot", "emulator_finetune", "plug_in")
 Measured = Mapping[str, Any]
-"""Of one task the five measurements, each with its figures, and what they are: `metrics` and `less_is_better`."""
+"""Of one task the five measurements, each with its figures, and what they are: `metrics` and `lower_is_better`."""
 
 
 def _values(measured: Measured, metric: str) -> dict[str, float]:
     """The five measurements in one metric, with the sign turned where less is better, as in a perplexity."""
-    sign = -1 if metric in measured["less_is_better"] else 1
+    sign = -1 if metric in measured["lower_is_better"] else 1
     return {name: sign * measured[name][metric] for name in MEASUREMENTS}
 
 

@@ -1,0 +1,54 @@
+"""Fingerprint what the user brings (model, questions, corpus), so that DVC notices when it changes.
+
+A local file or folder is told by its content, a large file by its size and time of change, and what lies on the hub by
+its commit. Imports nothing heavy: this runs at every `dvc repro`.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+LARGE = 2**30  # bytes: reading more than this at every `dvc repro` would take seconds
+
+
+def local_fingerprint(path: Path) -> dict[str, Any]:
+    """Fingerprint a file, or every file below a folder but hidden ones, by its path inside."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    inside = {file.relative_to(path).as_posix() if path.is_dir() else "": file for file in files}
+    return {
+        name: _one(file) for name, file in inside.items() if not any(part.startswith(".") for part in Path(name).parts)
+    }
+
+
+def _one(file: Path) -> dict[str, Any]:
+    known = file.stat()
+    if known.st_size > LARGE:
+        return {"bytes": known.st_size, "mtime_ns": known.st_mtime_ns}
+    with file.open("rb") as stream:
+        return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def hub_fingerprint(repository: str, revision: str, kind: str) -> dict[str, Any]:
+    """Give the commit that a revision of a hub repository stands for; `kind` is `model` or `dataset`.
+
+    Without network it is the commit in the hub's local cache, or None where that has none.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    wanted = revision or "main"
+    try:
+        commit = HfApi().repo_info(repository, revision=wanted, repo_type=kind, timeout=10).sha
+    except Exception:  # no network, or no such repository: which the stage that reads it says
+        cached = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type=kind) / "refs" / wanted
+        commit = cached.read_text(encoding="utf-8").strip() if cached.is_file() else None
+    return {"repository": repository, "revision": wanted, "commit": commit}
+
+
+def source_fingerprint(source: str, revision: str, kind: str, root: Path) -> dict[str, Any]:
+    """Fingerprint one source: `embedded`, a path (relative ones below `root`), or a repository on the hub."""
+    if source == "embedded":  # whose lock is a dependency of its own
+        return {"embedded": True}
+    if (root / source).exists():
+        return {"local": local_fingerprint(root / source)}
+    return {"hub": hub_fingerprint(source, revision, kind)}

@@ -1,0 +1,116 @@
+"""One stage of the pipeline as dvc.yaml declares it, which is the one place that says what a stage depends on.
+
+A stage gets its parameters, its artifacts and a checkpoint keyed by exactly the parameters and dependencies of its
+entry, so that a checkpoint is resumed if, and only if, DVC would take the stage's result to be the same.
+"""
+
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from scaleot_core.artifacts import Artifacts
+from scaleot_core.common.errors import UserError
+from scaleot_core.common.files import fingerprint, write_json
+from scaleot_core.common.runtime import Runtime, setup
+from scaleot_core.params import Params, load_params
+from scaleot_core.training.checkpoint import Checkpoint, scratch_dir
+from scaleot_core.training.cost import Meter
+
+DVC_YAML = Path("dvc.yaml")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What dvc.yaml says of one stage, for one item of its matrix."""
+
+    name: str
+    """As DVC prints it, such as `offsite_tune@piqa`."""
+    params: tuple[str, ...]
+    deps: tuple[Path, ...]
+    outs: tuple[Path, ...]
+
+    def values(self, params: Params) -> dict[str, Any]:
+        """Give the values of the parameters that the stage depends on, by names such as `dlr.steps`."""
+        known = params.model_dump(mode="json")
+        return {name: reduce(lambda block, key: block[key], name.split("."), known) for name in self.params}
+
+    @property
+    def cost(self) -> Path | None:
+        """The output that the stage's cost goes to, if it has one."""
+        return next((out for out in self.outs if out.parts[0] == "costs"), None)
+
+
+def matrix_of(stage: str, file: Path = DVC_YAML) -> tuple[str, ...]:
+    """Give the names of a stage's matrix, in the order of its command's arguments; empty without a matrix."""
+    return tuple(_stages(file)[stage].get("matrix", ()))
+
+
+def read_entry(stage: str, item: Mapping[str, str] | None = None, file: Path = DVC_YAML) -> Entry:
+    """Read a stage's entry in dvc.yaml, for an item of its matrix."""
+    known, item = _stages(file)[stage], item or {}
+
+    def paths(entries: list[Any]) -> tuple[Path, ...]:
+        names = (next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries)
+        return tuple(Path(re.sub(r"\$\{item\.(\w+)\}", lambda match: item[match.group(1)], name)) for name in names)
+
+    name = f"{stage}@{'-'.join(item.values())}" if item else stage
+    return Entry(name, tuple(known.get("params", ())), paths(known.get("deps", [])), paths(known.get("outs", [])))
+
+
+def _stages(file: Path) -> dict[str, Any]:
+    try:
+        stages: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))["stages"]
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; run from the project's folder") from None
+    return stages
+
+
+@dataclass
+class Stage:
+    """What a stage's script works with."""
+
+    params: Params
+    runtime: Runtime
+    entry: Entry
+    checkpoint: Checkpoint
+    meter: Meter
+    artifacts: Artifacts = field(default_factory=Artifacts)
+
+    @property
+    def label(self) -> str:
+        """The stage's name for progress lines."""
+        return self.entry.name
+
+
+@contextmanager
+def run_stage(stage: str, item: Mapping[str, str] | None = None, file: Path = DVC_YAML) -> Iterator[Stage]:
+    """Set a stage up; once its block ends well, write its cost and drop its checkpoint.
+
+    UserError for a parameter that is wrong, or a device that isn't there.
+    """
+    params, entry = load_params(), read_entry(stage, item, file)
+    runtime = setup(params, entry.name)
+    key = fingerprint(entry.values(params), *(dep for dep in entry.deps if dep.exists()))
+    checkpoint = Checkpoint(scratch_dir(f"{entry.name.replace('@', '-')}-{key}"), params.checkpoint_seconds)
+    meter = Meter(runtime)
+    yield Stage(params, runtime, entry, checkpoint, meter)
+    if entry.cost:
+        write_json(entry.cost, meter.read())
+    checkpoint.remove()
+
+
+def item_from_arguments(stage: str) -> dict[str, str]:
+    """Read a matrix stage's item from the command line; UserError for one that params.yaml doesn't have."""
+    names, given, params = matrix_of(stage), sys.argv[1:], load_params()
+    choices = [getattr(params, _stages(DVC_YAML)[stage]["matrix"][name].strip("${}")) for name in names]
+    if len(given) != len(names) or any(value not in known for value, known in zip(given, choices, strict=True)):
+        wanted = " ".join("|".join(known) for known in choices)
+        raise UserError(f"name one of params.yaml's {', '.join(names)}: python {sys.argv[0]} {wanted}")
+    return dict(zip(names, given, strict=True))
