@@ -1,10 +1,8 @@
 """ScaleOT: offsite tuning with Dynamic LayerReplace and Selective Rank Compression (AAAI 2025).
 
-Each module is one idea. From what a stage or a party calls to what all stand on: `cli`; `page` and `pictures` over
-`report`; `attacks`; `methods`; `adapter` over `tuning`, `examples` and `privacy`; `evaluation` over `tasks`; `package`
-over `handover` and `emulator`, which stands on `plan`, `rank_compression` and `harmonizer`; `dlr` and `importance`;
-`models` over `families`; `embedded`, `questions` and `corpus` for the data; `experiments`; `training`, `runtime`,
-`params`, `progress`, `files`, `errors`.
+Rooms, from the ground up; imports point one way: `common`; `params`; `models` and `evaluation`; `training`, `data` and
+`reporting`; `compression`, which is the paper's method, and `tuning`; `exchange` between the parties; `methods` to build
+an emulator; `attacks` on it. On top: `preflight`, `pipeline`, `results` for the stages, and `cli` for the parties.
 """
 
 import os

@@ -1,1 +1,1 @@
-"""TODO-DOC common."""
+"""What knows no language model: errors, files, progress, processes, devices and seeds."""

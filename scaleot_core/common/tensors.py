@@ -1,4 +1,4 @@
-"""TODO-DOC common.tensors."""
+"""Write and read safetensors files: whole or not at all, one tensor at a time, the same bytes for the same tensors."""
 
 import hashlib
 import json

@@ -1,1 +1,1 @@
-"""TODO-DOC compression."""
+"""The paper's method, one file a term: harmonizer, layer importance, DLR, rank compression, the emulator."""

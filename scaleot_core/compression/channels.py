@@ -1,4 +1,4 @@
-"""TODO-DOC compression.channels."""
+"""Prune feed-forward channels and refit the down-projection (method section 7, beyond the paper)."""
 
 import torch
 from torch import Tensor

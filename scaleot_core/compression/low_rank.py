@@ -1,4 +1,4 @@
-"""TODO-DOC compression.low_rank."""
+"""Linear maps as two factors or fused side by side, and a projection cut into its matrices."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""TODO-DOC exchange.archive."""
+"""One zip for a folder and back: plain, uncompressed members only, nothing that grows or leaves its place."""
 
 import shutil
 import struct

@@ -1,4 +1,4 @@
-"""TODO-DOC exchange.tokenizer."""
+"""Ship a tokenizer as plain files, and load one that the other party shipped."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""TODO-DOC exchange.untrusted."""
+"""Read JSON and tensors that the other party wrote: bounded, of the expected shapes, finite; else a UserError."""
 
 import json
 from collections.abc import Iterator, Mapping

@@ -1,1 +1,1 @@
-"""TODO-DOC models."""
+"""What we ask of any causal language model: where its layers are, its weights, its hidden states and losses."""

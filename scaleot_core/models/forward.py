@@ -1,4 +1,4 @@
-"""TODO-DOC models.forward."""
+"""Run a model: hidden states, losses, and layers that are swapped or hooked for a while."""
 
 import math
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""TODO-DOC reporting.tables."""
+"""Show measurements as tables on the console, and write the CSV that DVC's plots read."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""TODO-DOC training."""
+"""The machinery of any training loop: steps, optimizer, checkpoints, gradients over processes, cost."""

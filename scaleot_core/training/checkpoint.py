@@ -1,4 +1,4 @@
-"""TODO-DOC training.checkpoint."""
+"""Save a loop's state in a scratch folder, and resume from it to the same bytes."""
 
 import os
 import shutil

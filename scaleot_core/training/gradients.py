@@ -1,4 +1,4 @@
-"""TODO-DOC training.gradients."""
+"""Backpropagate a batch over several processes, and sum and clip what comes of it."""
 
 from collections.abc import Callable, Iterable
 

@@ -1,4 +1,4 @@
-"""TODO-DOC training.optimizer."""
+"""AdamW on float32 masters of parameters that compute in a lower precision, and the learning rate's schedule."""
 
 from collections.abc import Mapping
 

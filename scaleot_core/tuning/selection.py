@@ -1,4 +1,4 @@
-"""TODO-DOC tuning.selection."""
+"""Tune with what held-out examples decide: the learning rate, and when to stop (method section 5)."""
 
 import math
 from dataclasses import dataclass
