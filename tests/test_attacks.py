@@ -52,7 +52,7 @@ def test_widened_emulator_starts_as_the_emulator_and_has_whole_layers(name):
 
 
 def test_emulator_that_lacks_layers_can_be_widened_too():
-    plan = Plan(("harmonizer", "adapter", "removed", "compressed"), 0.8, "removed", PLAN.harmonizer)
+    plan = Plan(("harmonizer", "adapter", "removed", "compressed"), 0.8, PLAN.harmonizer)
     plain, wide = emulator_of("llama", plan), emulator_of("llama", plan)
     restoration.widen(wide, plan)
     torch.testing.assert_close(logits(wide), logits(plain), rtol=1e-4, atol=1e-5)
@@ -133,7 +133,7 @@ def test_exposure_tells_every_tensor_of_the_model_once(name):
 
 
 def test_dense_product_of_low_rank_is_at_that_rank(tmp_path):
-    plan = Plan(PLAN.kinds, 0.1, "removed", PLAN.harmonizer)  # two factors would be larger
+    plan = Plan(PLAN.kinds, 0.1, PLAN.harmonizer)  # two factors would be larger
     rows = exposure.exposure(tiny_model("llama"), emulator_of("llama", plan), plan)
     cut = [row for row in rows if row["given"] == "rank"]
     assert len(cut) == 8 and {row["rank"] for row in cut} == {29, 14} and all(0 < row["error"] < 0.5 for row in cut)
@@ -174,7 +174,7 @@ def test_kept_channels_count_as_given(name, method, given, params, blocks, tmp_p
 
 
 def test_everything_is_given_where_nothing_is_cut():
-    plan = Plan(("adapter", *["compressed"] * 3), 0.0, "removed", PLAN.harmonizer)
+    plan = Plan(("adapter", *["compressed"] * 3), 0.0, PLAN.harmonizer)
     assert exposure.shares(exposure.exposure(tiny_model("llama"), emulator_of("llama", plan), plan))["exact"] == 1
 
 
@@ -226,7 +226,7 @@ def test_overfitted_adapter_gives_its_records_away_and_the_model_is_as_it_was(to
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert found["calibrated"]["auc"] > 0.6
     assert membership.losses(tuned, members) != membership.losses(model, members)
-    assert "curve" not in membership.told(found["loss"]) and found["extracted"].keys() == {"members", "others"}
+    assert "curve" not in membership.without_curve(found["loss"]) and found["extracted"].keys() == {"members", "others"}
 
 
 def test_extraction_is_the_answer_said_word_for_word(tokenizer):

@@ -330,7 +330,7 @@ def test_tensors_other_than_the_plans_are_refused_though_the_hash_is_right(packa
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"format_version": 3}, "version 3"),
+        ({"format_version": 2}, "version 2"),
         ({"format": "other"}, "not a scaleot-emulator folder"),
         ({"layers": ["harmonizer", "adapter", "adapter", "compressed"]}, "tensor"),
         ({"harmonizer": form(9).model_dump()}, "tensor"),

@@ -130,7 +130,7 @@ def test_papers_model_has_its_layers_and_an_emulator_of_the_size_that_alpha_and_
         assert model.num_parameters() == parameters and len(decoder_layers(model)) == count
         scores = [float(i) for i in range(count)]
         kinds = choose_layers(scores, adapter_layers=row.adapter_layers, alpha=0.25, placement="importance")
-        plan = Plan(kinds, 0.8, "removed", row.harmonizer)
+        plan = Plan(kinds, 0.8, row.harmonizer)
         layer, size = decoder_layers(model)[0].parameters(), config.hidden_size
         whole = sum(p.numel() for p in layer)
         apply_plan(model, plan, empty_factors)

@@ -26,7 +26,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
     folder = tmp_path_factory.mktemp("parallel") / "project"
     folder.mkdir()
     write_project(folder, tokenizer)
-    change(folder, dlr={"steps": 10, "score_interval": 5, "batch_blocks": 3}, offsite_tune={"epochs": 2, "batch_size": 7})
+    change(
+        folder, dlr={"steps": 10, "score_interval": 5, "batch_blocks": 3}, offsite_tune={"epochs": 2, "batch_size": 7}
+    )
     succeed(
         folder, "prepare_data", "layer_importance", "train_harmonizers", "compress", "offsite_tune", "full_finetune"
     )

@@ -1,7 +1,7 @@
 """A task's questions, split: disjoint training and evaluation parts, embedded, from the hub, or from a folder."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,11 @@ def check(source: str, task: str) -> None:
         raise UserError(f"task {task!r} has no training split, so nothing can be tuned on it")
 
 
+def _options(config: Mapping[str, Any], revision: str) -> dict[str, Any]:
+    """What a definition gives `load_dataset` beside names; a revision of ours goes before one of its own."""
+    return {**(config.get("dataset_kwargs") or {}), **({"revision": revision} if revision else {})}
+
+
 def training(task: str, revision: str = "") -> list[Row]:
     """A task's training questions from the hub; UserError where it has none, or they can't be loaded."""
     from datasets import load_dataset
@@ -108,11 +113,9 @@ def training(task: str, revision: str = "") -> list[Row]:
     path, name, split, regroup = HUB_OVERRIDES.get(
         task, (config["dataset_path"], config.get("dataset_name"), config["training_split"], None)
     )
-    options = {} if regroup else config.get("dataset_kwargs") or {}
+    options = {} if regroup else _options(config, revision)
     with _reachable(path):
-        rows = load_dataset(
-            path, name, split=split, revision=None if regroup else revision or None, **options
-        ).to_list()
+        rows = load_dataset(path, name, split=split, **options).to_list()
     return regroup(rows) if regroup else rows
 
 
@@ -124,11 +127,9 @@ def hub(task: str, revision: str = "") -> tuple[list[Row], list[Row]]:
     from datasets import load_dataset
 
     config = task_config(task)
-    path, options = config["dataset_path"], config.get("dataset_kwargs") or {}
+    path, options = config["dataset_path"], _options(config, revision)
     with _reachable(path):
-        rows = load_dataset(
-            path, config.get("dataset_name"), split=evaluated_split(config), revision=revision or None, **options
-        ).to_list()
+        rows = load_dataset(path, config.get("dataset_name"), split=evaluated_split(config), **options).to_list()
     return training(task, revision), rows
 
 
