@@ -24,7 +24,7 @@ TUNED = TuningResult([], 1e-3, 7, {})
 
 @pytest.fixture
 def lora(params):
-    return params.offsite_tune.model_copy(update={"method": "lora", "lora_rank": 3, "lora_alpha": 5.0})
+    return params.offsite_tune.model_copy(update={"peft": "lora", "lora_rank": 3, "lora_alpha": 5.0})
 
 
 def made(folder, model, tuning, package="0" * 64):

@@ -21,8 +21,8 @@ from scaleot_core import cli
 from scaleot_core.common.files import write_json
 from scaleot_core.common.tensors import read_tensors, write_tensors
 from scaleot_core.compression.emulator import plug_in
-from scaleot_core.compression.plan import DECIDED_BY
 from scaleot_core.params import load_params
+from scaleot_core.pipeline import read_entry
 from scaleot_core.tuning import tuner
 
 COMMANDS = ["pack", "inspect", "tune", "check", "plug"]
@@ -142,7 +142,8 @@ def project(tmp_path, package):
     values["harmonizer"]["rank"] = 8
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
     shutil.copytree(package, tmp_path / "artifacts" / "emulator")
-    params = load_params(tmp_path / "params.yaml").model_dump(include=DECIDED_BY)
+    shutil.copy(ROOT / "dvc.yaml", tmp_path / "dvc.yaml")
+    params = read_entry("compress", file=tmp_path / "dvc.yaml").values(load_params(tmp_path / "params.yaml"))
     private = {"scores": [0.0, 3.0, 2.0, 1.0], "params": params}
     write_json(tmp_path / "artifacts" / "emulator.private.json", private)
     return tmp_path
@@ -163,7 +164,7 @@ def test_pack_ships_the_package_and_keeps_the_scores(project, package, name):
 
 def test_pack_refuses_what_params_no_longer_describes(project):
     values = yaml.safe_load((project / "params.yaml").read_text())
-    for change in ({"alpha": 0.9}, {"beta": 0.5}):
+    for change in ({"alpha": 0.9}, {"beta": 0.5}, {"distill": values["distill"] | {"steps": 7}}, {"dtype": "float16"}):
         (project / "params.yaml").write_text(yaml.safe_dump(values | change))
         assert "dvc repro" in refused("pack", "--project", project, "--out", project / "out")
     assert not (project / "out").exists() and not (project / "out.private.json").exists()
@@ -228,9 +229,9 @@ def test_tune_on_a_tasks_questions(tmp_path, package):
     assert gives("tune", package, "--task", "piqa", "--data", file, "--out", tmp_path / "a", *FEW)["records"] == 12
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_killed_tuning_goes_on_to_the_same_bytes(tmp_path, package, records, monkeypatch, method):
-    arguments = ("tune", package, "--data", records, "--method", method, *FEW)
+@pytest.mark.parametrize("peft", ["none", "lora"])
+def test_killed_tuning_goes_on_to_the_same_bytes(tmp_path, package, records, monkeypatch, peft):
+    arguments = ("tune", package, "--data", records, "--peft", peft, *FEW)
     gives(*arguments, "--out", tmp_path / "whole")
     monkeypatch.setattr(cli, "PROGRESS_SECONDS", 0.0)
     with dies_after(tuner, "answer_loss", 3):

@@ -440,8 +440,8 @@ def sound(tmp_path_factory, tokenizer):
     tokenizer.save_pretrained(folder / "model")
     from scaleot_core.params import load_params
 
-    full = load_params(ROOT / "params.yaml").tuning
-    lora = full.model_copy(update={"method": "lora", "lora_rank": 3, "lora_alpha": 5.0})
+    full = load_params(ROOT / "params.yaml").offsite_tune
+    lora = full.model_copy(update={"peft": "lora", "lora_rank": 3, "lora_alpha": 5.0})
     for name, tuning in (("full", full), ("lora", lora)):
         made(folder / name, Package(package).load(CPU), tuning, package=manifest_sha256(package))
     (folder / "records.jsonl").write_text('{"prompt": "count", "completion": " to one"}\n' * 9)

@@ -91,7 +91,7 @@ def _linears(model: PreTrainedModel, plan: Plan) -> dict[str, nn.Linear | Conv1D
 
 
 def _lora(tuning: OffsiteTuning) -> Lora | None:
-    return None if tuning.peft == "full" else Lora(rank=tuning.lora_rank, alpha=tuning.lora_alpha)
+    return None if tuning.peft == "none" else Lora(rank=tuning.lora_rank, alpha=tuning.lora_alpha)
 
 
 def _lora_config(model: PreTrainedModel, plan: Plan, lora: Lora) -> Any:
