@@ -1,10 +1,15 @@
 """What every test may ask for: each family's tiny model, a tiny real tokenizer, a corpus, the default parameters."""
 
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import CONFIGS, ROOT, VOCABULARY, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from warm_python import warm_python
 
 from scaleot_core.params import Params, load_params
 
@@ -33,3 +38,12 @@ def blocks() -> torch.Tensor:
 @pytest.fixture
 def params() -> Params:
     return load_params(ROOT / "params.yaml")
+
+
+@pytest.fixture(scope="session")
+def warm_bin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of programs, `python` and `dvc`, that need not import what stages and DVC import."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path_factory.mktemp("home"))}
+    with warm_python({"OMP_NUM_THREADS": "1", "PYTHONPATH": path, **offline}) as folder:
+        yield folder

@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from scaleot_core.common import distributed
 from scaleot_core.common.tensors import read_tensors
 from scaleot_core.training import gradients
 
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]  # what accelerate calls
+LAUNCH = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]  # what accelerate calls
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +35,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
     return folder
 
 
-def launched(folder: Path, *command: str, **changes: str) -> str:
+def launch(python: str | Path, folder: Path, *command: str, **changes: str) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "home"), **changes}
     done = subprocess.run(
-        [*LAUNCH, *command],
+        [python, *LAUNCH, *command],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -45,6 +47,12 @@ def launched(folder: Path, *command: str, **changes: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stderr
+
+
+@pytest.fixture
+def launched(warm_bin: Path) -> Callable[..., str]:
+    """Run a script in two processes and give what they said."""
+    return partial(launch, warm_bin / "python")
 
 
 def close(one: Path, two: Path) -> None:
@@ -66,7 +74,7 @@ OUTPUTS = {
 @pytest.mark.parametrize("fsdp", [False, True], ids=["each holds all", "layers are split"])
 @pytest.mark.parametrize("stage", OUTPUTS)
 def test_two_processes_give_one_processs_losses_and_weights(
-    alone: Path, tmp_path: Path, stage: str, fsdp: bool
+    launched: Callable[..., str], alone: Path, tmp_path: Path, stage: str, fsdp: bool
 ) -> None:
     two = Path(shutil.copytree(alone, tmp_path / "project"))
     output, tensors = OUTPUTS[stage]
@@ -112,7 +120,9 @@ with open(f"seen-{parallel.is_first()}.json", "w") as out:
 """
 
 
-def test_each_of_two_processes_holds_half_of_every_layer(alone: Path, tmp_path: Path) -> None:
+def test_each_of_two_processes_holds_half_of_every_layer(
+    launched: Callable[..., str], alone: Path, tmp_path: Path
+) -> None:
     two = Path(shutil.copytree(alone, tmp_path / "project"))
     (two / "halves.py").write_text(HALVES)
     launched(two, "halves.py", **FSDP)
@@ -123,7 +133,9 @@ def test_each_of_two_processes_holds_half_of_every_layer(alone: Path, tmp_path: 
             assert share == (0.5 if name.startswith("model.layers.") else 1), name
 
 
-def test_rates_and_patience_with_split_layers_are_those_of_one_process(alone: Path, tmp_path: Path) -> None:
+def test_rates_and_patience_with_split_layers_are_those_of_one_process(
+    launched: Callable[..., str], alone: Path, tmp_path: Path
+) -> None:
     one, two = (Path(shutil.copytree(alone, tmp_path / name)) for name in ("one", "two"))
     output = Path(OUTPUTS["full_finetune"][0])
     for folder in (one, two):
@@ -139,18 +151,21 @@ def test_rates_and_patience_with_split_layers_are_those_of_one_process(alone: Pa
 
 
 def test_lora_inside_split_layers_is_that_of_one_process(alone: Path, tmp_path: Path) -> None:
+    """Its processes start cold, as a user's do."""
     one, two = (Path(shutil.copytree(alone, tmp_path / name)) for name in ("one", "two"))
     for folder in (one, two):
         change(folder, offsite_tune={"peft": "lora", "lora_rank": 2, "max_steps": 4})
         shutil.rmtree(folder / OUTPUTS["offsite_tune"][0])
     succeed(one, "offsite_tune")
-    launched(two, "stages/offsite_tune.py", "piqa", **FSDP)
+    launch(sys.executable, two, "stages/offsite_tune.py", "piqa", **FSDP)
     tuned = Path(OUTPUTS["offsite_tune"][0]) / "adapter" / "adapter_model.safetensors"
     close(one / tuned, two / tuned)
 
 
 @pytest.mark.parametrize("fsdp", [False, True], ids=["each holds all", "layers are split"])
-def test_interrupted_together_and_resumed_together(alone: Path, tmp_path: Path, fsdp: bool) -> None:
+def test_interrupted_together_and_resumed_together(
+    launched: Callable[..., str], alone: Path, tmp_path: Path, fsdp: bool
+) -> None:
     two = Path(shutil.copytree(alone, tmp_path / "project"))
     output = OUTPUTS["offsite_tune"][0]
     shutil.rmtree(two / output)

@@ -120,12 +120,12 @@ def saved_steps(folder: Path) -> int:
     return max(steps)
 
 
-def stop(folder: Path, stage: str, number: signal.Signals) -> tuple[Ended, int]:
+def stop(python: Path, folder: Path, stage: str, number: signal.Signals) -> tuple[Ended, int]:
     """Start a stage that saves after every step, send it a signal; return its end and the steps saved before."""
     change(folder, checkpoint_seconds=0)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, *command(stage)], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
+        [python, *command(stage)], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
     )
     while (steps := saved_steps(folder)) < 3 and process.poll() is None:
         time.sleep(0.002)
@@ -138,12 +138,12 @@ def stop(folder: Path, stage: str, number: signal.Signals) -> tuple[Ended, int]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
 @pytest.mark.parametrize("stage", STEPS)
 def test_stopped_stage_goes_on_to_the_same_bytes(
-    made: Path, project: Path, owners: Path, stage: str, number: signal.Signals
+    warm_bin: Path, made: Path, project: Path, owners: Path, stage: str, number: signal.Signals
 ) -> None:
     folder = owners if stage == "offsite_tune" else project
     output = folder / OUTPUTS[stage]
     shutil.rmtree(output, ignore_errors=True)
-    ended, saved = stop(folder, stage, number)
+    ended, saved = stop(warm_bin / "python", folder, stage, number)
     assert saved >= 3, ended.said
     if number == signal.SIGINT:
         assert ended.code == 130 and ended.said[-1].startswith("interrupted; "), ended.said
@@ -173,7 +173,7 @@ def finetuned(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("moment", range(4))
 @pytest.mark.parametrize("stage", KILLED)
 def test_stage_that_is_killed_at_any_moment_goes_on_to_the_same_bytes(
-    finetuned: Path, tmp_path: Path, stage: str, moment: int
+    warm_bin: Path, finetuned: Path, tmp_path: Path, stage: str, moment: int
 ) -> None:
     """Twenty moments, drawn from the seconds that the stage takes, its last writes among them."""
     folder = Path(shutil.copytree(finetuned, tmp_path / "project"))
@@ -183,7 +183,7 @@ def test_stage_that_is_killed_at_any_moment_goes_on_to_the_same_bytes(
     name = f"{stage}-piqa" if stage in PER_TASK else stage
     seconds = json.loads((finetuned / f"costs/{name}.json").read_text())["seconds"]
     process = subprocess.Popen(
-        [sys.executable, *command(stage)],
+        [warm_bin / "python", *command(stage)],
         cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
