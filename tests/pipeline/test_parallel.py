@@ -99,15 +99,16 @@ HALVES = """
 import json
 from pathlib import Path
 import torch
-from scaleot_core import parallel
-from scaleot_core.models import load_model, mean_loss
-from scaleot_core.streaming import load_split
-parallel.join(cpu=True)
+from scaleot_core.common import distributed
+from scaleot_core.models.forward import mean_loss
+from scaleot_core.models.loading import load_model
+from scaleot_core.models.streaming import load_sharded
+distributed.init_process_group(cpu=True)
 where = dict(device=torch.device("cpu"), dtype=torch.float32)
-mine, whole = load_split(Path("artifacts/model"), **where), load_model(Path("artifacts/model"), **where)
+mine, whole = load_sharded(Path("artifacts/model"), **where), load_model(Path("artifacts/model"), **where)
 blocks = torch.arange(64).view(2, 32)
 same = abs(mean_loss(mine, blocks) - mean_loss(whole, blocks)) < 1e-5
-parts = {name: p.to_local() if parallel.is_split(p) else p for name, p in mine.named_parameters()}
+parts = {name: p.to_local() if distributed.is_sharded(p) else p for name, p in mine.named_parameters()}
 shares = {name: parts[name].numel() / p.numel() for name, p in whole.named_parameters()}
 with torch.no_grad():  # a pass sees the weights as they are now
     for model in (mine, whole):
@@ -115,7 +116,7 @@ with torch.no_grad():  # a pass sees the weights as they are now
             if name.startswith("model.layers."):
                 p.mul_(1.5)
 same = same and abs(mean_loss(mine, blocks) - mean_loss(whole, blocks)) < 1e-5
-with open(f"seen-{parallel.is_first()}.json", "w") as out:
+with open(f"seen-{distributed.is_main_process()}.json", "w") as out:
     json.dump({"shares": shares, "same": same}, out)
 """
 
@@ -173,13 +174,13 @@ def test_interrupted_together_and_resumed_together(
     script = two / "stop.py"
     script.write_text(
         "import os, runpy, signal, sys\n"
-        "from scaleot_core import tuning\n"
-        "measure, seen = tuning.answer_loss, []\n"
+        "from scaleot_core.tuning import tuner\n"
+        "measure, seen = tuner.answer_loss, []\n"
         "def step(*args):\n"
         "    seen.append(1)\n"
         "    if len(seen) == 3 and os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return measure(*args)\n"
-        "tuning.answer_loss = step\n"
+        "tuner.answer_loss = step\n"
         "sys.argv = ['stages/offsite_tune.py', 'piqa']\n"
         "try: runpy.run_path('stages/offsite_tune.py', run_name='__main__')\n"
         "except SystemExit as end: assert end.code == 130, end\n"
