@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from rich.console import Console
 
 from scaleot_core.params import load_params

@@ -5,16 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
-from typing import NamedTuple
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, dies_after, piqa_rows, tiny_model
-from test_emulator import IDS, PLAN, write
-from test_files import snapshot
+from helpers import IDS, PLAN, ROOT, dies_after, piqa_rows, refused, scaleot, snapshot, tiny_model, write_package
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scaleot_core import cli
@@ -28,39 +23,11 @@ from scaleot_core.tuning import tuner
 COMMANDS = ["pack", "inspect", "tune", "check", "plug"]
 
 
-class Ended(NamedTuple):
-    code: int
-    out: str
-    said: list[str]
-
-
-def scaleot(*arguments: object) -> Ended:
-    """Run a command in this process. Only SystemExit is caught: anything else would have been a traceback."""
-    out, said, argv, code = StringIO(), StringIO(), sys.argv, 0
-    try:
-        sys.argv = ["scaleot", *map(str, arguments)]
-        with redirect_stdout(out), redirect_stderr(said):
-            cli.main()
-    except SystemExit as end:
-        code = int(end.code or 0)
-    finally:
-        sys.argv = argv
-    return Ended(code, out.getvalue(), said.getvalue().splitlines())
-
-
 def gives(*arguments):
     """What a command says in JSON."""
     ended = scaleot(*arguments, "--json")
     assert ended.code == 0, ended.said
     return json.loads(ended.out)
-
-
-def refused(*arguments):
-    """The one line in which a command ends."""
-    ended = scaleot(*arguments)
-    assert ended.code == 1 and ended.out == "", ended
-    assert [line for line in ended.said if line.startswith("error: ")] == ended.said[-1:], ended.said
-    return ended.said[-1]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +41,7 @@ def base(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory, tokenizer):
-    return write(tmp_path_factory.mktemp("package") / "package", tiny_model("llama"), tokenizer)
+    return write_package(tmp_path_factory.mktemp("package") / "package", tiny_model("llama"), tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
+from helpers import ROOT
 
 # What can't change a figure: how errors, progress and results are shown, how files are written and read, and how a
 # stage finds its parameters, whose values DVC watches.

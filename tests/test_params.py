@@ -6,10 +6,9 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import yaml
-from conftest import ROOT
+from helpers import ROOT, refusal
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
-from test_files import refusal
 
 from scaleot_core.params import Params, load_params
 

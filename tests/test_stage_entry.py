@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 from scaleot_core import pipeline
 from scaleot_core.common.errors import UserError

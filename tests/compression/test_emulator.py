@@ -1,0 +1,99 @@
+"""The emulator: what becomes of each layer, and what of it is an adapter's."""
+
+import pytest
+import torch
+from helpers import (
+    CPU,
+    IDS,
+    PLAN,
+    WHOLE,
+    each_family,
+    each_head,
+    emulator_of,
+    form,
+    give_harmonizers,
+    make_emulator,
+    refusal,
+    tiny_model,
+    trained_harmonizers,
+    weights_hash,
+    write_package,
+)
+
+from scaleot_core.compression.emulator import layer_parameters, plug_in
+from scaleot_core.compression.plan import Plan
+from scaleot_core.exchange.package import Package
+from scaleot_core.models.families import decoder_layers
+from scaleot_core.models.forward import swapped_layers
+
+
+@each_family
+@each_head
+def test_alpha_and_beta_at_zero_give_the_model_itself(name, tied):
+    whole = tiny_model(name, tie_word_embeddings=tied)(IDS).logits
+    assert torch.equal(emulator_of(name, WHOLE, tie_word_embeddings=tied)(IDS).logits, whole)
+    assert not torch.allclose(emulator_of(name, tie_word_embeddings=tied)(IDS).logits, whole)
+
+
+@each_family
+def test_harmonizers_that_were_given_stand_in_for_their_own_layers(name):
+    real, model = tiny_model(name), tiny_model(name)
+    harmonizers = trained_harmonizers(model)
+    plan = Plan(("harmonizer", "adapter", "compressed", "harmonizer"), 0.0, form(8))
+    give_harmonizers(model, plan, harmonizers)
+    with swapped_layers(real, {i: harmonizers[i] for i in (0, 3)}):
+        assert torch.equal(model(IDS).logits, real(IDS).logits)
+
+
+@pytest.mark.parametrize("kinds", [PLAN.kinds, ("compressed", "harmonizer", "adapter", "harmonizer")])
+@each_family
+def test_generation_with_a_cache_equals_generation_without(tmp_path, tokenizer, name, kinds):
+    plan = Plan(kinds, 0.8, form(8))
+    model = Package(write_package(tmp_path / "package", tiny_model(name), tokenizer, plan)).load(CPU)
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    cached, uncached = (model.generate(IDS, **options, use_cache=use) for use in (True, False))
+    assert cached.shape == (1, 20) and torch.equal(cached, uncached)
+    begun = model(IDS[:, :3], use_cache=True)
+    rest = model(IDS[:, 3:], past_key_values=begun.past_key_values).logits  # many tokens at once, after some
+    torch.testing.assert_close(rest, model(IDS, use_cache=False).logits[:, 3:])
+
+
+# --- adapter layers --------------------------------------------------------------------------------------
+
+
+def test_parameters_of_a_kind_are_those_of_its_layers_and_no_others(model):
+    make_emulator(model)
+    found = layer_parameters(model, PLAN, "adapter")
+    assert {id(p) for p in found.values()} == {id(p) for p in decoder_layers(model)[1].parameters()}
+    assert all(model.get_parameter(name) is p for name, p in found.items())
+
+
+@each_family
+def test_plug_in_puts_the_adapters_into_the_real_model_and_touches_nothing_else(name):
+    emulator, real = emulator_of(name), tiny_model(name)
+    tuned = {key: p + 1 for key, p in layer_parameters(emulator, PLAN, "adapter").items()}
+    before = {key: p.clone() for key, p in real.named_parameters()}
+    plug_in(real, PLAN, tuned)
+    for key, parameter in real.named_parameters():
+        assert torch.equal(parameter, tuned.get(key, before[key]))
+    assert all(not torch.equal(before[key], tensor) for key, tensor in tuned.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("model.layers.9.mlp.up_proj.weight", torch.ones(64, 32)),
+        ("model.layers.2.mlp.up_proj.weight", torch.ones(64, 32)),
+        ("model.norm.weight", torch.ones(32)),
+        ("model.layers.1.mlp.up_proj.weight", torch.ones(63, 32)),
+        ("model.layers.1.mlp.up_proj.weight", None),
+    ],
+    ids=["name", "another layer", "outside the layers", "shape", "missing"],
+)
+def test_adapters_that_do_not_fit_are_refused_and_none_is_put_in(name, tensor):
+    real = tiny_model("llama")
+    before = weights_hash(real)
+    tuned = {key: p + 1 for key, p in layer_parameters(emulator_of("llama"), PLAN, "adapter").items()}
+    given = {key: value for key, value in {**tuned, name: tensor}.items() if value is not None}
+    assert repr(name) in refusal(plug_in, real, PLAN, given)
+    assert weights_hash(real) == before

@@ -1,0 +1,80 @@
+import pytest
+import torch
+from helpers import form
+
+from scaleot_core.compression.harmonizer import Harmonizer
+from scaleot_core.compression.layer_importance import fit_locally, new_harmonizers, sensitivity
+from scaleot_core.models.families import decoder_layers
+from scaleot_core.models.forward import hidden_states, next_token_loss, swapped_layers
+
+
+def naive(h: Harmonizer, x: torch.Tensor) -> torch.Tensor:
+    """h(x) = x + W_up · ReLU(W_down · x + b_down) + b_up, written as the equation."""
+    hidden = torch.clamp(x @ h.down.weight.T + h.down.bias, min=0)
+    return x + hidden @ h.up.weight.T + h.up.bias
+
+
+def test_equals_the_equation():
+    h = Harmonizer(32, form(8))
+    x = torch.randn(2, 5, 32) * 3
+    torch.testing.assert_close(h(x), naive(h, x))
+
+
+def test_untrained_is_the_identity_and_every_matrix_gets_a_gradient_in_two_steps(model, blocks):
+    harmonizers = new_harmonizers(model, form(8), seed=0)
+    before = {name: p.clone() for name, p in harmonizers[1].named_parameters()}
+    x = torch.randn(1, 3, 32)
+    assert torch.equal(harmonizers[1](x), x)
+    optimizer = torch.optim.SGD(harmonizers[1].parameters(), lr=0.1)
+    for _ in range(2):  # with W_up at zero the first step moves W_up, the second W_down as well
+        with swapped_layers(model, {1: harmonizers[1]}):
+            next_token_loss(model, blocks[:4]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(not torch.equal(before[name], p) for name, p in harmonizers[1].named_parameters())
+
+
+def test_takes_and_returns_what_a_decoder_layer_does(model, blocks):
+    """The model's own forward runs with every layer replaced, with a mask and while generating with a cache."""
+    harmonizers = new_harmonizers(model, form(8), seed=0)
+    stand_ins = dict(enumerate(harmonizers))
+    stand_ins.pop(0)
+    with swapped_layers(model, stand_ins):
+        ids = blocks[:2].long()
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        assert logits.shape == (2, 16, model.config.vocab_size)
+        cached = model.generate(ids[:1, :4], max_new_tokens=4, do_sample=False)
+        plain = model.generate(ids[:1, :4], max_new_tokens=4, do_sample=False, use_cache=False)
+        assert torch.equal(cached, plain)
+
+
+def test_hidden_states_are_what_the_model_computes(model, blocks):
+    states = hidden_states(model, blocks[:3], batch_blocks=2)
+    reference = model(input_ids=blocks[:3].long(), output_hidden_states=True).hidden_states
+    assert len(states) == 5
+    for mine, theirs in zip(states[:-1], reference[:-1], strict=True):  # its last one is behind the final norm
+        torch.testing.assert_close(mine, theirs.flatten(0, 1))
+
+
+def test_local_fit_approaches_the_layer(model, blocks):
+    harmonizers = new_harmonizers(model, form(8), seed=0)
+    history = fit_locally(model, harmonizers, blocks, steps=150, batch_tokens=96, lr=3e-3, seed=0)
+    assert history[-1]["loss"] < 0.9 * history[0]["loss"]
+    states = hidden_states(model, blocks)
+    for i, h in enumerate(harmonizers):
+        target = states[i + 1]
+        assert (h(states[i]) - target).square().mean() < (states[i] - target).square().mean()
+
+
+def test_sensitivity_is_the_loss_of_replacing_one_layer(model, blocks):
+    harmonizers = new_harmonizers(model, form(8), seed=0)
+    costs = sensitivity(model, harmonizers, blocks)
+    layers = decoder_layers(model)
+    original = layers[2]
+    layers[2] = harmonizers[2]
+    with torch.no_grad():
+        hurt = next_token_loss(model, blocks).item()
+    layers[2] = original
+    with torch.no_grad():
+        whole = next_token_loss(model, blocks).item()
+    assert costs[2] == pytest.approx(hurt - whole, abs=1e-5)

@@ -1,0 +1,96 @@
+import pytest
+import torch
+from helpers import CONFIGS, SHAPES, tiny_model
+
+from scaleot_core.compression.channels import select_channels
+from scaleot_core.compression.low_rank import FusedProjection, LowRankLinear
+from scaleot_core.compression.rank_compression import compress_layer, target_rank, target_ranks
+from scaleot_core.compression.svd import svd_factors
+from scaleot_core.models.families import attention, decoder_layers
+
+
+def cut(model, index, beta):
+    """Compress one layer with plain decompositions; the ranks."""
+    ranks = target_ranks(model, index, beta=beta)
+    compress_layer(model, index, ranks=ranks, decompose=svd_factors)
+    return ranks
+
+
+def test_kept_rank():
+    assert target_rank(576, 0.8, "removed") == 115
+    assert target_rank(576, 0.8, "kept") == 461
+    assert target_rank(10, 1.0, "removed") == 1
+    assert target_rank(10, 0.0, "removed") == 10
+
+
+def dense(module: torch.nn.Module, size: int) -> torch.Tensor:
+    """The matrix (out, in) that a projection applies, without its bias."""
+    return (module(torch.eye(size)) - module(torch.zeros(1, size))).T.detach()
+
+
+def apart(family: str, projection: str, matrix: torch.Tensor) -> list[torch.Tensor]:
+    """A projection's matrices, of which some families fuse three in one: GPT-NeoX head by head."""
+    if projection == "query_key_value":
+        return [torch.cat([matrix[24 * head + 8 * i :][:8] for head in range(4)]) for i in range(3)]
+    return list(matrix.chunk(len(SHAPES[family][projection])))
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS))
+@pytest.mark.parametrize("beta", [0.3, 0.8])
+def test_every_projection_is_cut_and_its_error_is_the_tail(family, beta):
+    model = tiny_model(family)
+    block = attention(model.config, decoder_layers(model)[1])
+    names = SHAPES[family]
+    widths = {name: shapes[0][1] for name, shapes in names.items()}
+    before = {name: dense(getattr(block, name), width) for name, width in widths.items()}
+    zero = {name: getattr(block, name)(torch.zeros(1, width)) for name, width in widths.items()}
+    ranks = cut(model, 1, beta)
+    assert set(ranks) == set(names)
+    for name, width in widths.items():
+        after = dense(getattr(block, name), width)
+        parts = (apart(family, name, matrix) for matrix in (before[name], after))
+        for old, new, rank in zip(*parts, ranks[name], strict=True):
+            assert rank == target_rank(min(old.shape), beta, "removed")
+            tail = torch.linalg.svdvals(old)[rank:].square().sum().sqrt()
+            assert (old - new).norm() == pytest.approx(tail.item(), rel=1e-4)
+        torch.testing.assert_close(getattr(block, name)(torch.zeros(1, width)), zero[name])  # the bias is kept
+
+
+def test_factors_where_smaller_and_dense_where_not():
+    low, high = tiny_model("llama"), tiny_model("llama")
+    cut(low, 0, 0.8)
+    cut(high, 0, 0.1)
+    assert isinstance(attention(low.config, decoder_layers(low)[0]).q_proj, LowRankLinear)
+    assert isinstance(attention(high.config, decoder_layers(high)[0]).q_proj, torch.nn.Linear)
+    for family, projection in (("gpt2", "c_attn"), ("gpt_neox", "query_key_value")):
+        fused = tiny_model(family)
+        cut(fused, 0, 0.8)
+        block = attention(fused.config, decoder_layers(fused)[0])
+        assert isinstance(getattr(block, projection), FusedProjection)
+
+
+def test_beta_zero_touches_nothing():
+    model = tiny_model("gpt2")
+    layer = decoder_layers(model)[0]
+    before = dict(layer.named_modules())
+    cut(model, 0, 0.0)
+    assert dict(layer.named_modules()) == before
+
+
+def test_channels_that_are_left_make_up_for_the_others():
+    draw = torch.Generator().manual_seed(0)
+    mixing = torch.randn(24, 24, generator=draw) * torch.logspace(0, -2, 24)[:, None]
+    hidden = torch.randn(4096, 24, generator=draw) @ mixing  # (tokens, channels), correlated
+    hidden[:, 5] *= 1e-4  # idle, and large in the matrix
+    weight = torch.randn(10, 24, generator=draw)
+    weight[:, 5] *= 100
+    kept, refitted = select_channels(weight, hidden.T @ hidden / len(hidden), 16)
+    assert kept.tolist() == sorted(set(kept.tolist())) and len(kept) == 16 and 5 not in kept
+    best = torch.linalg.lstsq(hidden[:, kept].double(), (hidden @ weight.T).double()).solution.T
+    error, least, without = (
+        (hidden @ weight.T - hidden[:, kept] @ w.float().T).norm() for w in (refitted, best, weight[:, kept])
+    )
+    assert least <= error < 1.01 * least and error < 0.5 * without
+    everything, same = select_channels(weight, hidden.T @ hidden / len(hidden), 24)
+    assert everything.tolist() == list(range(24))
+    torch.testing.assert_close(same, weight, rtol=1e-4, atol=1e-4)

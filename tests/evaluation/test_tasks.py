@@ -1,0 +1,191 @@
+"""Tasks are lm-eval's own, on our rows; a task or a row that can't be used is named."""
+
+from functools import partial
+
+import lm_eval.tasks
+import pytest
+from helpers import CLOZE, GSM8K, WEBQS, piqa_rows, refusal
+
+from scaleot_core.evaluation.tasks import (
+    answer_pairs,
+    check_rows,
+    load_task,
+    metrics,
+    right_choices,
+    task_config,
+    texts,
+)
+
+
+@pytest.fixture
+def pairs(tokenizer):
+    return lambda task, rows: answer_pairs(load_task(task, rows), tokenizer, context_length=64)
+
+
+def test_rows_are_those_of_their_split():
+    train, evaluation = piqa_rows(5), piqa_rows(9)[5:]
+    task = load_task("piqa", train, evaluation)
+    assert task.training_docs().to_list() == train
+    assert task.eval_docs.to_list() == evaluation
+    assert load_task("piqa", train).eval_docs.to_list() == train  # the data owner has no others
+
+
+@pytest.mark.parametrize(("task", "rows"), [("piqa", piqa_rows(7)), ("commonsense_qa_cloze", CLOZE)])
+def test_answer_pairs_are_what_lm_eval_requests_for_the_right_answers(task, rows, tokenizer):
+    loaded = load_task(task, rows, rows)
+    loaded.build_all_requests()
+    right = [row["label"] if task == "piqa" else "ABCDE".index(row["answerKey"]) for row in rows]
+    requested = {(request.doc_id, request.idx): request.args for request in loaded.instances}
+    found = answer_pairs(loaded, tokenizer, context_length=64)
+    assert found == [requested[i, answer] for i, answer in enumerate(right)]
+    assert all(continuation.startswith(" ") for _, continuation in found)
+
+
+def test_piqa_reads_as_published(pairs):
+    assert pairs("piqa", piqa_rows(2)) == [
+        ("Question: count to 0\nAnswer:", " say one to 0"),
+        ("Question: count to 1\nAnswer:", " say 1 to one"),
+    ]
+
+
+def test_cloze_asks_for_the_answers_themselves_and_scores_them():
+    task = load_task("commonsense_qa_cloze", CLOZE, CLOZE)
+    task.build_all_requests()
+    asked = [request.args for request in task.instances if request.doc_id == 3]
+    assert asked == [("Question: What comes after 3?\nAnswer:", f" {3 + k} or so") for k in range(5)]
+    for best in range(5):
+        figures = task.process_results(CLOZE[3], [(-1.0 if k == best else -2.0, False) for k in range(5)])
+        assert figures["acc"] == figures["acc_norm"] == (best == 3)
+
+
+def test_unknown_task_has_a_hint():
+    assert "did you mean piqa" in refusal(task_config, "piqaa")
+
+
+def test_unknown_task_like_no_other(monkeypatch):
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False))
+    assert "'zzz' is no task of lm-eval; `lm-eval ls tasks`" in refusal(task_config, "zzz")
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ("lambada_openai", "'loglikelihood'; use one of multiple_choice, generate_until, loglikelihood_rolling"),
+        ("aime", "scored on its training split"),
+    ],
+)
+def test_task_that_cannot_be_tuned_and_scored_is_refused(task, said):
+    message = refusal(task_config, task)
+    assert f"tasks: {task!r}" in message and said in message
+
+
+# --- other kinds of tasks --------------------------------------------------------------------------------
+
+WINOGRANDE = [
+    {"sentence": f"{i} beats _ .", "option1": "one", "option2": "two", "answer": str(i % 2 + 1)} for i in range(4)
+]
+
+
+def test_generated_answer_is_what_the_definition_gives(pairs):
+    assert pairs("gsm8k", GSM8K)[2] == ("Question: 2 + 1?\nAnswer:", " it is 3 #### 3")
+    assert "training row 2: the answer is empty" in refusal(pairs, "gsm8k", [GSM8K[0], {**GSM8K[1], "answer": " "}])
+    assert "training row 2: the answer is empty" in refusal(pairs, "gsm8k", [GSM8K[0], {**GSM8K[1], "answer": None}])
+
+
+def test_context_too_short_to_generate_is_told(tokenizer):
+    check_rows("gsm8k", GSM8K, tokenizer, context_length=257, part="training")
+    said = refusal(lambda: check_rows("gsm8k", GSM8K, tokenizer, context_length=256, part="training"))
+    assert said.startswith("task gsm8k: it generates up to 256 tokens, and the model's context is 256")
+
+
+def test_first_of_several_right_answers_is_tuned_on(pairs):
+    assert pairs("webqs", WEBQS)[1] == ("Question: where is 1?\nAnswer:", " city 1")  # lm-eval sorts them
+    assert right_choices(load_task("webqs", WEBQS), {**WEBQS[1]}) == [0, 1]  # the third begins as the first
+    assert "training row 2" in refusal(pairs, "webqs", [WEBQS[0], {**WEBQS[1], "answers": []}])
+
+
+def test_choices_that_stand_in_the_context(pairs):
+    """WinoGrande scores one continuation after each choice."""
+    found = pairs("winogrande", WINOGRANDE)
+    assert found[:2] == [("0 beats one", " ."), ("1 beats two", " .")]
+
+
+def test_metrics_are_listed_with_what_is_better():
+    assert metrics(load_task("piqa", piqa_rows(2))) == {"acc": True, "acc_norm": True, "answer_nll": False}
+    assert metrics(load_task("webqs", WEBQS)) == {"exact_match": True, "answer_nll": False}
+    assert list(metrics(load_task("gsm8k", GSM8K))) == [
+        "exact_match_strict-match",
+        "exact_match_flexible-extract",
+        "answer_nll",
+    ]
+    text = {"word_perplexity": False, "byte_perplexity": False, "bits_per_byte": False, "token_perplexity": False}
+    assert metrics(load_task("wikitext", [{"page": "a"}])) == text
+
+
+def test_texts_are_what_the_definition_scores():
+    assert texts(load_task("wikitext", [{"page": "a @-@ b"}, {"page": "c"}])) == ["a-b", "c"]
+    assert "training row 2: its text is empty" in refusal(
+        lambda: texts(load_task("wikitext", [{"page": "a"}, {"page": " "}]))
+    )
+
+
+ROW = piqa_rows(1)[0]
+
+
+def without(field):
+    return {key: value for key, value in ROW.items() if key != field}
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {**ROW, "label": 2},
+        {**ROW, "label": -1},
+        {**ROW, "label": None},
+        without("label"),
+        {**ROW, "sol1": ""},
+        {**ROW, "sol1": None},
+        without("sol1"),
+        {**ROW, "sol2": " "},
+        {**ROW, "sol2": None},
+        without("sol2"),
+    ],
+    ids=[
+        "beyond",
+        "below",
+        "null",
+        "no label",
+        "answer empty",
+        "answer null",
+        "no answer",
+        "choice empty",
+        "choice null",
+        "no choice",
+    ],
+)
+def test_row_without_its_answer_or_a_choice_is_named(pairs, bad):
+    assert "task piqa, training row 3" in refusal(pairs, "piqa", [*piqa_rows(2), bad, ROW])
+
+
+@pytest.mark.parametrize("key", ["F", "", "a"])
+def test_answer_that_is_none_of_the_choices_is_named(pairs, key):
+    said = refusal(pairs, "commonsense_qa_cloze", [*CLOZE[:2], {**CLOZE[2], "answerKey": key}])
+    assert "task commonsense_qa_cloze, training row 3" in said
+
+
+def test_right_answer_that_is_null_among_the_choices_is_named(pairs):
+    choices = {"label": list("ABCDE"), "text": ["a", "b", None, "d", "e"]}
+    said = refusal(pairs, "commonsense_qa_cloze", [*CLOZE[:2], {**CLOZE[2], "choices": choices}])
+    assert "task commonsense_qa_cloze, training row 3" in said
+
+
+@pytest.mark.parametrize("choice", ["sol1", "sol2"])
+def test_choice_longer_than_the_context_is_named(pairs, choice):
+    fits, too_long = ({**ROW, choice: "x" * count} for count in (63, 64))  # a token each, and one for the space
+    assert len(pairs("piqa", [*piqa_rows(2), fits])) == 3
+    said = refusal(pairs, "piqa", [*piqa_rows(2), too_long])
+    assert said.startswith(f"task piqa, training row 3: choice {choice[-1]} has 65 tokens") and "64" in said
+
+
+def test_rows_of_another_task_are_refused():
+    assert "task piqa: its rows don't fit" in refusal(load_task, "piqa", CLOZE)

@@ -1,0 +1,464 @@
+"""What several test files use: tiny models and packages, a tiny project, commands run in this process, damage."""
+
+import errno
+import hashlib
+import json
+import os
+import runpy
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
+from itertools import count
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from scaleot_core import cli
+from scaleot_core.common.errors import UserError
+from scaleot_core.common.files import read_json, sha256
+from scaleot_core.common.tensors import read_tensors
+from scaleot_core.compression.emulator import apply_plan, package_tensors
+from scaleot_core.compression.layer_importance import new_harmonizers
+from scaleot_core.compression.plan import Plan
+from scaleot_core.compression.svd import svd_factors
+from scaleot_core.exchange import adapter
+from scaleot_core.exchange.package import save
+from scaleot_core.models.families import decoder_layers, family, projection_name
+from scaleot_core.params import HarmonizerForm
+from scaleot_core.reporting import measurements
+from scaleot_core.tuning.selection import TuningResult
+
+ROOT = Path(__file__).parent.parent
+# Real questions, texts and models; tests that need them are skipped where they are not.
+TEST_DATA = Path(os.environ.get("SCALEOT_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+# --- tiny models -----------------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+VOCABULARY = 300
+TOKENS: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    **TOKENS,
+}
+
+# Every family, and what one of them does in two ways: OPT-350m has its norms behind, and narrower embeddings.
+CONFIGS: dict[str, PretrainedConfig] = {
+    "gpt_neox": GPTNeoXConfig(**COMMON),
+    "llama": LlamaConfig(num_key_value_heads=2, **COMMON),
+    "mistral": MistralConfig(num_key_value_heads=2, head_dim=8, sliding_window=16, **COMMON),
+    "qwen2": Qwen2Config(num_key_value_heads=2, **COMMON),
+    "qwen3": Qwen3Config(num_key_value_heads=2, head_dim=16, **COMMON),
+    "opt": OPTConfig(word_embed_proj_dim=32, ffn_dim=64, **COMMON),
+    "opt-350m": OPTConfig(word_embed_proj_dim=16, ffn_dim=64, do_layer_norm_before=False, **COMMON),
+    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=4, n_head=4, n_positions=128, **TOKENS),
+}
+IDS = torch.tensor([[5, 80, 200, 41, 17, 222, 9, 133]])
+each_family = pytest.mark.parametrize("name", sorted(CONFIGS))
+each_head = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+
+_SQUARE = (32, 32)
+_GROUPED = {"q_proj": [_SQUARE], "k_proj": [(16, 32)], "v_proj": [(16, 32)], "o_proj": [_SQUARE]}
+_EQUAL = {"q_proj": [_SQUARE], "k_proj": [_SQUARE], "v_proj": [_SQUARE], "out_proj": [_SQUARE]}
+SHAPES: dict[str, dict[str, list[tuple[int, int]]]] = {  # of every attention matrix (out, in), fused ones apart
+    "gpt2": {"c_attn": [_SQUARE] * 3, "c_proj": [_SQUARE]},
+    "gpt_neox": {"query_key_value": [_SQUARE] * 3, "dense": [_SQUARE]},
+    "llama": _GROUPED,
+    "mistral": _GROUPED,
+    "opt": _EQUAL,
+    "opt-350m": _EQUAL,
+    "qwen2": _GROUPED,
+    "qwen3": {"q_proj": [(64, 32)], "k_proj": [(32, 32)], "v_proj": [(32, 32)], "o_proj": [(32, 64)]},
+}
+
+
+def tiny_model(name: str, **changes: object) -> PreTrainedModel:
+    """Make a seeded random model of one family: 4 layers of width 32, float32, frozen."""
+    torch.manual_seed(0)
+    fields = {key: value for key, value in CONFIGS[name].to_dict().items() if key != "layer_types"}  # follow the count
+    config = type(CONFIGS[name]).from_dict({**fields, **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():  # large enough that layers differ and biases count
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval().requires_grad_(False)
+
+
+def projections(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Give every attention projection of the decoder layers by its name in the model."""
+    layers, names = range(len(decoder_layers(model))), family(model.config).projections
+    paths = [projection_name(model.config, i, name) for i in layers for name in names]
+    return {path: model.get_submodule(path) for path in paths}
+
+
+def silence(model: PreTrainedModel, index: int) -> None:
+    """Make one decoder layer an identity: whatever is added to the residual stream in it becomes zero."""
+    for name, p in decoder_layers(model)[index].named_parameters():
+        if any(part in name for part in ("o_proj", "down_proj", "out_proj", "fc2", "c_proj", "dense.", "4h_to_h")):
+            p.data.zero_()
+
+
+# a layer that ends in a norm is never an identity
+can_be_silent = pytest.mark.parametrize("model", sorted(CONFIGS.keys() - {"opt-350m"}), indirect=True)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Hash every name and tensor of a model's state."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+# --- tiny emulators, packages and adapters ---------------------------------------------------------------
+
+
+def form(rank: int) -> HarmonizerForm:
+    """Give the form of harmonizers in tests."""
+    return HarmonizerForm(rank=rank)
+
+
+PLAN = Plan(("harmonizer", "adapter", "compressed", "compressed"), beta=0.8, harmonizer=form(8))
+WHOLE = Plan(("adapter", "compressed", "compressed", "compressed"), beta=0.0, harmonizer=form(8))
+
+
+def trained_harmonizers(model: PreTrainedModel) -> nn.ModuleList:
+    """Make harmonizers with something in them, as if they were trained."""
+    harmonizers = new_harmonizers(model, form(8), seed=0)
+    for parameter in harmonizers.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return harmonizers
+
+
+def give_harmonizers(model: PreTrainedModel, plan: Plan, harmonizers: nn.ModuleList) -> None:
+    """Make a model the emulator with these harmonizers."""
+    apply_plan(model, plan, svd_factors)
+    for i in plan.layers("harmonizer"):
+        decoder_layers(model)[i].load_state_dict(harmonizers[i].state_dict())
+
+
+def make_emulator(model: PreTrainedModel, plan: Plan = PLAN) -> None:
+    """Make a model the emulator."""
+    give_harmonizers(model, plan, trained_harmonizers(model))
+
+
+def emulator_of(name: str, plan: Plan = PLAN, **changes: object) -> PreTrainedModel:
+    """Make the emulator of a family's tiny model."""
+    model = tiny_model(name, **changes)
+    make_emulator(model, plan)
+    return model
+
+
+def write_package(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, plan: Plan = PLAN) -> Path:
+    """Turn a model into the emulator and write its package."""
+    folder.mkdir()
+    make_emulator(model, plan)
+    save(folder, model.config, tokenizer, plan, package_tensors(model, plan))
+    return folder
+
+
+def write_adapter(folder: Path, model: PreTrainedModel, tuning: Any, package: str = "0" * 64) -> Path:
+    """Write an adapter of an emulator whose trained parameters have moved at random, as `trainable` names them."""
+    parameters = adapter.trainable(model, PLAN, tuning, seed=0)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    folder.mkdir()
+    tuned = TuningResult([], 1e-3, 7, {})
+    adapter.save(folder, model, PLAN, parameters, package=package, tuning=tuning, tuned=tuned)
+    return folder
+
+
+def change_manifest(folder: Path, **changes: object) -> None:
+    """Overwrite keys of the manifest; None takes one out."""
+    manifest = {**read_json(folder / "manifest.json"), **changes}
+    text = json.dumps({key: value for key, value in manifest.items() if value is not None or key not in changes})
+    (folder / "manifest.json").write_text(text)
+
+
+def list_again(folder: Path, *names: str) -> None:
+    """Make the manifest state what files hold now, as one who changes a package on purpose would."""
+    files = read_json(folder / "manifest.json")["files"]
+    entry = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names}
+    change_manifest(folder, files={**files, **entry})
+
+
+# --- rows of tasks ---------------------------------------------------------------------------------------
+
+
+def piqa_rows(count: int) -> list[dict[str, object]]:
+    """Make small questions in the fields of PIQA's hub data set."""
+    return [
+        {"goal": f"count to {i}", "sol1": f"say one to {i}", "sol2": f"say {i} to one", "label": i % 2}
+        for i in range(count)
+    ]
+
+
+CLOZE: list[dict[str, Any]] = [
+    {
+        "id": str(i),
+        "question": f" What comes after {i}? ",
+        "choices": {"label": list("ABCDE"), "text": [f"{i + k} or so" for k in range(5)]},
+        "answerKey": "ABCDE"[i % 5],
+    }
+    for i in range(7)
+]
+GSM8K = [{"question": f"{i} + 1?", "answer": f"it is {i + 1} #### {i + 1}"} for i in range(5)]
+WEBQS: list[dict[str, Any]] = [
+    {"url": "", "question": f"where is {i}?", "answers": [f"town {i}", f"city {i}", f"city {i} east"]} for i in range(5)
+]
+PAGES = [{"page": f"page {i} says\n " + " ".join(str(k * i % 89) for k in range(30 + 25 * i))} for i in range(6)]
+
+
+# --- figures to report -----------------------------------------------------------------------------------
+
+HISTORIES = {
+    "local fits": [{"step": 0, "loss": 1.5, "more": 7}, {"step": 1, "loss": 1.25}],
+    "DLR": [{"step": 0, "loss": 3.0}],
+}
+LAYERS = {"prior": [0.5, -1.0, 0.25], "scores": [1.5, -2.0, 1.25], "kinds": ["adapter", "harmonizer", "compressed"]}
+
+
+def measured(acc: list[float], nll: list[float]) -> dict[str, Any]:
+    """Give the five measurements of a task of questions, in the order of `measurements.MEASUREMENTS`."""
+    rows = zip(measurements.MEASUREMENTS, acc, nll, strict=True)
+    five = {n: {"acc": a, "acc_stderr": 0.01, "answer_nll": b, "answer_nll_stderr": 0.1} for n, a, b in rows}
+    return five | {"metrics": ["acc", "answer_nll"], "lower_is_better": ["answer_nll"]}
+
+
+def perplexity(values: list[float]) -> dict[str, Any]:
+    """Give the five measurements of a task of texts, in the order of `measurements.MEASUREMENTS`."""
+    five: dict[str, Any] = {
+        n: {"perplexity": v, "perplexity_stderr": 0.5} for n, v in zip(measurements.MEASUREMENTS, values, strict=True)
+    }
+    return five | {"metrics": ["perplexity"], "lower_is_better": ["perplexity"]}
+
+
+# zero_shot, full_finetune, emulator_zero_shot, emulator_finetune, plug_in
+GOOD = measured([0.50, 0.60, 0.40, 0.52, 0.58], [20.0, 10.0, 30.0, 18.0, 12.0])
+
+
+# --- a tiny project --------------------------------------------------------------------------------------
+
+PER_TASK = ("offsite_tune", "zero_shot", "full_finetune")
+
+
+def write_project(folder: Path, tokenizer: PreTrainedTokenizerFast, family: str = "llama", **changes: object) -> None:
+    """Make `folder` a copy of the pipeline with a tiny model, tiny local data and parameters to match."""
+    for name in ("stages", "dvc.yaml", "params.yaml", "embedded.lock", ".dvcignore", ".gitignore", "scaleot_core"):
+        source = ROOT / name
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(source, folder / name, ignore=ignore) if source.is_dir() else shutil.copy(source, folder / name)
+    tiny_model(family).save_pretrained(folder / "tiny-model")
+    tokenizer.save_pretrained(folder / "tiny-model")
+    (folder / "tiny-data" / "piqa").mkdir(parents=True)
+    rows = piqa_rows(60)
+    for name, part in (("train", rows[:40]), ("validation", rows[40:])):
+        (folder / "tiny-data" / "piqa" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    text = [{"text": f"passage {i} " + " ".join(str(i * k % 97) for k in range(60))} for i in range(80)]
+    (folder / "tiny-data" / "corpus.jsonl").write_text("\n".join(map(json.dumps, text)))
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    small = {
+        "model": "tiny-model",
+        "tasks": ["piqa"],
+        "dtype": "float32",
+        "device": "cpu",
+        "threads": 1,
+        "adapter_layers": 1,
+        "data.questions": "tiny-data",
+        "data.corpus": "tiny-data/corpus.jsonl",
+        "data.block_size": 32,
+        "data.train_blocks": 24,
+        "data.heldout_blocks": 4,
+        "harmonizer.rank": 8,
+        "layer_importance.calibration_blocks": 8,
+        "layer_importance.steps": 20,
+        "layer_importance.batch_tokens": 64,
+        "layer_importance.sensitivity_blocks": 2,
+        "dlr.steps": 10,
+        "dlr.score_interval": 5,
+        "dlr.score_blocks": 4,
+        "offsite_tune.epochs": 2,
+        "full_finetune.epochs": 1,
+        **changes,
+    }
+    for key, value in small.items():
+        *blocks, last = key.split(".")
+        target = values
+        for block in blocks:
+            target = target[block]
+        target[last] = value
+    (folder / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def change(folder: Path, **values: object) -> None:
+    """Set parameters of the first level, or those in a block given as a dict."""
+    params: dict[str, Any] = yaml.safe_load((folder / "params.yaml").read_text())
+    for key, value in values.items():
+        params[key] = {**params[key], **value} if isinstance(value, dict) else value
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+
+
+# --- commands and stages in this process -----------------------------------------------------------------
+
+
+class Ended(NamedTuple):
+    """How a command ended: its exit code, its lines on stderr, its stdout."""
+
+    code: int
+    said: list[str]
+    out: str = ""
+
+
+def _ended(argv: list[str], action: Callable[[], object]) -> Ended:
+    """Run a command in this process. Only SystemExit is caught: anything else would have been a traceback."""
+    out, said, argv_before, code = StringIO(), StringIO(), sys.argv, 0
+    try:
+        sys.argv = argv
+        with redirect_stdout(out), redirect_stderr(said):
+            action()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        sys.argv = argv_before
+    return Ended(code, said.getvalue().splitlines(), out.getvalue())
+
+
+def scaleot(*arguments: object) -> Ended:
+    """Run `scaleot` with these arguments."""
+    return _ended(["scaleot", *map(str, arguments)], cli.main)
+
+
+def refused(*arguments: object) -> str:
+    """Give the one line in which `scaleot` ends with these arguments."""
+    ended = scaleot(*arguments)
+    assert ended.code == 1 and ended.out == "", ended
+    assert [line for line in ended.said if line.startswith("error: ")] == ended.said[-1:], ended.said
+    return ended.said[-1]
+
+
+def command(stage: str) -> list[str]:
+    """Give the arguments of Python that run a stage."""
+    return [f"stages/{stage}.py", *(["piqa"] if stage in PER_TASK else [])]
+
+
+def run(folder: Path, stage: str, arguments: list[str] | None = None) -> Ended:
+    """Run a stage of a project."""
+    argv = command(stage) if arguments is None else [f"stages/{stage}.py", *arguments]
+    with chdir(folder):
+        return _ended(argv, lambda: runpy.run_path(argv[0], run_name="__main__"))
+
+
+def succeed(folder: Path, *stages: str) -> list[str]:
+    """Run stages of a project that end well; give their lines."""
+    said = []
+    for stage in stages:
+        ended = run(folder, stage)
+        assert ended.code == 0, ended.said
+        said += ended.said
+    return said
+
+
+# --- what is left behind, and what goes wrong ------------------------------------------------------------
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    """Read everything below a folder, hidden temporary files too: a file's bytes by its path, None for a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def refusal(action: Callable[..., Any], *args: Any) -> str:
+    """Give the one line that a user reads."""
+    with pytest.raises(UserError) as caught:
+        action(*args)
+    assert "\n" not in str(caught.value), str(caught.value)
+    return str(caught.value)
+
+
+def fill_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every file from here on take half of what it is given, then let the disk be full."""
+
+    def write(path: Path, content: Any, **options: Any) -> None:
+        with path.open("wb") as stream:
+            stream.write(bytes(content.encode() if isinstance(content, str) else content)[: len(content) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "write_text", write)
+    monkeypatch.setattr(Path, "write_bytes", write)
+
+
+@contextmanager
+def dies_after(
+    module: ModuleType, name: str, calls: int, error: type[BaseException] = KeyboardInterrupt
+) -> Iterator[None]:
+    """For the length of a block let a function of a module raise `error` once it was called so often."""
+    function, seen = getattr(module, name), count(1)
+
+    def until(*args: Any) -> Any:
+        if next(seen) > calls:
+            raise error
+        return function(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, name, until)
+        yield
+
+
+WEIGHTS = "model.safetensors"
+
+
+def without_folder(folder: Path) -> None:
+    """Lose a model's folder."""
+    shutil.rmtree(folder)
+
+
+def without_weights(folder: Path) -> None:
+    """Lose a model's weights."""
+    (folder / WEIGHTS).unlink()
+
+
+def with_noise(folder: Path) -> None:
+    """Put bytes in the place of a model's weights that are no weights."""
+    (folder / WEIGHTS).write_bytes(bytes(range(256)) * 4)
+
+
+def cut_short(folder: Path) -> None:
+    """Lose the end of a model's weights."""
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
+
+
+def without_a_tensor(folder: Path) -> None:
+    """Lose one tensor, which transformers would fill with random numbers."""
+    tensors = read_tensors(folder / WEIGHTS)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+
+DAMAGES = [without_folder, without_weights, with_noise, cut_short, without_a_tensor]

@@ -1,0 +1,457 @@
+"""Every stage by itself: what it reads, that its bytes repeat, that it survives a kill, what a mistake ends in."""
+
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from helpers import CONFIGS, GSM8K, PAGES, PER_TASK, Ended, change, command, run, succeed, tiny_model, write_project
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerFast
+
+from scaleot_core.common.tensors import read_tensors
+from scaleot_core.compression.plan import LayerKind
+
+OUTPUTS = {
+    "layer_importance": "artifacts/importance",
+    "train_harmonizers": "artifacts/harmonizers",
+    "compress": "artifacts/emulator",
+    "offsite_tune": "artifacts/adapters/piqa",
+}
+STEPS = {"layer_importance": 400, "train_harmonizers": 150, "offsite_tune": 150}
+PARAMS = {
+    "layer_importance.steps": STEPS["layer_importance"],
+    "dlr.steps": STEPS["train_harmonizers"],
+    "offsite_tune.epochs": STEPS["offsite_tune"] // 5,  # of 40 questions in batches of 8
+}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """All files in a folder, hidden ones too, by path."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A project before its first stage. Not to be changed."""
+    folder = tmp_path_factory.mktemp("given") / "project"
+    folder.mkdir()
+    write_project(folder, tokenizer, **PARAMS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(given: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same after prepare_data to offsite_tune, none of them stopped. Not to be changed."""
+    folder = Path(shutil.copytree(given, tmp_path_factory.mktemp("made") / "project"))
+    succeed(folder, "prepare_data", *OUTPUTS)
+    return folder
+
+
+@pytest.fixture
+def fresh(given: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(given, tmp_path / "project"))
+
+
+@pytest.fixture
+def project(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "project"))
+
+
+@pytest.fixture
+def owners(made: Path, tmp_path: Path) -> Path:
+    """What the data owner has: the stages, params.yaml, the package and the private questions."""
+    folder = tmp_path / "owner"
+    for name in ("stages", "artifacts/emulator"):
+        shutil.copytree(made / name, folder / name)
+    for name in ("params.yaml", "artifacts/tasks/piqa/train.jsonl"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(made / name, folder / name)
+    return folder
+
+
+def test_the_data_owner_needs_no_model_and_no_network(
+    made: Path, owners: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = []
+    monkeypatch.setattr(socket.socket, "connect", lambda self, address: called.append(address))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: called.append(args))
+    succeed(owners, "offsite_tune")
+    assert files(owners / OUTPUTS["offsite_tune"]) == files(made / OUTPUTS["offsite_tune"])
+    assert not called
+
+
+def test_same_params_give_the_same_bytes(made: Path, fresh: Path) -> None:
+    succeed(fresh, "prepare_data", *OUTPUTS)
+    for name in ("tasks", "corpus", "model", *(Path(output).relative_to("artifacts") for output in OUTPUTS.values())):
+        first, second = files(made / "artifacts" / name), files(fresh / "artifacts" / name)
+        assert first and first == second, name
+
+
+def test_another_seed_gives_others(made: Path, project: Path) -> None:
+    change(project, seed=1)
+    for stage in STEPS:
+        succeed(project, stage)
+        first, second = files(made / OUTPUTS[stage]), files(project / OUTPUTS[stage])
+        same = {name for name in first if first[name] == second[name]} - {"tuning.json"}  # a single rate is what it is
+        assert first.keys() == second.keys() and not same, stage
+
+
+def saved_steps(folder: Path) -> int:
+    """Finished steps of the newest whole checkpoint in scratch, 0 without one."""
+    steps = [0]
+    for at, _, names in os.walk(folder / ".scaleot" / "scratch"):  # what vanishes under it, it passes over
+        if "progress.json" in names and not Path(at).name.startswith("."):
+            try:
+                steps.append(json.loads((Path(at) / "progress.json").read_text())["step"])
+            except FileNotFoundError:  # the next one just took its place
+                continue
+    return max(steps)
+
+
+def stop(python: Path, folder: Path, stage: str, number: signal.Signals) -> tuple[Ended, int]:
+    """Start a stage that saves after every step, send it a signal; return its end and the steps saved before."""
+    change(folder, checkpoint_seconds=0)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [python, *command(stage)], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    while (steps := saved_steps(folder)) < 3 and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(number)
+    said = process.communicate()[1]
+    change(folder, checkpoint_seconds=1000)
+    return Ended(process.returncode, said.splitlines()), steps
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+@pytest.mark.parametrize("stage", STEPS)
+def test_stopped_stage_goes_on_to_the_same_bytes(
+    warm_bin: Path, made: Path, project: Path, owners: Path, stage: str, number: signal.Signals
+) -> None:
+    folder = owners if stage == "offsite_tune" else project
+    output = folder / OUTPUTS[stage]
+    shutil.rmtree(output, ignore_errors=True)
+    ended, saved = stop(warm_bin / "python", folder, stage, number)
+    assert saved >= 3, ended.said
+    if number == signal.SIGINT:
+        assert ended.code == 130 and ended.said[-1].startswith("interrupted; "), ended.said
+    else:
+        assert ended.code == -signal.SIGKILL
+    assert not list(output.parent.glob(f"*{output.name}*"))  # neither the output nor a part under another name
+    (line,) = (line for line in succeed(folder, stage) if line.startswith("resuming after step "))
+    assert saved <= int(line.split()[-1]) < STEPS[stage]
+    assert files(output) == files(made / OUTPUTS[stage])
+    assert not [left.name for left in (folder / ".scaleot" / "scratch").iterdir() if stage in left.name]
+
+
+KILLED = {  # what a stage writes, and what is there of it in a project that was made
+    **OUTPUTS,
+    "full_finetune": "artifacts/baselines/full_finetune-piqa",
+}
+
+
+@pytest.fixture(scope="module")
+def finetuned(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = Path(shutil.copytree(made, tmp_path_factory.mktemp("finetuned") / "project"))
+    change(folder, full_finetune={"epochs": 8})
+    succeed(folder, "full_finetune")
+    return folder
+
+
+@pytest.mark.parametrize("moment", range(4))
+@pytest.mark.parametrize("stage", KILLED)
+def test_stage_that_is_killed_at_any_moment_goes_on_to_the_same_bytes(
+    warm_bin: Path, finetuned: Path, tmp_path: Path, stage: str, moment: int
+) -> None:
+    """Twenty moments, drawn from the seconds that the stage takes, its last writes among them."""
+    folder = Path(shutil.copytree(finetuned, tmp_path / "project"))
+    expected = files(folder / KILLED[stage])
+    shutil.rmtree(folder / KILLED[stage])
+    change(folder, checkpoint_seconds=0.05)
+    name = f"{stage}-piqa" if stage in PER_TASK else stage
+    seconds = json.loads((finetuned / f"costs/{name}.json").read_text())["seconds"]
+    process = subprocess.Popen(
+        [warm_bin / "python", *command(stage)],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    process.stderr.readline()  # its first word comes after the imports
+    time.sleep(random.Random(f"{stage} {moment}").uniform(0, 1.2 * seconds + 0.2))
+    process.kill()
+    process.communicate()
+    assert not files(folder / KILLED[stage]) or files(folder / KILLED[stage]) == expected  # whole or not at all
+    succeed(folder, stage)
+    assert files(folder / KILLED[stage]) == expected
+
+
+def refused(folder: Path, stage: str, *parts: str, arguments: list[str] | None = None) -> None:
+    """A stage ends with code 1 and one line that has all `parts`, before a step of training, and writes no output."""
+    before = files(folder)
+    ended = run(folder, stage, arguments)
+    assert ended.code == 1, ended.said
+    assert [line for line in ended.said if line.startswith("error: ")] == ended.said[-1:], ended.said
+    assert all(part in ended.said[-1] for part in parts), ended.said[-1]
+    assert not [line for line in ended.said if "loss" in line], ended.said
+    new = [name for name, content in files(folder).items() if content != before.get(name)]
+    earlier = ("artifacts/model", "artifacts/tasks") if stage == "prepare_data" else ()  # whole parts of its output
+    assert not [name for name in new if not name.startswith(earlier)]
+
+
+MISTAKES = {
+    "out of range": ({"alpha": 1.5}, ["params.yaml: alpha = 1.5", "0 to 1"]),
+    "mistyped key": ({"adaptor_layers": 1}, ["params.yaml: adaptor_layers is no parameter"]),
+    "mistyped key in a block": ({"dlr": {"group": 4}}, ["params.yaml: dlr.group is no parameter"]),
+    "too many layers": ({"adapter_layers": 99}, ["params.yaml: adapter_layers = 99", "4 decoder layers", "1 to 3"]),
+    "unknown task": ({"tasks": ["piqaa"]}, ["params.yaml: tasks: 'piqaa'", "did you mean piqa"]),
+    "no model": ({"model": "./nowhere"}, ["params.yaml: model = './nowhere'", "no such file or folder"]),
+    "no corpus": ({"data": {"corpus": "./none.jsonl"}}, ["data.corpus = './none.jsonl'", "no such file or folder"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_in_params_is_told_before_anything_is_written(fresh: Path, mistake: str) -> None:
+    changes, parts = MISTAKES[mistake]
+    change(fresh, **changes)
+    refused(fresh, "prepare_data", *parts)
+    assert not (fresh / "artifacts").exists()
+
+
+def test_mistake_ends_a_process_with_code_1_and_one_line(fresh: Path) -> None:
+    change(fresh, alpha=1.5)
+    done = subprocess.run([sys.executable, *command("prepare_data")], cwd=fresh, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+    assert done.stderr.startswith("error: params.yaml: alpha = 1.5")
+
+
+def rewrite(file: Path, edit: Callable[[list[dict[str, Any]]], object]) -> None:
+    """Change the rows of a jsonl file in place."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    edit(rows)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def cut(file: Path) -> None:
+    """Lose the end of a file, as a broken copy does."""
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+def test_model_folder_without_weights(fresh: Path) -> None:
+    (fresh / "tiny-model" / "model.safetensors").unlink()
+    refused(fresh, "prepare_data", "params.yaml: model = 'tiny-model'", "no weights")
+    assert not (fresh / "artifacts").exists()
+
+
+def test_model_with_damaged_weights(fresh: Path) -> None:
+    cut(fresh / "tiny-model" / "model.safetensors")
+    refused(fresh, "prepare_data", "params.yaml: model = 'tiny-model'", "can't be loaded")
+    assert not files(fresh / "artifacts")
+
+
+@pytest.mark.parametrize("text", ["", '{"text": ""}\n{"text": "  "}\n'], ids=["no row", "rows without text"])
+def test_empty_corpus(fresh: Path, text: str) -> None:
+    (fresh / "tiny-data" / "corpus.jsonl").write_text(text)
+    refused(fresh, "prepare_data", "params.yaml: data.corpus", "no text")
+
+
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_question_without_its_answer_is_told_at_once(fresh: Path, part: str) -> None:
+    rewrite(fresh / "tiny-data" / "piqa" / f"{part}.jsonl", lambda rows: rows[3].pop("label"))
+    refused(fresh, "prepare_data", f"{part}.jsonl, row 4", "label")
+    assert not (fresh / "artifacts" / "tasks").exists()
+
+
+def test_private_question_without_its_answer(owners: Path) -> None:
+    rewrite(owners / "artifacts/tasks/piqa/train.jsonl", lambda rows: rows[3].pop("label"))
+    refused(owners, "offsite_tune", "task piqa, training row 4", "answer")
+
+
+def test_alpha_that_leaves_no_layer_to_compress_is_told(project: Path) -> None:
+    change(project, alpha=1.0)
+    assert "alpha = 1.0 leaves no layer to compress, so beta = 0.8 does nothing" in succeed(project, "compress")
+    assert not (project / "artifacts/emulator/compressed.safetensors").exists()
+
+
+def test_harmonizers_trained_after_the_truncation_are_others(made: Path, project: Path) -> None:
+    change(project, after_src={"steps": 5}, alpha=0.5)
+    before = files(project / "artifacts/harmonizers")
+    succeed(project, "compress")
+    first, second = (read_tensors(folder / "artifacts/emulator/harmonizer.safetensors") for folder in (made, project))
+    assert first.keys() < second.keys() and all((first[name] != second[name]).any() for name in first)
+    assert files(project / "artifacts/harmonizers") == before
+    assert not [left.name for left in (project / ".scaleot/scratch").iterdir() if left.name.startswith("compress")]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "uniform"},
+        {"method": "distilled", "distill": {"steps": 5}},
+        {"method": "crash"},
+        {"method": "gradot", "gradot": {"calibration_blocks": 4}},
+        {"method": "scaleot", "max_bytes_ratio": 0.9},
+        {"offsite_tune": {"peft": "lora", "epochs": 1}},
+        {"offsite_tune": {"epsilon": 8.0, "delta": 0.01, "epochs": 1}},
+    ],
+    ids=str,
+)
+def test_every_way_goes_through_the_rest_of_the_pipeline(made: Path, project: Path, changes: dict[str, Any]) -> None:
+    change(project, **{"offsite_tune": {"epochs": 1}, **changes})
+    succeed(project, "zero_shot", "full_finetune", "compress", "offsite_tune", "evaluate")
+    metrics = json.loads((project / "metrics.json").read_text())
+    measured, emulator = metrics["tasks"]["piqa"], metrics["emulator"]
+    assert all(math.isfinite(measured[name]["answer_nll"]) for name in ("emulator_zero_shot", "plug_in"))
+    assert sum(emulator[f"{kind}_layers"] for kind in get_args(LayerKind)) == 4 and emulator["adapter_layers"] == 1
+    assert metrics["cost"]["offsite_tune-piqa"]["tokens"] > 1000
+    size = sum(file.stat().st_size for file in (made / OUTPUTS["compress"]).glob("*.safetensors"))
+    if changes.get("method", "scaleot") != "scaleot":
+        assert emulator["bytes"] <= size + 10_000  # of headers
+
+
+def test_attack_tells_recovery_weights_and_membership(project: Path) -> None:
+    change(project, attack={"steps": 8, "eval_points": 2, "membership_records": 20})
+    before = files(project / "artifacts")
+    succeed(project, "attack")
+    told = json.loads((project / "attack.json").read_text())
+    assert told["restoration"].keys() == {"package", "widened", "without_weights", "uniform"}
+    for row in told["restoration"].values():
+        assert row["tokens"] == 8 * 4 * 32 and math.isfinite(row["recovered"]) and 0 <= row["tasks"]["piqa"]["acc"] <= 1
+    assert sum(told["weights"].values()) == pytest.approx(1) and all(told["weights"].values())
+    member = told["membership"]["piqa"]
+    assert all(0 <= member[name]["auc"] <= 1 for name in ("loss", "calibrated")) and "curve" not in member["loss"]
+    after = files(project / "artifacts")
+    assert before.items() <= after.items()
+    assert {name for name in after if name not in before} == {
+        *(f"attack/{name}" for name in ("restoration.csv", "weights.csv", "membership.json", "cost.json")),
+    }
+    assert len((project / "artifacts/attack/restoration.csv").read_text().splitlines()) == 1 + 4 * 3
+    succeed(project, "attack")
+    again = files(project / "artifacts")
+    assert json.loads((project / "attack.json").read_text()) == told
+    assert {name for name in again if again[name] != after[name]} <= {"attack/cost.json"}
+    change(project, attack={"references": ["uniform"]})
+    succeed(project, "attack")
+    assert json.loads((project / "attack.json").read_text())["restoration"] == {
+        name: told["restoration"][name] for name in ("package", "uniform")
+    }
+
+
+@pytest.mark.parametrize("arguments", [[], ["other"], ["piqa", "piqa"]], ids=["none", "unknown", "two"])
+@pytest.mark.parametrize("stage", PER_TASK)
+def test_stage_of_a_task_needs_one_of_params(project: Path, stage: str, arguments: list[str]) -> None:
+    refused(project, stage, "name one of the tasks", "piqa", arguments=arguments)
+
+
+DAMAGED = {
+    "artifacts/importance/harmonizers.safetensors": "train_harmonizers",
+    "artifacts/harmonizers/harmonizers.safetensors": "compress",
+    "artifacts/emulator/base.safetensors": "offsite_tune",
+    "artifacts/emulator/adapter.safetensors": "offsite_tune",
+}
+
+
+@pytest.mark.parametrize("file", DAMAGED)
+def test_damaged_tensors(project: Path, file: str) -> None:
+    stage = DAMAGED[file]
+    cut(project / file)
+    shutil.rmtree(project / OUTPUTS[stage])
+    refused(project, stage, file)
+
+
+@pytest.mark.parametrize("stage, scores", [("train_harmonizers", "importance"), ("compress", "harmonizers")])
+def test_scores_with_nan(project: Path, stage: str, scores: str) -> None:
+    file = project / "artifacts" / scores / "scores.json"
+    found = json.loads(file.read_text())
+    found["scores"][1] = float("nan")
+    file.write_text(json.dumps(found))
+    refused(project, stage, "scores", "layer 1", "nan")
+
+
+@pytest.mark.parametrize("spoilt", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
+@pytest.mark.parametrize("stage", ["layer_importance", "train_harmonizers", "zero_shot", "full_finetune"])
+def test_model_with_infinite_weights(project: Path, stage: str, spoilt: str) -> None:
+    file = project / "artifacts" / "model" / "model.safetensors"
+    tensors = read_tensors(file)
+    tensors[spoilt][0, 0] = float("inf")
+    save_file(tensors, file, {"format": "pt"})
+    shutil.rmtree(project / OUTPUTS.get(stage, "artifacts/baselines"), ignore_errors=True)
+    before = files(project / "artifacts")
+    ended = run(project, stage)
+    assert ended.code == 1 and ended.said[-1].startswith("error: "), ended.said
+    assert files(project / "artifacts") == before
+
+
+def test_loss_that_blows_up_names_the_step_and_leaves_nothing(owners: Path) -> None:
+    change(owners, offsite_tune={"lr": 1.0, "weight_decay": 1e30})
+    ended = run(owners, "offsite_tune")
+    assert ended.code == 1 and "offsite_tune@piqa: the loss is nan at step 1" in ended.said[-1], ended.said
+    assert not files(owners / "artifacts" / "adapters")
+
+
+@pytest.mark.parametrize("stage", ["prepare_data", *OUTPUTS])
+def test_full_disk_leaves_no_part_of_an_output(project: Path, stage: str) -> None:
+    """A process whose files may not grow beyond 2 KiB meets the error of a full disk in the middle of a write."""
+    output = project / OUTPUTS.get(stage, "artifacts/model")
+    shutil.rmtree(output)
+    before = files(project)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, hard))
+    try:
+        ended = run(project, stage)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert ended.code == 1 and ended.said[-1].startswith("error: "), ended.said
+    assert "File too large" in ended.said[-1] and "free space" in ended.said[-1]
+    assert files(project) == before
+    assert not [path for path in output.parent.glob(f"*{output.name}*") if path.is_dir()]
+
+
+# --- every model and every kind of task ------------------------------------------------------------------
+
+PIPELINE = ("prepare_data", "layer_importance", "train_harmonizers", "compress", *PER_TASK, "evaluate")
+
+
+@pytest.mark.parametrize("family", sorted(CONFIGS.keys() - {"llama"}))
+def test_every_family_goes_through_the_whole_pipeline(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, family: str
+) -> None:
+    write_project(tmp_path, tokenizer, family)
+    succeed(tmp_path, *PIPELINE)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["emulator"]["harmonizer_layers"] == 1 and metrics["emulator"]["share_of_model"] < 1
+    assert math.isfinite(metrics["tasks"]["piqa"]["gap"]["answer_nll"])
+
+
+def test_other_kinds_of_tasks_go_through_the_whole_pipeline(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A task that generates and one that scores texts, each with learning rates to choose from."""
+    write_project(tmp_path, tokenizer, "llama", tasks=["gsm8k", "wikitext"], **{"offsite_tune.lr": [1e-3, 1e-5]})
+    tiny_model("llama", max_position_embeddings=512).save_pretrained(tmp_path / "tiny-model")
+    for task, rows in (("gsm8k", GSM8K), ("wikitext", PAGES)):
+        (tmp_path / "tiny-data" / task).mkdir()
+        for part, chosen in (("train", rows[:3]), ("validation", rows[3:])):
+            (tmp_path / "tiny-data" / task / f"{part}.jsonl").write_text("\n".join(map(json.dumps, chosen)))
+    for stage in PIPELINE:
+        for arguments in [["gsm8k"], ["wikitext"]] if stage in PER_TASK else [[]]:
+            ended = run(tmp_path, stage, arguments)
+            assert ended.code == 0, ended.said
+    tasks = json.loads((tmp_path / "metrics.json").read_text())["tasks"]
+    assert tasks["wikitext"]["metrics"][0] == "word_perplexity" and tasks["gsm8k"]["metrics"][-1] == "answer_nll"
+    assert tasks["wikitext"]["gap"]["token_perplexity"] != 0 and tasks["gsm8k"]["gap"]["answer_nll"] != 0
+    for task in ("gsm8k", "wikitext"):
+        choice = json.loads((tmp_path / "artifacts" / "adapters" / task / "tuning.json").read_text())
+        assert tasks[task]["lr"] == {"offsite_tune": choice["lr"], "full_finetune": 5e-5}
+        assert choice["validation_loss"].keys() == {"0.001", "1e-05"}

@@ -1,0 +1,164 @@
+"""Pictures show what was measured, and the page needs nothing but itself."""
+
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+
+import matplotlib.image
+import numpy as np
+import pytest
+from helpers import GOOD, HISTORIES, LAYERS, perplexity
+from matplotlib.colors import to_rgb
+
+from scaleot_core.reporting import figures, html, measurements
+
+TASKS = {
+    "piqa": GOOD | measurements.utility(GOOD),
+    "text": perplexity([30.0, 20.0, 60.0, 40.0, 25.0])
+    | measurements.utility(perplexity([30.0, 20.0, 60.0, 40.0, 25.0])),
+}
+METRICS_DRAWN = ("acc", "answer_nll")
+PANELS = [figures.gap_panel(metric, metric) for metric in METRICS_DRAWN]
+
+
+def point(label, recovery, gap):
+    return {
+        "label": label,
+        **{f"{name} {m}": v for name, v in (("recovery", recovery), ("gap", gap)) for m in METRICS_DRAWN},
+        **{f"gap {m} ±": 0.1 for m in METRICS_DRAWN},
+    }
+
+
+CURVE = [{"target": "package", "tokens": t, "perplexity": 100.0 - t, "recovered": t / 100} for t in (0, 10, 20)]
+LINES = {
+    "β = 0": [point("0", 1.0, 0.0), point("0.5", 0.5, 0.4)],
+    "β = 0.8": [point("0", 0.8, 0.2), point("1", None, 0.3)],
+}
+
+
+def drawn():
+    return {
+        "measurements.png": figures.measurements(TASKS),
+        "layers.png": figures.layers(LAYERS),
+        "curves.png": figures.curves(HISTORIES),
+        "frontier.png": figures.frontier(LINES, PANELS),
+        "recovered.png": figures.recovered({"package": CURVE}),
+    }
+
+
+def share(path, colour) -> float:
+    """How much of a picture is of one colour."""
+    pixels = matplotlib.image.imread(path)[..., :3]
+    return float((np.abs(pixels - to_rgb(colour)).max(-1) < 0.01).mean())
+
+
+def test_pictures_show_what_was_measured(tmp_path):
+    for name, figure in drawn().items():
+        figures.save_png(figure, tmp_path / name)
+        assert 0.3 < share(tmp_path / name, "white") < 0.99
+    assert share(tmp_path / "measurements.png", "#d1495b") > 0.01  # the plug-in's bars
+    assert all(share(tmp_path / "layers.png", figures.KIND_COLOURS[kind]) > 0.01 for kind in LAYERS["kinds"])
+    assert share(tmp_path / "curves.png", "C0") > 1e-4
+
+
+def test_pictures_of_the_same_figures_are_the_same_bytes(tmp_path):
+    for name, figure in drawn().items():
+        figures.save_png(figure, tmp_path / f"one {name}")
+    for name, figure in drawn().items():
+        figures.save_png(figure, tmp_path / f"two {name}")
+        assert (tmp_path / f"one {name}").read_bytes() == (tmp_path / f"two {name}").read_bytes()
+    assert [figures.svg(f) for f in drawn().values()] == [figures.svg(f) for f in drawn().values()]
+
+
+def test_frontier_has_a_point_for_every_known_setting():
+    text = figures.svg(figures.frontier(LINES, PANELS))
+    ET.fromstring(text)
+    assert {"0", "0.5", "β = 0", "β = 0.8"} <= set(re.findall(r">([^<>]+)</text>", text))
+    assert len(re.findall(r">1</text>", text)) == 0  # its recovery is undefined
+
+
+METRICS = {
+    "tasks": TASKS,
+    "cost": {"compress": {"tokens": 5, "seconds": 2.5, "peak_memory_mib": 900}, "evaluate": {"seconds": 7.0}},
+}
+
+
+class Reader(HTMLParser):
+    """What a page names: its tags, and every address."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.addresses, self.text = [], [], ""
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "xlink:href", "data", "action")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture
+def written(tmp_path):
+    compared = {f"{f} {m}{e}": 0.3 for f in ("recovery", "gap") for m in ("acc", "nll") for e in ("", " ±")}
+    rows = [{"method": "uniform", **compared}, {"method": "scaleot", **compared, "recovery acc": ""}]
+    sweep = [{"alpha": a, "beta": b, **point("", 0.5, a)} for a in (0.0, 0.5) for b in (0.0, 0.8)]
+    attacks = [{"line": "over α", **row, "label": row["alpha"], "lacking": 1.5, "lacking ±": ""} for row in sweep]
+    attacks.append({**attacks[0], "line": "half the channels", "label": ""})
+    told = {"auc": 0.625, "auc_stderr": 0.01, "true_positives": 0.03}
+    attack = {
+        "recovery": {"package": {**CURVE[-1], "tasks": {"piqa": {"acc": 0.59}, "text": {"perplexity": 33.0}}}},
+        "weights": {"exact": 0.6125, "rank": 0.1, "none": 0.2875},
+        "membership": {"piqa": {"loss": told, "calibrated": told, "extracted": {"members": 0.1, "others": 0.05}}},
+    }
+    parts = html.sections(
+        METRICS, LAYERS, HISTORIES, sweep=sweep, compared=rows, attacks=attacks, attack=(attack, CURVE)
+    )
+    html.write(tmp_path / "report.html", "ScaleOT on <b>piqa</b>", {"model": "<script>alert(1)</script>"}, parts)
+    return tmp_path / "report.html"
+
+
+def test_page_has_every_part_and_needs_nothing_else(written):
+    reader = Reader()
+    reader.feed(written.read_text())
+    assert reader.tags.count("svg") == 7 and "script" not in reader.tags and "b" not in reader.tags
+    assert not [address for address in reader.addresses if not address.startswith("#")]
+    assert "http" not in re.sub(r"http://www\.w3\.org/[\w/.]*", "", written.read_text())
+    for part in (
+        "Methods",
+        "The dial",
+        "The dial under attack",
+        "half the channels",
+        "What an attacker makes of it",
+        "0.6125",
+        "0.625",
+        "The five measurements",
+        "Layers",
+        "Losses",
+        "Costs",
+        "uniform",
+        "plug_in",
+        "900",
+    ):
+        assert part in reader.text, part
+    assert "nan" not in reader.text.lower()
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+@pytest.mark.parametrize("width", [400, 1200])
+def test_page_in_a_browser_has_no_empty_picture_and_no_error(written, tmp_path, width):
+    shot = tmp_path / "shot.png"
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
+    address, size = f"file://{written}", f"--window-size={width},6000"
+    files = (f"--user-data-dir={tmp_path / 'browser'}", f"--screenshot={shot}", "--enable-logging=stderr")
+    ended = subprocess.run([BROWSER, *options, *files, size, address], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0 and "CONSOLE" not in ended.stderr
+    pixels = matplotlib.image.imread(shot)[..., :3]
+    coloured = (pixels.max(-1) - pixels.min(-1) > 0.2).any(1)
+    pieces = np.flatnonzero(np.diff(np.concatenate([[0], coloured.astype(int)])) == 1)
+    assert len(pieces) >= 4  # coloured marks in rows apart: every picture shows some

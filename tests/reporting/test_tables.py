@@ -1,0 +1,41 @@
+"""Tables of what was measured, for people and for plots."""
+
+import csv
+
+import pytest
+from helpers import GOOD, HISTORIES, LAYERS, perplexity
+
+from scaleot_core.reporting import measurements, tables
+
+
+def test_table_has_every_figure_with_its_error():
+    table = tables.measurement_table({"piqa": GOOD, "text": perplexity([30.0, 20.0, 60.0, 40.0, 25.0])})
+    names = [str(cell).strip() for cell in table.columns[0].cells]
+    assert names == ["piqa", *measurements.MEASUREMENTS, "text", *measurements.MEASUREMENTS]
+    assert [column.header for column in table.columns] == ["", "acc", "answer_nll", "perplexity"]
+    assert [list(column.cells)[5] for column in table.columns[1:]] == ["0.580 ± 0.010", "12.000 ± 0.100", "–"]
+    assert [list(column.cells)[11] for column in table.columns[1:]] == ["–", "–", "25.000 ± 0.500"]
+
+
+def rows_of(path):
+    with path.open(newline="") as stream:
+        return list(csv.reader(stream))
+
+
+def test_curves_have_a_row_a_step(tmp_path):
+    tables.write_curves(tmp_path / "loss", HISTORIES)
+    assert rows_of(tmp_path / "loss" / "local fits.csv") == [["step", "loss"], ["0", "1.5"], ["1", "1.25"]]
+    assert rows_of(tmp_path / "loss" / "DLR.csv") == [["step", "loss"], ["0", "3.0"]]
+
+
+def test_layers_have_a_row_each_and_must_be_of_one_length(tmp_path):
+    tables.write_layers(tmp_path / "layers.csv", LAYERS["prior"], LAYERS["scores"], LAYERS["kinds"])
+    assert rows_of(tmp_path / "layers.csv") == [
+        ["layer", "prior", "score", "kind"],
+        ["0", "0.5", "1.5", "adapter"],
+        ["1", "-1.0", "-2.0", "harmonizer"],
+        ["2", "0.25", "1.25", "compressed"],
+    ]
+    with pytest.raises(ValueError):
+        tables.write_layers(tmp_path / "short.csv", LAYERS["prior"][:2], LAYERS["scores"], LAYERS["kinds"])
+    assert not (tmp_path / "short.csv").exists()

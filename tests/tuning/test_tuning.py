@@ -1,0 +1,198 @@
+"""Tuning sees what evaluation scores, moves what it is given, and stops where it should."""
+
+import math
+
+import pytest
+import torch
+from helpers import CONFIGS, PLAN, dies_after, emulator_of, piqa_rows, refusal, tiny_model, weights_hash
+
+from scaleot_core.common.runtime import generator
+from scaleot_core.compression.emulator import layer_parameters
+from scaleot_core.training.checkpoint import Checkpoint
+from scaleot_core.training.loop import Diverged
+from scaleot_core.tuning import tuner
+from scaleot_core.tuning.examples import collate, from_task
+from scaleot_core.tuning.selection import tune
+from scaleot_core.tuning.tuner import epoch_batches, mean_answer_loss, train
+
+ROWS = piqa_rows(9)
+
+
+@pytest.fixture
+def data(tokenizer):
+    return from_task(tiny_model("llama"), tokenizer, "piqa", ROWS, block_size=16)
+
+
+@pytest.fixture
+def settings(params):
+    return params.offsite_tune.model_copy(update={"epochs": 3, "batch_size": 4, "max_steps": 0})
+
+
+# --- the loop --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "size"), [(9, 4), (100, 3), (5, 8), (1, 1)])
+def test_an_epoch_has_every_question_once(count, size):
+    lengths = [i * 37 % 50 for i in range(count)]
+    first, again, other = (epoch_batches(lengths, size, generator(0, n)) for n in ("a", "a", "b"))
+    assert sorted(i for batch in first for i in batch) == list(range(count))
+    assert len(first) == math.ceil(count / size) and max(map(len, first)) <= size
+    assert first == again and (first != other or len(first) == 1)
+
+
+def test_batches_hold_questions_of_similar_length():
+    lengths = [i * 37 % 101 for i in range(160)]
+    batches = epoch_batches(lengths, 10, generator(0))
+    spread = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in batches]
+    assert max(spread) < 20
+    assert sorted(batches, key=lambda batch: lengths[batch[0]]) != batches  # and come in any order
+
+
+def run(settings, data, seed=0, model=None, lr=1e-3):
+    """Tune all of a tiny model; the history and the model."""
+    model = model or tiny_model("llama")
+    return train(model, dict(model.named_parameters()), data, settings, lr=lr, seed=seed, label="test"), model
+
+
+def test_every_epoch_sees_every_question_once(settings, data, monkeypatch):
+    seen = []
+    monkeypatch.setattr(tuner, "collate", lambda batch: seen.extend(batch) or collate(batch))
+    history, _ = run(settings, data)
+    assert len(history) == 9 and len(seen) == 27  # three epochs of three batches
+    epochs = [seen[start : start + 9] for start in (0, 9, 18)]
+    assert all(sorted(epoch) == sorted(data) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize(("limit", "steps"), [(1, 1), (4, 4), (100, 9), (0, 9)])
+def test_step_limit_stops_training(settings, data, limit, steps):
+    model, forwards = tiny_model("llama"), []
+    model.model.register_forward_pre_hook(lambda *args: forwards.append(1))
+    history, _ = run(settings.model_copy(update={"max_steps": limit}), data, model=model)
+    assert [row["step"] for row in history] == list(range(steps)) and len(forwards) == steps
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_only_the_given_parameters_change(name, settings, data):
+    model = emulator_of(name)
+    adapter = layer_parameters(model, PLAN, "adapter")
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    train(model, adapter, data, settings, lr=1e-3, seed=0, label="test")
+    changed = {key for key, tensor in model.state_dict().items() if not torch.equal(before[key], tensor)}
+    assert changed <= adapter.keys()
+    assert changed >= {key for key, p in adapter.items() if p.ndim == 2}
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_loss_goes_down(settings, data):
+    history, _ = run(settings.model_copy(update={"epochs": 20}), data, lr=1e-2)
+    losses = [row["loss"] for row in history]
+    assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
+
+
+def test_loss_that_is_no_number_ends_the_run(settings, data):
+    model = tiny_model("llama")
+    model.model.norm.weight.fill_(math.nan)
+    assert "loss is nan at step 0" in refusal(lambda: run(settings, data, model=model))
+
+
+def test_seed_decides_every_byte(settings, data):
+    (first, one), (again, two), (other, three) = (run(settings, data, seed=seed) for seed in (0, 0, 1))
+    assert first == again and weights_hash(one) == weights_hash(two)
+    assert first != other and weights_hash(one) != weights_hash(three)
+
+
+# --- the learning rate, and when to stop -----------------------------------------------------------------
+
+
+def decide(data, settings, folder, model=None, **changes):
+    """Tune all of a tiny model with what the data decides."""
+    model = model or tiny_model("llama")
+    settings = settings.model_copy(update=changes)
+    checkpoint = Checkpoint(folder, 0)
+    return tune(model, dict(model.named_parameters()), data, settings, seed=0, label="test", checkpoint=checkpoint)
+
+
+def test_single_rate_is_taken_as_it_is(data, settings, tmp_path):
+    model = tiny_model("llama")
+    tuned = decide(data, settings, tmp_path, model, lr=[1e-3])
+    history, by_hand = run(settings, data, lr=1e-3)
+    assert (tuned.lr, tuned.steps, tuned.validation_loss) == (1e-3, 9, {})
+    assert tuned.history == history and weights_hash(model) == weights_hash(by_hand)
+
+
+def test_best_rate_is_that_of_lowest_loss_on_held_out_questions(data, settings, tmp_path, monkeypatch):
+    seen, scored = [], []
+    trained, loss = tuner.train, tuner.mean_answer_loss
+    monkeypatch.setattr(tuner, "train", lambda *args, **options: seen.append(args[2]) or trained(*args, **options))
+    monkeypatch.setattr(tuner, "mean_answer_loss", lambda *args: scored.append(args[1]) or loss(*args))
+    model, rates = tiny_model("llama"), [1e-6, 1e-2, 1e-3]
+    tuned = decide(data, settings, tmp_path, model, lr=rates, validation=0.3)
+    assert len(scored) == 3 and all(len(part) == 3 for part in scored)
+    for part, held in zip(seen[:3], scored, strict=True):
+        assert sorted(part + held) == sorted(data)
+    losses = tuned.validation_loss
+    assert losses.keys() == {"1e-06", "0.01", "0.001"} and str(tuned.lr) == min(losses, key=losses.__getitem__)
+    for lr in (1e-6, 1e-2):  # by hand
+        _, by_hand = run(settings, seen[0], lr=lr)
+        assert losses[str(lr)] == pytest.approx(loss(by_hand, scored[0], 100), rel=1e-5)
+    assert seen[3] == data  # in the end on all, from the start
+    assert weights_hash(model) == weights_hash(run(settings, data, lr=tuned.lr)[1])
+
+
+def test_finished_rates_are_not_tried_again(data, settings, tmp_path, monkeypatch):
+    first = decide(data, settings, tmp_path, lr=[1e-3, 1e-4])
+    trained, ran = tuner.train, []
+    monkeypatch.setattr(tuner, "train", lambda *args, **options: ran.append(1) or trained(*args, **options))
+    assert decide(data, settings, tmp_path, lr=[1e-3, 1e-4]) == first and len(ran) == 1
+
+
+def test_rate_that_diverges_is_not_chosen(data, settings, tmp_path, monkeypatch):
+    trained = tuner.train
+
+    def train_or_diverge(*args, lr, **options):
+        if lr > 0.1:
+            raise Diverged("the loss is nan")
+        return trained(*args, lr=lr, **options)
+
+    monkeypatch.setattr(tuner, "train", train_or_diverge)
+    tuned = decide(data, settings, tmp_path / "some", lr=[0.5, 1e-3])
+    assert tuned.lr == 1e-3 and tuned.validation_loss["0.5"] is None
+    assert "not finite with any learning rate" in refusal(lambda: decide(data, settings, tmp_path / "all", lr=[0.5, 1]))
+
+
+def test_too_few_questions_to_hold_some_out(data, settings, tmp_path):
+    assert "too few to hold some out" in refusal(lambda: decide(data[:1], settings, tmp_path, lr=[1e-3, 1e-4]))
+    assert "too few to hold some out" in refusal(lambda: decide(data, settings, tmp_path, patience=1, validation=1.0))
+
+
+@pytest.fixture
+def impatient(settings):
+    """What learns its few questions by heart, so that others get worse."""
+    return settings.model_copy(update={"lr": [3e-2], "epochs": 30, "patience": 2, "validation": 0.3, "warmup": 0.0})
+
+
+def test_training_stops_when_the_held_out_loss_gets_no_better_and_keeps_the_best(data, impatient, tmp_path):
+    model = tiny_model("llama")
+    tuned = decide(data, impatient, tmp_path, model)
+    losses = list(tuned.validation_loss.values())
+    best = losses.index(min(losses))
+    assert len(losses) == best + 3 < 30 and next(iter(tuned.validation_loss)) == "epoch 1"
+    assert len(tuned.history) == 2 * len(losses) and tuned.steps == 2 * (best + 1)
+    order = torch.randperm(9, generator=generator(0, "validation")).tolist()
+    assert mean_answer_loss(model, [data[i] for i in order[:3]], 4) == pytest.approx(min(losses), rel=1e-6)
+
+
+class Killed(BaseException):
+    """As if the process were gone."""
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5])
+def test_impatient_training_that_is_killed_goes_on_to_the_same_bytes(data, impatient, tmp_path, step):
+    whole, again = tiny_model("llama"), tiny_model("llama")
+    expected = decide(data, impatient, tmp_path / "whole", whole)
+    calls = step + step // 2  # the held-out questions are a batch an epoch
+    with dies_after(tuner, "answer_loss", calls, Killed), pytest.raises(Killed):
+        decide(data, impatient, tmp_path / "killed", tiny_model("llama"))
+    assert decide(data, impatient, tmp_path / "killed", again) == expected
+    assert weights_hash(again) == weights_hash(whole)
