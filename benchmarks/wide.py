@@ -74,7 +74,7 @@ def write_model(folder: Path, layers: int, rank: int) -> int:
 
 def memory(name: str) -> float:
     """MiB that the process has, `VmRSS`, or had at most, `VmHWM`."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
 
 
@@ -107,7 +107,7 @@ def main() -> None:
         blocks = torch.randint(0, 50000, (BLOCKS, 256), dtype=torch.int32)
         runtime = Runtime(torch.device("cpu"), torch.bfloat16)
         owner = ModelOwner(folder, runtime, blocks, params, folder, folder / "scratch", Checkpoint(folder, 1e9))
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew here
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew here
         before, start = memory("VmRSS"), time.perf_counter()
         made = METHODS["scaleot"](owner)
         (folder / "package").mkdir()

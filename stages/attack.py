@@ -61,8 +61,8 @@ def main() -> None:
             records = params.attack.membership_records
             members[task] = membership.attack(model, package.plan, tuned, *(part[:records] for part in data))
         with atomic_folder(artifacts.root / "attack") as out:
-            write_csv(out / "restoration.csv", list(curves[0]), (list(row.values()) for row in curves))
-            write_csv(out / "weights.csv", list(weights[0]), (list(row.values()) for row in weights))
+            write_csv(out / "restoration.csv", curves)
+            write_csv(out / "weights.csv", weights)
             write_json(out / "membership.json", members)
             write_json(out / "cost.json", stage.meter.read())
         ends = {row["target"]: {**row, "tasks": found[row["target"]]["tasks"]} for row in curves}  # the last row stays

@@ -69,7 +69,7 @@ def main() -> None:
                 line[figure], line[f"{figure} ±"] = summary([row[f"tasks.{task}.{key}"] for row in found])
             line["emulator perplexity"] = round(statistics.fmean(row["corpus_perplexity.emulator"] for row in found), 1)
             table.append(line)
-    write_csv(OUT, list(table[0]), (list(line.values()) for line in table))
+    write_csv(OUT, table)
     shown = Table(*table[0], title="one thing changed at a time")
     for line in table:
         shown.add_row(*(str(value) for value in line.values()))

@@ -105,7 +105,7 @@ def main() -> None:
         for figure in COLUMNS:
             row[figure], row[f"{figure} ±"] = over_seeds([each[figure] for each in seen]) or (None, None)
         rows.append(row)
-    write_csv(OUT / "attacks.csv", list(rows[0]), (list(row.values()) for row in rows))
+    write_csv(OUT / "attacks.csv", rows)
     panels = [figures.LACKING, figures.GAPS["answer_nll"]]
     with atomic_file(OUT / "attacks.png") as temporary:
         figures.save_png(figures.frontier(figures.by_line(rows), panels), temporary)

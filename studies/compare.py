@@ -129,6 +129,14 @@ def lines_of(rows: Rows, bold: str) -> list[list[str]]:
     return lines
 
 
+def csv_row(method: str, cells: Mapping[str, Cell]) -> dict[str, Any]:
+    """Spread a method's columns over means and standard errors, as the CSV file has them."""
+    row: dict[str, Any] = {"method": method}
+    for column, cell in cells.items():
+        row[column], row[f"{column} ±"] = cell or (None, None)
+    return row
+
+
 def write_log(rows: Rows, about: str) -> None:
     """Put the table between the two marks in the results log."""
     lines = [f"| {about} | {' | '.join(rows)} |", "| --- |" + " --- |" * len(rows)]
@@ -162,8 +170,7 @@ def main() -> None:
     wanted = {name_of(row, seed): {**own, "seed": seed} for seed in seeds for row, own in rows_wanted.items()}
     found = cached_figures(RUNS, COLUMNS, wanted, make, "dvc.yaml")
     rows = rows_of({row: [found[name_of(row, seed)] for seed in seeds] for row in rows_wanted})
-    header = ["method", *(f"{column}{suffix}" for column in COLUMNS for suffix in ("", " ±"))]
-    write_csv(OUT, header, ([m, *(v for cell in c.values() for v in (cell or ("", "")))] for m, c in rows.items()))
+    write_csv(OUT, [csv_row(method, cells) for method, cells in rows.items()])
     about = "; ".join([f"means of {', '.join(changes['tasks'])}", f"{len(seeds)} seeds", *sys.argv[1:]])
     write_log(rows, about)
     table = Table("", *rows, title=about)

@@ -1,8 +1,11 @@
-"""Runs of the pipeline with some parameters changed, as DVC experiments that are made once and read back by name.
+"""Run the pipeline with some parameters changed, as DVC experiments that are made once and read back by name.
 
 Each runs in a folder of its own (`dvc exp run --temp`), so that the project stays as it is, and takes from DVC's cache
-all that the change doesn't touch. One that was stopped is run again; one that is there isn't. A long study keeps its
-runs' figures in a CSV file too, which git has where DVC's cache is gone.
+all that the change doesn't touch. One that was stopped is run again; one that is there isn't: git's references say
+which are done, DVC's queue which failed. A long study keeps its runs' figures in a CSV file too, which git has where
+DVC's cache is gone.
+
+Paths and git's files are taken from the project's folder, which may be a part of a repository.
 """
 
 import json
@@ -17,19 +20,15 @@ from typing import Any
 
 import yaml
 
-from scaleot_core.common.errors import UserError
+from scaleot_core.common.errors import UserError, one_line
 from scaleot_core.common.files import fingerprint, read_csv, write_csv
 from scaleot_core.common.progress import progress, say
 from scaleot_core.common.validation import validate_block
 from scaleot_core.params import Params, changed, load_params
+from studies import dvc_queue
 
-POLL_SECONDS = 20.0
-# In what `dvc queue status` says:
-QUEUE_LINE = re.compile(r"^([0-9a-f]{7})\s+(\S+)\s.*\s(Queued|Running|Failed|Success)\s*$", re.MULTILINE)
-WAITING = {"Queued", "Running"}
-NO_WORKER = "Worker status: 0 active, 0 idle"
-STATUS_SECONDS = 120.0  # far more than it takes
-MAX_IDLE_POLLS = 10  # times that it has no worker, or says nothing, before we believe it: one may be busy
+POLL_SECONDS = float(os.environ.get("STUDIES_POLL_SECONDS", "5"))  # between two looks at DVC's queue
+IDLE_SECONDS = 200.0  # without a worker before it is believed that there is none: one may be too busy to answer
 NEUTRAL_PARAMS = {"device", "threads", "launch", "checkpoint_seconds"}  # parameters that no figure hangs on
 DRAWING = Path("scaleot_core/reporting/figures.py")  # and code that none hangs on
 
@@ -45,12 +44,12 @@ Figures = Mapping[str, float | None]
 
 
 def experiment_name(*parts: object) -> str:
-    """A name that DVC takes: words and numbers joined by hyphens."""
+    """Make a name that DVC takes: words and numbers joined by hyphens."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", " ".join(map(str, parts))).strip("-")
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True)
+    done = subprocess.run(["git", *arguments], capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         raise UserError(f"git {' '.join(arguments)}: {' '.join(done.stderr.split())}")
     return done.stdout
@@ -61,7 +60,7 @@ def _commit(revision: str = "HEAD") -> str:
 
 
 def finished(base: str) -> dict[str, str]:
-    """Commits of the experiments of commit `base` that ended well, by name: DVC has a git reference to each."""
+    """Find the commits of the experiments of commit `base` that ended well, by name: DVC has a reference to each."""
     listed = _git("for-each-ref", "--format=%(refname:lstrip=4) %(objectname)", f"refs/exps/{base[:2]}/{base[2:]}")
     return dict(line.split(" ") for line in listed.splitlines())
 
@@ -71,20 +70,20 @@ def _set(changes: Changes) -> list[str]:
 
 
 def _expected(changes: Changes) -> dict[str, Any]:
-    """All parameters with these changes, flat; UserError where one is wrong."""
+    """Read all parameters with these changes, flat; UserError where one is wrong."""
     return flatten(changed(load_params(), dict(changes)).model_dump())
 
 
 def _row(name: str, commit: str, expected: Mapping[str, Any], targets: Sequence[str]) -> Row:
-    """An experiment's row; UserError where it was made with other parameters or another code of its targets."""
-    made = flatten(validate_block(Params, yaml.safe_load(_git("show", f"{commit}:params.yaml"))).model_dump())
+    """Read an experiment's row; UserError where it was made with other parameters or another code of its targets."""
+    made = flatten(validate_block(Params, yaml.safe_load(_file(commit, "params.yaml"))).model_dump())
     for key, value in expected.items():
         if key not in NEUTRAL_PARAMS and made.get(key) != value:
             raise UserError(
                 f"experiment {name}: it is there with {key} = {made.get(key)!r}, and would now have {value!r}; "
                 f"commit params.yaml, or `dvc exp remove {name}`"
             )
-    if edited := _git("diff", "--name-only", commit, "--", *map(str, code(*targets))).split():
+    if edited := _git("diff", "--name-only", "--relative", commit, "--", *map(str, code(*targets))).splitlines():
         raise UserError(
             f"experiment {name}: it is there, made before {edited[0]} was changed; commit that, or "
             f"`dvc exp remove {name}`"
@@ -94,7 +93,7 @@ def _row(name: str, commit: str, expected: Mapping[str, Any], targets: Sequence[
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested parameters by names such as `dlr.steps`."""
+    """Name nested parameters as `dlr.steps`."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         found |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
@@ -102,9 +101,10 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def run(name: str, changes: Changes) -> Row:
-    """The row of experiment `name`, run now with these parameters if it isn't there; UserError where a run fails."""
+    """Run experiment `name` with these parameters if it isn't there, and read its row; UserError where it fails."""
     expected, base = _expected(changes), _commit()
     if name not in finished(base):
+        dvc_queue.check_path()
         say(f"experiment {name}", style="bold")
         if subprocess.run(["dvc", "exp", "run", "--temp", f"--name={name}", *_set(changes)]).returncode:
             raise UserError(f"experiment {name}: it failed; see above, mend it, then run again: what is done is kept")
@@ -112,7 +112,7 @@ def run(name: str, changes: Changes) -> Row:
 
 
 def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
-    """`KEY=VALUE` arguments as changes to params.yaml; UserError for one that is none."""
+    """Read `KEY=VALUE` arguments as changes to params.yaml; UserError for one that is none."""
     changes = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
@@ -123,21 +123,25 @@ def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
 
 
 def workers() -> int:
-    """How many experiments this machine runs at once: one for every four cores and eight GiB; on a GPU one."""
+    """Count the experiments that this machine can run at once: one for four CPUs and eight GiB; on a GPU one."""
+    import psutil
     import torch
+
+    from scaleot_core.common.runtime import cpu_count
 
     if load_params().device != "cpu" and torch.cuda.is_available():
         return 1
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return max(1, min(len(os.sched_getaffinity(0)) // 4, int(memory // 8)))
+    return max(1, min(cpu_count() // 4, psutil.virtual_memory().total // (8 * 2**30)))
 
 
 def run_all(wanted: Mapping[str, Changes], label: str, targets: Sequence[str] = PIPELINE) -> Iterator[tuple[str, Row]]:
-    """Names and rows of many experiments, each as it ends: what isn't there goes into DVC's queue, which as many work
-    off as fit.
+    """Yield (name, row) of many experiments, each as it ends. Missing ones are queued and run as many at once as fit.
 
     `targets` are what each runs, as `dvc repro` takes them. Whoever stops watching doesn't stop the queue, and watches
-    it again with the same command. UserError names an experiment that failed.
+    it again with the same command.
+
+    Raises:
+        UserError: an experiment failed, or DVC has no worker for it; it is named.
     """
     todo, base = {name: _expected(changes) for name, changes in wanted.items()}, _commit()
 
@@ -149,8 +153,9 @@ def run_all(wanted: Mapping[str, Changes], label: str, targets: Sequence[str] = 
     yield from ended()
     if not todo:
         return
+    dvc_queue.check_path()
     others = _queue({name: wanted[name] for name in todo}, base, label, targets)
-    unseen = 0  # times in a row that no worker was
+    seen = time.monotonic()  # when a worker answered last
     with progress(label, len(wanted), len(wanted) - len(todo)) as tick:
         while True:
             for each in ended():
@@ -160,42 +165,43 @@ def run_all(wanted: Mapping[str, Changes], label: str, targets: Sequence[str] = 
                 return
             time.sleep(POLL_SECONDS)
             try:
-                status = _dvc("queue", "status", seconds=STATUS_SECONDS)
-            except UserError:
-                status = NO_WORKER  # DVC trips at times over a run that ends while it looks
-            for task, name, state in QUEUE_LINE.findall(status):
-                if name in todo and state == "Failed" and task not in others:
+                tasks, working, trouble = dvc_queue.tasks(), dvc_queue.has_worker(), ""
+            except Exception as error:  # DVC trips at times over a run that ends while it looks
+                tasks, working, trouble = [], False, f" ({one_line(error)})"
+            for task in tasks:
+                if task.name in todo and task.state == "failed" and task.revision not in others:
                     raise UserError(
-                        f"experiment {name}: it failed; `dvc queue logs {name}` says why; mend it, then run again: "
-                        "what is done is kept"
+                        f"experiment {task.name}: it failed; `dvc queue logs {task.name}` says why; mend it, then run "
+                        "again: what is done is kept"
                     )
-            unseen = unseen + 1 if NO_WORKER in status else 0
-            if unseen == MAX_IDLE_POLLS:
+            seen = time.monotonic() if working else seen
+            if time.monotonic() - seen > IDLE_SECONDS:
                 raise UserError(
-                    f"experiment {next(iter(todo))}: DVC has no worker for it; `dvc queue kill` what `dvc queue "
-                    "status` has as running though nothing runs, then run again: what is done is kept"
+                    f"experiment {next(iter(todo))}: DVC has no worker for it{trouble}; `dvc queue kill` what "
+                    "`dvc queue status` has as running though nothing runs, then run again: what is done is kept"
                 )
 
 
 def _queue(missing: Mapping[str, Changes], base: str, label: str, targets: Sequence[str]) -> set[str]:
-    """Have DVC's queue worked off, with what is missing and not in it yet; gives its tasks that are none of ours."""
-    tasks = QUEUE_LINE.findall(_dvc("queue", "status"))
-    waiting = {task: name for task, name, state in tasks if state in WAITING}
-    ours = {task: name for task, name in waiting.items() if _commit(f"{task}^") == base}
-    others = {task for task, *_ in tasks} - ours.keys()
-    if first := [waiting[task] for task in waiting.keys() & others]:
+    """Queue what is missing and not in DVC's queue yet, and start workers; return the tasks that aren't ours."""
+    from scaleot_core.common.runtime import cpu_count
+
+    tasks = dvc_queue.tasks()
+    waiting = [task for task in tasks if task.state == "waiting"]
+    ours = {task.revision: task.name for task in waiting if task.base == base}
+    if first := [task.name for task in waiting if task.revision not in ours]:
         say(f"{label}: in DVC's queue {first[0]} goes first, of another commit; `dvc queue remove --queued` empties it")
     jobs = workers()
-    shared = {"threads": len(os.sched_getaffinity(0)) // jobs} if jobs > 1 else {}
+    shared = {"threads": cpu_count() // jobs} if jobs > 1 else {}
     for name in [name for name in missing if name not in ours.values()]:
         _dvc("exp", "run", "--queue", f"--name={name}", *_set({**missing[name], **shared}), *targets)
     _dvc("queue", "start", f"--jobs={jobs}")
     say(f"{label}: {jobs} at once, also if this is stopped; `dvc queue logs NAME` shows one, `dvc queue stop` ends it")
-    return others
+    return {task.revision for task in tasks} - ours.keys()
 
 
 def code(*targets: str) -> list[Path]:
-    """The project's own files that figures of DVC's targets, a file or a stage of it, hang on."""
+    """List the project's own files that figures of DVC's targets, a file or a stage of it, depend on."""
     stages: list[dict[str, Any]] = []
     for target in targets:
         path, _, stage = target.partition(":")
@@ -214,7 +220,7 @@ def cached_figures(
     make: Callable[[Mapping[str, Changes]], Iterable[tuple[str, Figures]]],
     *targets: str,
 ) -> dict[str, Figures]:
-    """Figures of every wanted run by its name: from the CSV file at `path`, or made now and written there as each ends.
+    """Return every wanted run's figures by name: from the CSV file at `path`, or made now and written there at once.
 
     A line there counts for a run of the same parameters and the same `code` of these targets, whatever its name, if it
     has all columns. Lines of other runs stay. UserError where the code is changed meanwhile.
@@ -233,27 +239,29 @@ def cached_figures(
             raise UserError(f"{path}: the code was changed while {name} was made; commit it and run again, or undo it")
         values = {column: figures[column] for column in columns}
         found[name] = {column: None if value is None else float(value) for column, value in values.items()}
-        there = [[name, *found[name].values(), made_of[name]] for name in wanted if name in found]
-        there += [[line["run"], *(line[column] for column in columns), line["made of"]] for line in rest]
-        write_csv(path, ["run", *columns, "made of"], there)
+        there = [{"run": name, **found[name], "made of": made_of[name]} for name in wanted if name in found]
+        write_csv(path, [*there, *rest], ["run", *columns, "made of"])
     return {name: found[name] for name in wanted}
 
 
-def _dvc(*arguments: str, seconds: float | None = None) -> str:
-    """What one of DVC's commands says, into a file: a worker that it starts would keep a pipe open to its end."""
-    with tempfile.TemporaryFile("w+") as said:
-        try:
-            exit_code = subprocess.run(["dvc", *arguments], stdout=said, stderr=said, timeout=seconds).returncode
-        except subprocess.TimeoutExpired:
-            exit_code = None
+def _dvc(*arguments: str) -> None:
+    """Run one of DVC's commands; UserError has the end of what it said where it fails.
+
+    It says it into a file: a worker that it starts would keep a pipe open until the worker's end.
+    """
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+        exit_code = subprocess.run(["dvc", *arguments], stdout=said, stderr=said).returncode
         said.seek(0)
-        text = said.read()
-    if exit_code != 0:
-        ending = "no end" if exit_code is None else f"exit code {exit_code}"
-        raise UserError(f"dvc {arguments[0]} {arguments[1]}: {ending}; {' '.join(text.split())[-300:]}")
-    return text
+        text = " ".join(said.read().split())
+    if exit_code:
+        raise UserError(f"dvc {arguments[0]} {arguments[1]}: exit code {exit_code}; {text[-300:]}")
 
 
 def read_metrics(row: Row, name: str = "metrics.json") -> Any:
-    """All of an experiment's metrics.json, or of another file of metrics that git has."""
-    return json.loads(_git("show", f"{row['commit']}:{name}"))
+    """Read all of an experiment's metrics.json, or of another file of metrics that git has."""
+    return json.loads(_file(row["commit"], name))
+
+
+def _file(commit: str, name: str) -> str:
+    """Read a file of the project as it is in a commit; the project may be a folder of the repository."""
+    return _git("show", f"{commit}:./{name}")

@@ -152,7 +152,7 @@ def main() -> None:
         for name, changes in VARIANTS.items():
             file = done / f"{fingerprint(changes, seed)}.json"
             rows.append({"variant": name, "seed": seed, **cached_json(file, partial(measure, changes, seed))})
-    write_csv(OUT, list(rows[0]), (list(row.values()) for row in rows))
+    write_csv(OUT, rows)
     show(rows, math.exp(mean_loss(model, heldout)))
 
 

@@ -77,7 +77,7 @@ def main() -> None:
         {"alpha": alpha, "beta": beta, **row_figures(found[name_of(setting(alpha, beta))], tasks)}
         for alpha, beta in grid
     ]
-    write_csv(OUT / "sweep.csv", list(rows[0]), (list(row.values()) for row in rows))
+    write_csv(OUT / "sweep.csv", rows)
     draw(OUT / "sweep.png", rows)
     table = Table(*rows[0], title=f"the dial: means over {', '.join(tasks)}")
     for row in rows:

@@ -23,7 +23,11 @@ PRESETS = Path("presets.yaml")
 
 def preset(name: str, arguments: list[str]) -> dict[str, Any]:
     """What a preset changes in params.yaml, with `key=value` settings on top; UserError for one that is no such."""
-    rows = {row: values for row, values in yaml.safe_load(PRESETS.read_text()).items() if not row.startswith(".")}
+    rows = {
+        row: values
+        for row, values in yaml.safe_load(PRESETS.read_text(encoding="utf-8")).items()
+        if not row.startswith(".")
+    }
     if name not in rows:
         raise UserError(f"{PRESETS}: no preset is named {name!r}; there are {', '.join(rows)}")
     changes = {**rows[name], **parse_overrides(arguments)}
@@ -38,12 +42,18 @@ def main() -> None:
     changes, title = preset(name, arguments), experiment_name("table", name, *arguments)
     metrics = read_metrics(run(title, changes))
     rows = [
-        (task, measurement, metric, measured[measurement][metric], measured[measurement][f"{metric}_stderr"])
+        {
+            "task": task,
+            "measurement": measurement,
+            "metric": metric,
+            "value": measured[measurement][metric],
+            "standard error": measured[measurement][f"{metric}_stderr"],
+        }
         for task, measured in metrics["tasks"].items()
         for measurement in MEASUREMENTS
         for metric in measured["metrics"]
     ]
-    write_csv(Path(f"docs/studies/{title}.csv"), ["task", "measurement", "metric", "value", "standard error"], rows)
+    write_csv(Path(f"docs/studies/{title}.csv"), rows)
     tables.show(metrics)
 
 

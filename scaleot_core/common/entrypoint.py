@@ -1,5 +1,9 @@
-"""How a program ends: well, or in one line and an exit code. Light to import, so that `--help` is quick."""
+"""Start and end a program: on any terminal, as one process or several; well, or in one line and an exit code.
 
+Light to import, so that `--help` is quick.
+"""
+
+import io
 import signal
 import sys
 from collections.abc import Callable
@@ -7,20 +11,25 @@ from collections.abc import Callable
 from safetensors import SafetensorError
 
 from scaleot_core.common.errors import UserError, one_line
-from scaleot_core.common.progress import say
+from scaleot_core.common.launch import check_launch
+from scaleot_core.common.progress import console, say
 
 
 def run_command(main: Callable[[], None]) -> None:
     """Run `main`; a UserError or a failing disk ends in one line and exit code 1, an interruption in 130.
 
-    SIGTERM is an interruption too, so that what is half written is removed.
+    SIGTERM is an interruption too, so that what is half written is removed. Letters that the terminal has no code for
+    are printed as question marks.
     """
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
+        _check_launch()
         main()
     except UserError as error:
         say(f"error: {error}", style="bold red")
@@ -33,3 +42,12 @@ def run_command(main: Callable[[], None]) -> None:
         what = f"{name or 'a file'}: {reason or one_line(error)}"
         say(f"error: {what}; free space or mend it, then run again", style="bold red")
         sys.exit(1)
+
+
+def _check_launch() -> None:
+    """Check the launcher's variables; a mistake in them is told by whichever process this is."""
+    try:
+        check_launch()
+    except UserError:
+        console.quiet = False
+        raise

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from scaleot_core.common.distributed import is_main_process
 from scaleot_core.common.errors import UserError, one_line
+from scaleot_core.common.launch import is_main_process
 
 
 @contextmanager
@@ -144,16 +144,18 @@ def folder_bytes(folder: Path, suffix: str) -> int:
     return sum(file.stat().st_size for file in folder.glob(f"*{suffix}"))
 
 
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a header and rows as CSV."""
-    with atomic_file(path) as temporary, temporary.open("w", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(header)
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> None:
+    """Write rows as CSV: these columns of them, or all that the first row has."""
+    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(
+            stream, columns or list(rows[0]), extrasaction="ignore" if columns else "raise", lineterminator="\n"
+        )
+        writer.writeheader()
         writer.writerows(rows)
 
 
 def read_csv(path: Path) -> list[dict[str, Any]]:
-    """Rows of a CSV by its header, numbers as numbers; UserError if it is missing."""
+    """Read the rows of a CSV by its header, numbers as numbers; UserError if it is missing."""
 
     def value(text: str) -> Any:
         try:
@@ -162,7 +164,7 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
             return text
 
     try:
-        with path.open(newline="") as stream:
+        with path.open(encoding="utf-8", newline="") as stream:
             return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(stream)]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run `dvc repro` to make it") from None

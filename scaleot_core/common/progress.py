@@ -1,6 +1,5 @@
 """What a person sees: one rich progress bar a loop on a terminal, plain lines elsewhere."""
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +8,9 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-console = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # the first process speaks
+from scaleot_core.common.launch import is_main_process
+
+console = Console(stderr=True, highlight=False, quiet=not is_main_process())
 PLAIN_SECONDS = 10.0  # between two plain lines
 
 

@@ -1,18 +1,21 @@
-"""What every stage needs around its work: device, dtype, seeds, cost."""
+"""Set up what every stage computes with: device, dtype, CPU threads, the allocator, random draws."""
 
 import ctypes
 import hashlib
 import logging
+import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
-from scaleot_core.common import distributed
+from scaleot_core.common.distributed import init_process_group
 from scaleot_core.common.errors import UserError
+from scaleot_core.common.launch import local_world_size, world_size
 from scaleot_core.common.progress import say
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h has them
@@ -56,38 +59,95 @@ def give_back_freed_memory() -> None:
 
 
 def _mallopt(option: int, value: int) -> None:
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(option, value)
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # musl and macOS have none, Windows not even the way to it
+        return
+    mallopt(option, value)
+
+
+def cpu_count() -> int:
+    """Count the CPUs that this process may use: its affinity, its cgroup's quota, OMP_NUM_THREADS, whichever is least.
+
+    Affinity is Linux's alone; elsewhere all CPUs of the machine stand for it.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)
+    available = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, min(available, math.ceil(min(cpu_quota(), available)), _omp_threads() or available))
+
+
+def thread_count() -> int:
+    """Choose this process's CPU threads: OMP_NUM_THREADS where it is set, else its share of the CPUs."""
+    return cpu_count() if _omp_threads() else max(1, cpu_count() // local_world_size())
+
+
+def _omp_threads() -> int | None:
+    """Read OMP_NUM_THREADS, of whose list the outermost level counts; None where it has no number above 0."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isdecimal() and int(first) else None
+
+
+def cpu_quota(root: Path = Path("/")) -> float:
+    """Read the CPU quota, in CPUs, of this process's cgroup and those around it; infinity where there is none.
+
+    Containers and batch systems set it: `cpu.max` in version 2 of cgroups, `cpu.cfs_quota_us` in version 1.
+    """
+    least = math.inf
+    try:
+        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return least
+    for group in groups:
+        _, controllers, path = group.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        for mount in (root / "sys/fs/cgroup", *(root / "sys/fs/cgroup" / name for name in ("cpu", "cpu,cpuacct"))):
+            folder = mount / path.lstrip("/")
+            for level in (folder, *folder.parents):
+                if level.is_relative_to(mount):
+                    least = min(least, _quota_of(level))
+    return least
+
+
+def _quota_of(folder: Path) -> float:
+    """Read the CPU quota of one cgroup, in CPUs; infinity where it has none."""
+    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+        try:
+            quota, period = " ".join((folder / name).read_text(encoding="utf-8") for name in names).split()
+            if int(quota) > 0:  # -1 is none in version 1, `max` in version 2
+                return int(quota) / int(period)
+        except (OSError, ValueError, ZeroDivisionError):
+            continue
+    return math.inf
 
 
 def setup(settings: Settings, label: str) -> Runtime:
     """Set threads and deterministic kernels, pick the device, say so; UserError if the GPU asked for isn't there."""
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device = 'cuda': no GPU is visible here; use auto or cpu")
-    if distributed.world_size() > 1:
-        device = distributed.init_process_group(cpu=settings.device == "cpu" or not torch.cuda.is_available())
+    if world_size() > 1:
+        device = init_process_group(cpu=settings.device == "cpu" or not torch.cuda.is_available())
     else:
         device = torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(settings.threads or max(1, len(os.sched_getaffinity(0)) // distributed.world_size()))
+    torch.set_num_threads(settings.threads or thread_count())
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU
     torch.use_deterministic_algorithms(True)
     transformers_logging.set_verbosity_error()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    processes = f"{distributed.world_size()} processes, each with " if distributed.world_size() > 1 else ""
+    processes = f"{world_size()} processes, each with " if world_size() > 1 else ""
     threads = torch.get_num_threads()
     say(f"{label}: on {device.type} in {settings.dtype}, {processes}{threads} threads", style="bold")
     return Runtime(device, DTYPES[settings.dtype])
 
 
 def generator(seed: int, *names: str | int) -> torch.Generator:
-    """A CPU generator for one named draw, so that a resumed run draws what the uninterrupted one would have."""
+    """Make a CPU generator for one named draw, so that a resumed run draws what the uninterrupted one would have."""
     text = ":".join(str(part) for part in (seed, *names))
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
 
 
 def secret_draw(seed: int, *names: str | int) -> np.random.Generator:
-    """A generator for one named draw that protects privacy: of 256 bits, where torch's has 32 that count.
+    """Make a generator for one named draw that protects privacy: of 256 bits, where torch's has 32 that count.
 
     Not a cryptographic one.
     """

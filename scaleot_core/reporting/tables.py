@@ -50,10 +50,11 @@ def show(metrics: Mapping[str, Any]) -> None:
 def write_curves(folder: Path, histories: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
     """Loss curves as one CSV a stage, `<folder>/<stage>.csv`: step, loss."""
     for stage, history in histories.items():
-        write_csv(folder / f"{stage}.csv", ["step", "loss"], ([row["step"], row["loss"]] for row in history))
+        write_csv(folder / f"{stage}.csv", history, ["step", "loss"])
 
 
 def write_layers(path: Path, prior: Sequence[float], scores: Sequence[float], kinds: Sequence[str]) -> None:
     """Per-layer scores as one CSV: layer, prior, score, kind."""
     rows = zip(range(len(scores)), prior, scores, kinds, strict=True)
-    write_csv(path, ["layer", "prior", "score", "kind"], rows)
+    columns = ("layer", "prior", "score", "kind")
+    write_csv(path, [dict(zip(columns, row, strict=True)) for row in rows], columns)

@@ -1,6 +1,6 @@
-"""Measure what a stage costs: seconds, memory, tokens."""
+"""Measure what a stage costs: seconds, peak memory, and tokens through the model."""
 
-import resource
+import sys
 import time
 from typing import Any
 
@@ -10,6 +10,19 @@ from transformers import PreTrainedModel
 
 from scaleot_core.common.runtime import Runtime
 from scaleot_core.models.families import family
+
+
+def peak_memory() -> int:
+    """Measure the most memory (bytes) that this process has held so far."""
+    try:
+        import resource
+    except ImportError:
+        import psutil
+
+        held = psutil.Process().memory_info()
+        return int(getattr(held, "peak_wset", held.rss))  # Windows keeps a peak; what has neither tells of now
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024  # KiB, but bytes on macOS
 
 
 class Meter:
@@ -34,11 +47,11 @@ class Meter:
         stack.register_forward_pre_hook(hook, with_kwargs=True)
 
     def read(self) -> dict[str, float]:
-        """Give the cost so far."""
+        """Return what was measured so far, by its names in cost files."""
         measured: dict[str, float] = {
             "tokens": self.tokens,
             "seconds": round(time.perf_counter() - self.start, 1),
-            "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+            "peak_memory_mib": round(peak_memory() / 2**20),
         }
         if self.gpu:
             measured["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)

@@ -1,4 +1,4 @@
-"""Backpropagate a batch over several processes, and sum and clip what comes of it."""
+"""Make gradients of a batch that several processes share: their sum, their common norm, the loss of the whole."""
 
 from collections.abc import Callable, Iterable
 
@@ -8,7 +8,6 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from scaleot_core.common.distributed import (
     Batch,
-    _device_type,
     all_reduce_sum,
     fsdp_enabled,
     full_tensor,
@@ -27,7 +26,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     parameters = [p for p in parameters if not is_sharded(p)]
     if world_size() == 1 or not parameters:
         return
-    there = torch.tensor([float(p.grad is not None) for p in parameters], device=_device_type())
+    there = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
     distributed.all_reduce(there)
     for parameter, count in zip(parameters, there.tolist(), strict=True):
         if count:

@@ -47,6 +47,7 @@ def test_named_draws_leave_the_global_generator_alone():
 @pytest.fixture
 def machine(monkeypatch):
     """Pretends that a GPU is there or not; puts back what `setup` sets for the process."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), logging.get_verbosity()
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back at the end
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")

