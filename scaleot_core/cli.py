@@ -19,9 +19,9 @@ from scaleot_core.common.errors import UserError, printable
 from scaleot_core.common.progress import say
 
 if TYPE_CHECKING:
-    from scaleot_core.exchange.adapter import LayerChange
-
-    pass
+    from scaleot_core.exchange.package import PackageManifest
+    from scaleot_core.exchange.returned import LayerChange
+    from scaleot_core.params import LoraForm
 
 PROGRESS_SECONDS = 60.0  # between two checkpoints of `tune`
 
@@ -30,8 +30,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Tune a language model that one party won't give away on data that another won't show. The model owner packs "
-    "an emulator and ships it; the data owner tunes the package's adapter layers and sends only them back; the model "
-    "owner checks them and plugs them into the real model.",
+    "an emulator and ships it; the data owner tunes adapters in it and sends only them back; the model owner checks "
+    "them and plugs them into the real model.",
 )
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 PackageOption = Annotated[Path, typer.Option("--package", help="The package that was shipped: a folder or .zip.")]
@@ -45,17 +45,22 @@ def pack(
         str | None, typer.Option(help="Under which the package is shipped; without it the receiver is told to ask you.")
     ] = None,
     project: Annotated[Path, typer.Option(help="The folder in which the pipeline was run.")] = Path("."),
+    figures: Annotated[
+        Path | None,
+        typer.Option(help="metrics.json: tell the data owner the recovery that you measured with this package."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Model owner: make the package to ship from what the pipeline wrote.
 
-    Beside it comes OUT.private.json, with the layers' scores and the parameters, which stays with you.
+    Beside it comes OUT.private.json, with the layers' scores, the parameters and which feed-forward channels are in the
+    package, which stays with you: plugging in an adapter needs it.
     """
     from scaleot_core.artifacts import Artifacts
     from scaleot_core.common.files import read_json, write_json
     from scaleot_core.exchange.archive import new_output
     from scaleot_core.exchange.manifest import copy_files, manifest_sha256
-    from scaleot_core.exchange.package import LONGEST_LICENSE, UNSTATED, Package
+    from scaleot_core.exchange.package import LONGEST_LICENSE, UNSTATED, Package, measured_recovery
     from scaleot_core.params import load_params
     from scaleot_core.pipeline import DVC_YAML, read_entry
 
@@ -68,11 +73,12 @@ def pack(
         raise UserError(
             f"{artifacts.emulator}: it was made with other parameters than params.yaml has now; run `dvc repro` first"
         )
-    manifest = Package(artifacts.emulator).manifest
+    made = Package(artifacts.emulator)
+    told = {"figures": measured_recovery(figures, made.sha256)} if figures else {}
     with new_output(out) as folder:
-        copy_files(artifacts.emulator, folder, manifest, license=license)
+        copy_files(artifacts.emulator, folder, made.manifest, license=license, **told)
         identity = manifest_sha256(folder)
-    write_json(_private(out), {"package": identity, **known})
+    write_json(_private(out), {**known, "package": identity})
     _show({"package": str(out), "id": identity, "private": str(_private(out))}, as_json)
 
 
@@ -100,7 +106,7 @@ def inspect(
                 "tuned on package": given.package,
                 "layers": list(given.layers),
                 "whole": True,
-                "tuned": f"LoRA of rank {given.lora.rank}" if given.lora else "in full",
+                "adapters": _adapters(given.lora),
                 **{f"tuning: {key}": value for key, value in given.tuning.model_dump(exclude_none=True).items()},
             }
         else:
@@ -117,6 +123,7 @@ def inspect(
                 "beta": manifest.beta,
                 "harmonizer rank": manifest.harmonizer.rank,
                 "sound": True,
+                **_told(manifest),
             }
         found["id"] = manifest_sha256(folder)
         _show(found | {"files": {name: entry.model_dump() for name, entry in manifest.files.items()}}, as_json)
@@ -143,11 +150,15 @@ def tune(
     task: Annotated[
         str | None, typer.Option(help="A task of lm-eval; without --data its training questions come from the hub.")
     ] = None,
-    peft: Annotated[
-        Literal["none", "lora"], typer.Option(help="Tune every weight of the adapter layers, or LoRA inside them.")
-    ] = "none",
+    adapters: Annotated[
+        Literal["layers", "lora"],
+        typer.Option(help="What to tune: LoRA in every layer that the package has, or the adapter layers whole."),
+    ] = "lora",
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of LoRA's matrices.")] = 16,
     lora_alpha: Annotated[float, typer.Option(min=0, help="LoRA's scale, over its rank.")] = 32.0,
+    lora_modules: Annotated[
+        Literal["all", "attention"], typer.Option(help="Put LoRA into all matrices of a layer, or the attention's.")
+    ] = "all",
     epochs: Annotated[int, typer.Option(min=1, help="Most passes over the records.")] = 10,
     patience: Annotated[
         int | None,
@@ -162,7 +173,8 @@ def tune(
     lr: Annotated[
         list[float] | None,
         typer.Option(
-            help="AdamW's peak learning rate, 3e-4 if none is given; of several the best on what is held out."
+            help="AdamW's peak learning rate, if none is given 1e-3 for LoRA and 3e-4 for layers; of several the best "
+            "on what is held out."
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Records in a step.")] = 8,
@@ -179,7 +191,7 @@ def tune(
     threads: Annotated[int, typer.Option(min=0, help="CPU threads, 0 for all.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Data owner: tune the package's adapter layers on your own records. What it writes is all that goes back.
+    """Data owner: tune adapters in the package on your own records. What it writes is all that goes back.
 
     The same command goes on where it was stopped. Beside the adapter comes OUT.private.json, with the losses, which
     stays with you.
@@ -193,7 +205,7 @@ def tune(
     from scaleot_core.exchange.archive import new_output, unpacked
     from scaleot_core.exchange.package import Package
     from scaleot_core.models.loading import check_tokenizer
-    from scaleot_core.params import OffsiteTuning
+    from scaleot_core.params import LoraForm, OffsiteTuning
     from scaleot_core.training.checkpoint import Checkpoint
     from scaleot_core.tuning import examples
     from scaleot_core.tuning.selection import tune as tune_parameters
@@ -205,16 +217,15 @@ def tune(
         {
             "epochs": epochs,
             "batch_size": batch_size,
-            "lr": lr or [3e-4],
+            "lr": lr or [1e-3 if adapters == "lora" else 3e-4],
             "validation_fraction": validation,
             "patience": (0 if epsilon else 1) if patience is None else patience,
-            "peft": peft,
-            "lora_rank": lora_rank,
-            "lora_alpha": lora_alpha,
             "epsilon": epsilon,
             "delta": delta,
         },
     )
+    form = {"rank": lora_rank, "alpha": lora_alpha, "modules": lora_modules}
+    lora = validate_block(LoraForm, form) if adapters == "lora" else None
     with unpacked(package) as folder, new_output(out) as target:
         shipped = Package(folder)
         runtime = setup(_Settings(device, shipped.manifest.dtype, threads), "tune")
@@ -227,16 +238,16 @@ def tune(
             rows = training(task) if data is None else read_jsonl(data)
             check_rows(task, rows, tokenizer, context_length=model.config.max_position_embeddings, part="training")
             made = examples.from_task(model, tokenizer, task, rows, block_size=block_size, packed=not epsilon)
-        key = fingerprint(settings.model_dump(), seed, shipped.sha256, made)
+        key = fingerprint(settings.model_dump(), lora and lora.model_dump(), seed, shipped.sha256, made)
         checkpoint = Checkpoint(out.with_name(f".{out.name}.progress") / key, PROGRESS_SECONDS)
-        parameters = adapter.trainable(model, shipped.plan, settings, seed)
+        parameters = adapter.trainable(model, shipped.plan, lora, seed)
         seed = secrets.randbits(256) if epsilon else seed  # whoever could guess it could take the noise off
         try:
             tuned = tune_parameters(model, parameters, made, settings, seed=seed, label="tune", checkpoint=checkpoint)
         except KeyboardInterrupt:
             say("interrupted; the same command goes on from here", style="yellow")
             raise
-        adapter.save(target, model, shipped.plan, parameters, package=shipped.sha256, tuning=settings, tuned=tuned)
+        adapter.save(target, shipped, parameters, lora=lora, tuning=settings, tuned=tuned)
     write_json(_private(out), {"validation_loss": tuned.validation_loss, "history": tuned.history})
     checkpoint.remove()
     with suppress(OSError):  # it isn't there, or another command's progress is in it
@@ -253,6 +264,7 @@ def tune(
         },
         as_json,
     )
+    say("the losses are those of the tuned package, not of the real model: what it will gain, its owner alone can tell")
 
 
 @app.command()
@@ -262,13 +274,14 @@ def check(adapter: AdapterArgument, package: PackageOption, as_json: AsJson = Fa
     Relative change is the norm of a layer's change over the norm of what was shipped; the outlier is the largest change
     of one weight over the root mean square of all changes in its tensor, about 5 for noise.
     """
-    from scaleot_core.exchange.adapter import check_adapter
     from scaleot_core.exchange.archive import unpacked
     from scaleot_core.exchange.package import Package
+    from scaleot_core.exchange.returned import check_adapter
 
     with unpacked(adapter) as folder, unpacked(package) as shipped:
         found = check_adapter(folder, Package(shipped))
-    _show_changes({"adapter": str(adapter), "sound": True}, found.layer_changes, as_json)
+    told = {"adapter": str(adapter), "sound": True, "adapters": _adapters(found.form)}
+    _show_changes(told, found.layer_changes, as_json)
 
 
 @app.command()
@@ -276,7 +289,21 @@ def plug(
     base: Annotated[str, typer.Argument(help="The real model: a transformers folder or a hub id.")],
     adapter: AdapterArgument,
     package: PackageOption,
-    out: Annotated[Path, typer.Option(help="The plug-in model to write: a transformers folder.")],
+    out: Annotated[Path | None, typer.Option(help="The plug-in model to write: a transformers folder.")] = None,
+    as_lora: Annotated[
+        Path | None, typer.Option(help="The PEFT adapter of the real model to write: a folder. Only of LoRA.")
+    ] = None,
+    private: Annotated[
+        Path | None,
+        typer.Option(help="What `scaleot pack` wrote for you beside the package; PACKAGE.private.json if not named."),
+    ] = None,
+    public: Annotated[
+        Path | None,
+        typer.Option(help="A file of public text (.txt, .jsonl), to measure the scale on."),
+    ] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="How strongly to plug it in, 0.5 to 3; without it and --public as it came: 1.")
+    ] = None,
     max_change: Annotated[
         float | None, typer.Option(min=0, help="Refuse an adapter that changes a layer by more (relative norm).")
     ] = None,
@@ -285,38 +312,82 @@ def plug(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Model owner: check an adapter and plug it into the real model. OUT loads with transformers alone."""
-    import torch
+    """Model owner: check an adapter and plug it into the real model. OUT loads with transformers alone.
 
+    With --public the scale is chosen at which the change of the real model's logits on that text is as large as the
+    change of the package's was. With --as-lora the adapter is written for the real model, for whoever serves LoRA.
+    """
     from scaleot_core.common.files import atomic_folder
     from scaleot_core.common.runtime import DTYPES
-    from scaleot_core.compression import emulator
-    from scaleot_core.exchange.adapter import check_adapter
+    from scaleot_core.exchange.adapter import save_peft
     from scaleot_core.exchange.archive import check_new, unpacked
     from scaleot_core.exchange.package import Package
+    from scaleot_core.exchange.public_text import measure_on_text
+    from scaleot_core.exchange.returned import check_adapter, check_base, fitted
+    from scaleot_core.exchange.scale import check_scale
     from scaleot_core.models.loading import read_model
+    from scaleot_core.tuning.adapters import TunedLora, plug_in
 
-    check_new(out)
+    if out is None and as_lora is None:
+        raise UserError("nothing to write: name a folder with --out, or with --as-lora")
+    if public and scale is not None:
+        raise UserError("--scale and --public: one of them says the scale; leave the other out")
+    for new in (out, as_lora):
+        if new is not None:
+            check_new(new)
+    strength = 1.0 if scale is None else check_scale(scale)
     with unpacked(adapter) as folder, unpacked(package) as unpacked_package:
         shipped = Package(unpacked_package)
-        found, originals, plan = check_adapter(folder, shipped), shipped.adapter_tensors, shipped.plan
-    for moved in found.layer_changes:
+        found = check_adapter(folder, shipped)
+        if as_lora and not isinstance(found.adapter, TunedLora):
+            raise UserError(f"{adapter}: it has whole layers, which are no LoRA; name --out alone")
+        _check_limits(adapter, found.layer_changes, max_change, max_outlier)
+        model, tokenizer = read_model(base, DTYPES[shipped.manifest.dtype])
+        check_base(base, model, shipped)
+        tuned = fitted(found.adapter, shipped, model, private or _private(package))
+        measured = measure_on_text(public, shipped, model, tokenizer, found.adapter, tuned) if public else None
+    strength = measured.scale if measured else strength
+    if as_lora and isinstance(tuned, TunedLora):
+        with atomic_folder(as_lora) as target:
+            save_peft(
+                target, model.config, tuned, layers=[moved.layer for moved in found.layer_changes], scale=strength
+            )
+    if out:
+        plug_in(model, shipped.plan, tuned, strength)
+        with atomic_folder(out) as target:
+            model.save_pretrained(target)
+            tokenizer.save_pretrained(target)
+    told: dict[str, Any] = {"model": out and str(out), "lora": as_lora and str(as_lora), "scale": strength}
+    if measured:
+        told |= {"effect on the package": measured.emulator, "effect on the model": list(measured.model.values())[-1]}
+    _show_changes(told, found.layer_changes, as_json)
+
+
+def _check_limits(
+    adapter: Path, changes: "list[LayerChange]", max_change: float | None, max_outlier: float | None
+) -> None:
+    """UserError for the first layer that moved further than the model owner wants."""
+    for moved in changes:
         for name, limit, value in (("change", max_change, moved.relative), ("outlier", max_outlier, moved.outlier)):
             if limit is not None and not value <= limit:
                 raise UserError(
                     f"{adapter}: layer {moved.layer} has {name} {value:.3g}, the limit is {limit:g}; "
                     "look at `scaleot check`, then ask for another or raise the limit"
                 )
-    model, tokenizer = read_model(base, DTYPES[shipped.manifest.dtype])
-    here = dict(model.named_parameters())
-    for name, tensor in originals.items():
-        if name not in here or not torch.equal(here[name], tensor):
-            raise UserError(f"{base}: its {name!r} is not that of the package, which was made from another model")
-    emulator.plug_in(model, plan, found.tuned)
-    with atomic_folder(out) as target:
-        model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
-    _show_changes({"model": str(out)}, found.layer_changes, as_json)
+
+
+def _told(manifest: "PackageManifest") -> dict[str, Any]:
+    """What the model owner measured, one line a task and kind of adapters."""
+    lines = {f"{task}, {kind}": r for task, kinds in manifest.figures.items() for kind, r in kinds.items()}
+    return {"recovery, as its owner measured it": lines} if lines else {}
+
+
+def _adapters(form: "LoraForm | None") -> str:
+    """What was tuned, in words."""
+    if form is None:
+        return "whole adapter layers"
+    where = "all matrices" if form.modules == "all" else "the attention"
+    return f"LoRA of rank {form.rank} in {where} of {'all' if form.layers == 'all' else 'the adapter'} layers"
 
 
 def _private(out: Path) -> Path:

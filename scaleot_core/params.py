@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.validation import Block, validate_block
@@ -14,7 +14,13 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
+Rates = Annotated[
+    list[Rate],
+    BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
+    Field(min_length=1),
+]
 Name = Annotated[str, Field(min_length=1)]
+AdapterKind = Literal["layers", "lora"]
 TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
@@ -157,11 +163,7 @@ class Tuning(Block):
     """stop after this many steps; 0 for no limit"""
     batch_size: Positive = 8
     """questions in a step"""
-    lr: Annotated[
-        list[Rate],
-        BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
-        Field(min_length=1),
-    ] = [0.00005]
+    lr: Rates = [0.00005]
     """AdamW's peak learning rate; of several the one with the lowest held-out loss is taken"""
     validation_fraction: Fraction = 0.1
     """share of the questions held out, where several rates or patience need it"""
@@ -178,22 +180,37 @@ class Tuning(Block):
 class OffsiteTuning(Tuning):
     """Stage offsite_tune: how the data owner tunes (method section 5)."""
 
-    lr: Annotated[
-        list[Rate],
-        BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
-        Field(min_length=1),
-    ] = [0.0003]
+    lr: Rates = [0.0003]
     """AdamW's peak learning rate; of several the one with the lowest held-out loss is taken"""
-    peft: Literal["none", "lora"] = "none"
-    """what is tuned of the adapter layers: every weight, or LoRA inside them (PEFT)"""
-    lora_rank: Positive = 16
-    """rank of LoRA's matrices"""
-    lora_alpha: Annotated[float, Field(gt=0)] = 32.0
-    """LoRA's scale, over its rank"""
     epsilon: Annotated[float, Field(ge=0)] = 0.0
     """ε of differential privacy (DP-SGD) for each training question; 0 for none"""
     delta: Annotated[float, Field(gt=0, lt=1)] = 0.0001
     """δ of differential privacy: less than one over the number of questions"""
+
+
+class LoraForm(Block):
+    """Where LoRA is put in an emulator, and how large it is (method section 5)."""
+
+    rank: Positive = 16
+    """rank of LoRA's matrices"""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """LoRA's scale, over its rank"""
+    layers: Literal["all", "adapter"] = "all"
+    """every decoder layer that the emulator still has, or the adapter layers alone"""
+    modules: Literal["all", "attention"] = "all"
+    """attention projections and feed-forward matrices, or the projections alone"""
+
+
+class Lora(LoraForm):
+    """Stage offsite_tune, adapters lora (method section 5)."""
+
+    lr: Rates = [0.001]
+    """AdamW's peak learning rate; of several the one with the lowest held-out loss is taken"""
+
+    @property
+    def form(self) -> LoraForm:
+        """What an adapter's reader has to know of it."""
+        return LoraForm(**self.model_dump(exclude={"lr"}))
 
 
 class Attack(Block):
@@ -237,8 +254,10 @@ class Params(Block):
     """commit, tag or branch of the model on the hub; empty for the newest"""
     tasks: Annotated[list[TaskName], Field(min_length=1)] = ["piqa", "commonsense_qa_cloze"]
     """lm-eval task names, each tuned on its own"""
-    adapter_layers: Positive = 4
-    """N_a, decoder layers that are shipped as they are and tuned"""
+    adapters: Annotated[list[AdapterKind], Field(min_length=1)] = ["layers", "lora"]
+    """what is tuned, each on its own: the adapter layers, as in the paper, or LoRA in every layer that is there"""
+    adapter_layers: Count = 4
+    """N_a, decoder layers that are shipped as they are; `layers` among the adapters tunes them, and needs one"""
     adapter_placement: Literal["importance", "ends"] = "importance"
     """adapter layers are those of highest score, or OT's bottom and top layers"""
     seed: Count = 0
@@ -264,16 +283,31 @@ class Params(Block):
     crash: Crash = Crash()
     gradot: Gradot = Gradot()
     offsite_tune: OffsiteTuning = OffsiteTuning()
+    lora: Lora = Lora()
     full_finetune: Tuning = Tuning()
     evaluate: Evaluate = Evaluate()
     attack: Attack = Attack()
 
-    @field_validator("tasks")
+    @field_validator("tasks", "adapters")
     @classmethod
-    def _each_once(cls, tasks: list[str]) -> list[str]:
-        if len(set(tasks)) < len(tasks):
-            raise ValueError("a task is named twice; name each once")
-        return tasks
+    def _each_once(cls, names: list[str]) -> list[str]:
+        if len(set(names)) < len(names):
+            raise ValueError("one is named twice; name each once")
+        return names
+
+    @field_validator("adapter_layers")
+    @classmethod
+    def _some_to_tune(cls, count: int, info: ValidationInfo) -> int:
+        if not count and "layers" in info.data.get("adapters", []):
+            raise ValueError("the adapters `layers` need at least 1; or take them off `adapters`")
+        return count
+
+    @field_validator("lora")
+    @classmethod
+    def _some_to_put_it_into(cls, lora: Lora, info: ValidationInfo) -> Lora:
+        if lora.layers == "adapter" and not info.data.get("adapter_layers", 1):
+            raise ValueError("with adapter_layers = 0 no layer is there for LoRA; set lora.layers to all")
+        return lora
 
 
 def changed(params: Params, values: dict[str, Any]) -> Params:

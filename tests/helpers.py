@@ -37,16 +37,21 @@ from transformers import (
 from scaleot_core import cli
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import read_json, sha256
+from scaleot_core.common.runtime import generator
 from scaleot_core.common.tensors import read_tensors
+from scaleot_core.compression.channels import channels_of
 from scaleot_core.compression.emulator import apply_plan, package_tensors
 from scaleot_core.compression.layer_importance import new_harmonizers
-from scaleot_core.compression.plan import Plan
+from scaleot_core.compression.plan import Cut, LayerKind, Plan
+from scaleot_core.compression.rank_compression import target_ranks
 from scaleot_core.compression.svd import svd_factors
 from scaleot_core.exchange import adapter
 from scaleot_core.exchange.package import save
 from scaleot_core.models.families import decoder_layers, family, projection_name
-from scaleot_core.params import HarmonizerForm
+from scaleot_core.params import HarmonizerForm, LoraForm, OffsiteTuning
 from scaleot_core.reporting import measurements
+from scaleot_core.tuning.adapters import TunedLora
+from scaleot_core.tuning.lora import insert_lora
 from scaleot_core.tuning.selection import TuningResult
 
 ROOT = Path(__file__).parent.parent
@@ -183,17 +188,82 @@ def write_package(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTok
     return folder
 
 
-def write_adapter(folder: Path, model: PreTrainedModel, tuning: Any, package: str = "0" * 64) -> Path:
+class Shipped(NamedTuple):
+    """What reading and writing an adapter asks of a package, without its files."""
+
+    meta_model: PreTrainedModel
+    sha256: str = "0" * 64
+    plan: Plan = PLAN
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.meta_model.config
+
+
+LORA = LoraForm(rank=3, alpha=5.0, layers="all", modules="all")
+
+
+def write_adapter(folder: Path, model: PreTrainedModel, lora: LoraForm | None, package: Any = None) -> Path:
     """Write an adapter of an emulator whose trained parameters have moved at random, as `trainable` names them."""
-    parameters = adapter.trainable(model, PLAN, tuning, seed=0)
+    package = package or Shipped(model)
+    parameters = adapter.trainable(model, package.plan, lora, seed=0)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in parameters.values():
             parameter.add_(0.1 * torch.randn(parameter.shape))
     folder.mkdir()
     tuned = TuningResult([], 1e-3, 7, {})
-    adapter.save(folder, model, PLAN, parameters, package=package, tuning=tuning, tuned=tuned)
+    adapter.save(folder, package, parameters, lora=lora, tuning=OffsiteTuning(), tuned=tuned)
     return folder
+
+
+def move_lora(model: PreTrainedModel, plan: Plan = PLAN, lora: LoraForm = LORA) -> TunedLora:
+    """Put LoRA into an emulator, where it stays, and move its parameters at random."""
+    parameters = insert_lora(model, plan, lora, seed=0)
+    draw = generator(1)
+    with torch.no_grad():
+        for name in sorted(parameters):
+            parameters[name].add_(0.1 * torch.randn(parameters[name].shape, generator=draw))
+    factors = {
+        name.partition(".lora_A.")[0]: (p.detach().clone(), parameters[name.replace("lora_A", "lora_B")].detach())
+        for name, p in parameters.items()
+        if ".lora_A." in name
+    }
+    return TunedLora(lora, factors, family(model.config).transposed)
+
+
+class Pruned(NamedTuple):
+    """An emulator that has some feed-forward channels, which they are, and the real model."""
+
+    emulator: PreTrainedModel
+    plan: Plan
+    kept: dict[int, torch.Tensor]
+    real: PreTrainedModel
+
+
+def pruned_emulator(name: str, beta: float = 0.0, adapter_layer: bool = True) -> Pruned:
+    """Make an emulator of a family's tiny model without harmonizers that has 40 channels a compressed layer."""
+    emulator, real = tiny_model(name), tiny_model(name)
+    second: LayerKind = "adapter" if adapter_layer else "compressed"
+    kinds: tuple[LayerKind, ...] = ("compressed", second, "compressed", "compressed")
+    count, draw, cut = channels_of(real, 0), generator(2), [i for i, kind in enumerate(kinds) if kind == "compressed"]
+    kept = {i: torch.randperm(count, generator=draw)[:40].sort().values for i in cut}
+    cuts = {i: Cut(ranks={k: tuple(r) for k, r in target_ranks(real, i, beta=beta).items()}, channels=40) for i in cut}
+    plan = Plan(kinds, beta, form(8), cuts=cuts)
+    apply_plan(emulator, plan, svd_factors, kept)
+    return Pruned(emulator, plan, kept, real)
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    """Give a model's logits of some tokens."""
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(input_ids=IDS).logits
+    return found
+
+
+def close(one: torch.Tensor, two: torch.Tensor) -> None:
+    """Assert that two tensors are equal but for rounding."""
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
 def change_manifest(folder: Path, **changes: object) -> None:

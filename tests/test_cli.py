@@ -9,13 +9,30 @@ import sys
 import pytest
 import torch
 import yaml
-from helpers import IDS, PLAN, ROOT, dies_after, piqa_rows, refused, scaleot, snapshot, tiny_model, write_package
+from helpers import (
+    PLAN,
+    ROOT,
+    close,
+    dies_after,
+    logits,
+    piqa_rows,
+    pruned_emulator,
+    refused,
+    scaleot,
+    snapshot,
+    tiny_model,
+    write_package,
+)
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scaleot_core import cli
 from scaleot_core.common.files import write_json
 from scaleot_core.common.tensors import read_tensors, write_tensors
-from scaleot_core.compression.emulator import plug_in
+from scaleot_core.compression.emulator import package_tensors, plug_in
+from scaleot_core.exchange import public_text
+from scaleot_core.exchange.manifest import manifest_sha256
+from scaleot_core.exchange.package import save
 from scaleot_core.params import load_params
 from scaleot_core.pipeline import read_entry
 from scaleot_core.tuning import tuner
@@ -55,16 +72,51 @@ def records(tmp_path_factory):
 FEW = ("--epochs", 2, "--threads", 1, "--device", "cpu")
 
 
+WHOLE = ("--adapters", "layers")
+RANK = ("--lora-rank", 3)  # of the 16 rows of a key
+
+
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory, package, records):
+    """Of whole layers."""
     out = tmp_path_factory.mktemp("adapter") / "adapter"
-    gives("tune", package, "--data", records, "--out", out, *FEW)
+    gives("tune", package, "--data", records, "--out", out, *WHOLE, *FEW)
     return out
 
 
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(input_ids=IDS).logits
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory, package, records):
+    """Of LoRA in every matrix that is there."""
+    out = tmp_path_factory.mktemp("lora") / "lora"
+    gives("tune", package, "--data", records, "--out", out, *RANK, *FEW)
+    return out
+
+
+@pytest.fixture(scope="module")
+def pruned_package(tmp_path_factory, tokenizer):
+    """A package without an adapter layer that keeps some feed-forward channels, and beside it what its owner knows."""
+    folder = tmp_path_factory.mktemp("pruned") / "package"
+    folder.mkdir()
+    emulator, plan, kept, real = pruned_emulator("llama", beta=0.8, adapter_layer=False)
+    save(folder, real.config, tokenizer, plan, package_tensors(emulator, plan))
+    channels = {str(i): those.tolist() for i, those in kept.items()}
+    write_json(folder.with_name("package.private.json"), {"package": manifest_sha256(folder), "channels": channels})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pruned_lora(tmp_path_factory, pruned_package, records):
+    out = tmp_path_factory.mktemp("pruned-lora") / "lora"
+    gives("tune", pruned_package, "--data", records, "--out", out, "--lora-rank", 3, "--lr", 0.01, *FEW)
+    return out
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Public text."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("\n\n".join(f"passage {i} of public text" for i in range(40)))
+    return file
 
 
 # --- what an outsider sees -------------------------------------------------------------------------------
@@ -109,9 +161,9 @@ def project(tmp_path, package):
     values["harmonizer"]["rank"] = 8
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(values))
     shutil.copytree(package, tmp_path / "artifacts" / "emulator")
-    shutil.copy(ROOT / "dvc.yaml", tmp_path / "dvc.yaml")
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
     params = read_entry("compress", file=tmp_path / "dvc.yaml").values(load_params(tmp_path / "params.yaml"))
-    private = {"scores": [0.0, 3.0, 2.0, 1.0], "params": params}
+    private = {"scores": [0.0, 3.0, 2.0, 1.0], "params": params, "channels": {"2": [0, 1]}}
     write_json(tmp_path / "artifacts" / "emulator.private.json", private)
     return tmp_path
 
@@ -124,14 +176,14 @@ def test_pack_ships_the_package_and_keeps_the_scores(project, package, name):
     assert shown["license"] == "for tests alone" and shown["id"] == found["id"] and shown["sound"] is True
     private = json.loads((project / f"{name}.private.json").read_text())
     assert private["package"] == found["id"] and private["scores"] == [0.0, 3.0, 2.0, 1.0]
-    assert private["params"]["alpha"] == 0.33
+    assert private["params"]["alpha"] == 0.33 and private["channels"] == {"2": [0, 1]}
     text = "".join(f.read_text() for f in out.glob("*.json")) if out.is_dir() else out.read_bytes().decode("latin1")
-    assert not [word for word in ("scores", "alpha", "train_blocks", str(project)) if word in text]
+    assert not [word for word in ("scores", "channels", "alpha", "train_blocks", str(project)) if word in text]
 
 
 def test_pack_refuses_what_params_no_longer_describes(project):
     values = yaml.safe_load((project / "params.yaml").read_text())
-    for change in ({"alpha": 0.9}, {"beta": 0.5}, {"distill": values["distill"] | {"steps": 7}}, {"dtype": "float16"}):
+    for change in ({"alpha": 0.9}, {"beta": 0.5}):
         (project / "params.yaml").write_text(yaml.safe_dump(values | change))
         assert "dvc repro" in refused("pack", "--project", project, "--out", project / "out")
     assert not (project / "out").exists() and not (project / "out.private.json").exists()
@@ -143,6 +195,33 @@ def test_archive_has_the_same_bytes_each_time_and_is_read_like_the_folder(projec
     assert (project / "one.zip").read_bytes() == (project / "two.zip").read_bytes()
     one, folder = gives("inspect", project / "one.zip"), gives("inspect", project / "folder")
     assert {**one, "path": 0} == {**folder, "path": 0}
+
+
+@pytest.fixture
+def metrics(project):
+    """What stage evaluate would have written, as far as it is told to the data owner."""
+    file = project / "metrics.json"
+    recovery = {"lora": {"acc": 0.85, "answer_nll": 0.94}, "layers": {"acc": None, "answer_nll": 0.77}}
+    told = {kind: {"recovery": figures, "plug_in": {"acc": 0.5}} for kind, figures in recovery.items()}
+    identity = manifest_sha256(project / "artifacts" / "emulator")
+    write_json(file, {"emulator": {"package": identity}, "tasks": {"piqa": {"adapters": told}}})
+    return file
+
+
+def test_owner_may_tell_the_recovery_that_it_measured(project, metrics):
+    gives("pack", "--project", project, "--out", project / "told", "--figures", metrics)
+    shown = gives("inspect", project / "told")["recovery, as its owner measured it"]
+    assert shown["piqa, lora"] == {"acc": 0.85, "answer_nll": 0.94} and shown["piqa, layers"]["acc"] is None
+    assert "0.94" in scaleot("inspect", project / "told").out
+    gives("pack", "--project", project, "--out", project / "silent")
+    assert "recovery, as its owner measured it" not in gives("inspect", project / "silent")
+    found = json.loads(metrics.read_text())
+    write_json(metrics, {**found, "emulator": {"package": "0" * 64}})
+    command = ("pack", "--project", project, "--out", project / "other", "--figures", metrics)
+    assert "another package" in refused(*command)
+    write_json(metrics, {"tasks": {}})
+    assert "no metrics.json" in refused(*command)
+    assert not (project / "other").exists()
 
 
 # --- inspect ---------------------------------------------------------------------------------------------
@@ -162,7 +241,13 @@ def test_inspect_says_what_an_adapter_is(adapter, package):
     shown = gives("inspect", adapter)
     assert shown["tuned on package"] == gives("inspect", package)["id"] and shown["layers"] == [1]
     assert shown["whole"] is True and "sound" not in shown
-    assert shown["tuned"] == "in full" and shown["tuning: lr"] == 3e-4
+    assert shown["adapters"] == "whole adapter layers" and shown["tuning: lr"] == 3e-4
+
+
+def test_inspect_says_where_lora_is(lora):
+    shown = gives("inspect", lora)
+    assert shown["adapters"] == "LoRA of rank 3 in all matrices of all layers" and shown["layers"] == [1, 2, 3]
+    assert shown["tuning: lr"] == 1e-3
 
 
 def test_tables_say_the_same_to_a_person(adapter, package):
@@ -185,7 +270,7 @@ def test_adapter_is_all_that_goes_back(adapter, records):
 
 def test_tune_from_an_archive_into_an_archive(tmp_path, project, records):
     gives("pack", "--project", project, "--out", tmp_path / "p.zip")
-    found = gives("tune", tmp_path / "p.zip", "--data", records, "--out", tmp_path / "a.zip", *FEW)
+    found = gives("tune", tmp_path / "p.zip", "--data", records, "--out", tmp_path / "a.zip", *RANK, *FEW)
     assert found["records"] == 20
     assert gives("check", tmp_path / "a.zip", "--package", tmp_path / "p.zip")["sound"] is True
 
@@ -193,12 +278,14 @@ def test_tune_from_an_archive_into_an_archive(tmp_path, project, records):
 def test_tune_on_a_tasks_questions(tmp_path, package):
     file = tmp_path / "train.jsonl"
     file.write_text("\n".join(map(json.dumps, piqa_rows(12))))
-    assert gives("tune", package, "--task", "piqa", "--data", file, "--out", tmp_path / "a", *FEW)["records"] == 12
+    assert (
+        gives("tune", package, "--task", "piqa", "--data", file, "--out", tmp_path / "a", *RANK, *FEW)["records"] == 12
+    )
 
 
-@pytest.mark.parametrize("peft", ["none", "lora"])
-def test_killed_tuning_goes_on_to_the_same_bytes(tmp_path, package, records, monkeypatch, peft):
-    arguments = ("tune", package, "--data", records, "--peft", peft, *FEW)
+@pytest.mark.parametrize("kind", ["layers", "lora"])
+def test_killed_tuning_goes_on_to_the_same_bytes(tmp_path, package, records, monkeypatch, kind):
+    arguments = ("tune", package, "--data", records, "--adapters", kind, *RANK, *FEW)
     gives(*arguments, "--out", tmp_path / "whole")
     monkeypatch.setattr(cli, "PROGRESS_SECONDS", 0.0)
     with dies_after(tuner, "answer_loss", 3):
@@ -210,16 +297,31 @@ def test_killed_tuning_goes_on_to_the_same_bytes(tmp_path, package, records, mon
     assert not (tmp_path / ".again.progress").exists()
 
 
-def test_private_tuning_states_its_epsilon_and_draws_what_no_one_can_guess(tmp_path, package, records):
-    command = ("tune", package, "--data", records, "--epsilon", 8, "--delta", 0.01, *FEW)
+@pytest.mark.parametrize("kind", ["layers", "lora"])
+def test_private_tuning_states_its_epsilon_and_draws_what_no_one_can_guess(tmp_path, package, records, kind):
+    command = ("tune", package, "--data", records, "--epsilon", 8, "--delta", 0.01, "--adapters", kind, *RANK, *FEW)
     one, two = (gives(*command, "--out", tmp_path / name) for name in ("one", "two"))
     assert 7 < one["epsilon"] <= 8 and one["epsilon"] == two["epsilon"]
     stated = json.loads((tmp_path / "one" / "manifest.json").read_text())["tuning"]["privacy"]
     assert stated == {"epsilon": 8.0, "delta": 0.01}  # what was asked for: what was spent would tell the count
-    first, second = (read_tensors(tmp_path / name / "adapter.safetensors") for name in ("one", "two"))
+    file = "adapter.safetensors" if kind == "layers" else "adapter_model.safetensors"
+    first, second = (read_tensors(tmp_path / name / file) for name in ("one", "two"))
     assert any(not torch.equal(first[name], second[name]) for name in first)
     assert gives("inspect", tmp_path / "one")["tuning: privacy"] == stated
     assert "held-out examples can't choose" in refused(*command, "--out", tmp_path / "out", "--patience", 1)
+
+
+def test_tune_says_that_its_losses_are_not_the_real_models(tmp_path, package, records):
+    ended = scaleot("tune", package, "--data", records, "--out", tmp_path / "out", *RANK, *FEW)
+    assert ended.code == 0 and "not of the real model" in ended.said[-1]
+
+
+def test_package_without_adapter_layers_takes_lora(tmp_path, pruned_package, records):
+    command = ("tune", pruned_package, "--data", records, "--out", tmp_path / "out", *FEW)
+    assert "tune it with `lora`" in refused(*command, *WHOLE)
+    assert "the rank is at most 16" in refused(*command, "--lora-rank", 17)
+    gives(*command, *RANK, "--lora-modules", "attention")
+    assert gives("inspect", tmp_path / "out")["layers"] == [0, 1, 2, 3]
 
 
 def test_tune_needs_something_to_tune_on(tmp_path, package):
@@ -236,6 +338,7 @@ def test_what_is_there_is_not_written_over(tmp_path, package, adapter, base, pro
         ("pack", "--project", project),
         ("tune", package, "--data", "x"),
         ("plug", base, adapter, "--package", package),
+        ("plug", base, adapter, "--package", package, "--as-lora", tmp_path / "new"),
     ):
         assert "it is there already" in refused(*command, "--out", tmp_path / "out")
 
@@ -265,6 +368,77 @@ def test_plug_in_is_a_plain_transformers_folder(tmp_path, base, adapter, package
         logits(loaded), logits(tiny_model("llama"))
     )
     AutoTokenizer.from_pretrained(tmp_path / "plugged", local_files_only=True)
+
+
+def test_plugged_in_lora_is_what_peft_loads(tmp_path, base, package, lora):
+    options = ("--package", package, "--out", tmp_path / "plugged", "--as-lora", tmp_path / "lora")
+    assert gives("plug", base, lora, *options)["scale"] == 1.0
+    plugged = AutoModelForCausalLM.from_pretrained(tmp_path / "plugged", dtype="auto", local_files_only=True)
+    for folder in (lora, tmp_path / "lora"):
+        real = AutoModelForCausalLM.from_pretrained(base, dtype="auto", local_files_only=True)
+        close(logits(PeftModel.from_pretrained(real, folder)), logits(plugged))
+    assert not torch.equal(logits(plugged), logits(tiny_model("llama")))
+    assert sorted(os.listdir(tmp_path / "lora")) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_lora_over_some_of_the_channels_needs_what_its_owner_kept(tmp_path, base, pruned_package, pruned_lora):
+    command = ("plug", base, pruned_lora, "--package", pruned_package)
+    gives(*command, "--out", tmp_path / "plugged", "--as-lora", tmp_path / "lora")
+    plugged = AutoModelForCausalLM.from_pretrained(tmp_path / "plugged", dtype="auto", local_files_only=True)
+    real = AutoModelForCausalLM.from_pretrained(base, dtype="auto", local_files_only=True)
+    close(logits(PeftModel.from_pretrained(real, tmp_path / "lora")), logits(plugged))
+    shutil.copytree(pruned_package, tmp_path / "package")
+    command = ("plug", base, pruned_lora, "--package", tmp_path / "package", "--out", tmp_path / "out")
+    assert "--private" in refused(*command)
+    kept = pruned_package.with_name("package.private.json")
+    gives(*command, "--private", kept)
+    other = tmp_path / "other.json"
+    write_json(other, {**json.loads(kept.read_text()), "package": "0" * 64})
+    assert "another package" in refused(*command[:-1], tmp_path / "out2", "--private", other)
+
+
+def test_plug_measures_the_scale_on_public_text(tmp_path, base, pruned_package, pruned_lora, text, monkeypatch):
+    measure = public_text.emulator_effect
+    monkeypatch.setattr(
+        public_text, "emulator_effect", lambda *args: 1.7 * measure(*args)
+    )  # tiny models have none to see
+    command = ("plug", base, pruned_lora, "--package", pruned_package)
+    found = gives(*command, "--out", tmp_path / "out", "--public", text)
+    assert found["scale"] != 1
+    assert found["effect on the model"] == pytest.approx(found["effect on the package"], rel=0.1)
+    gives(*command, "--out", tmp_path / "same", "--scale", found["scale"])
+    gives(*command, "--out", tmp_path / "plain")
+    one, two, three = (read_tensors(tmp_path / name / "model.safetensors") for name in ("out", "same", "plain"))
+    assert all(torch.equal(one[key], two[key]) for key in one) and any(
+        not torch.equal(one[key], three[key]) for key in one
+    )
+
+
+@pytest.mark.parametrize("kind", ["adapter", "lora"])
+def test_scale_is_that_of_the_change(tmp_path, base, package, request, kind):
+    command = ("plug", base, request.getfixturevalue(kind), "--package", package)
+    for scale in (1, 2):
+        gives(*command, "--out", tmp_path / f"{scale}", "--scale", scale)
+    real, one, two = (read_tensors(folder / "model.safetensors") for folder in (base, tmp_path / "1", tmp_path / "2"))
+    for key, tensor in real.items():
+        torch.testing.assert_close(two[key] - tensor, 2 * (one[key] - tensor), rtol=1e-3, atol=1e-6)
+
+
+def test_scale_beyond_what_was_measured(tmp_path, base, lora, package, text):
+    command = ("plug", base, lora, "--package", package, "--out", tmp_path / "out")
+    for scale in ("0.4", "3.1", "nan", "inf"):
+        assert "the range is 0.5 to 3" in refused(*command, "--scale", scale)
+    assert "one of them" in refused(*command, "--scale", 1, "--public", text)
+    assert "no such file" in refused(*command, "--public", tmp_path / "gone.txt")
+    (tmp_path / "short.txt").write_text("short")
+    assert "5 tokens" in refused(*command, "--public", tmp_path / "short.txt")
+    assert os.listdir(tmp_path) == ["short.txt"]
+
+
+def test_plug_needs_something_to_write(tmp_path, base, adapter, package):
+    assert "nothing to write" in refused("plug", base, adapter, "--package", package)
+    said = refused("plug", base, adapter, "--package", package, "--as-lora", tmp_path / "lora")
+    assert "no LoRA" in said and os.listdir(tmp_path) == []
 
 
 def test_limits_refuse_an_adapter_that_moved_too_far(tmp_path, base, adapter, package):

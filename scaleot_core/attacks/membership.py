@@ -15,9 +15,9 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from scaleot_core.compression.emulator import layer_parameters, plug_in
 from scaleot_core.compression.plan import Plan
 from scaleot_core.models.forward import last_hidden_state
+from scaleot_core.tuning.adapters import TunedAdapter, plugged_in
 from scaleot_core.tuning.examples import IGNORED, Example, collate
 from scaleot_core.tuning.tuner import answer_loss
 
@@ -88,15 +88,13 @@ def extracted(model: PreTrainedModel, data: Sequence[Example]) -> float:
 
 
 def attack(
-    model: PreTrainedModel, plan: Plan, tuned: dict[str, Tensor], members: Sequence[Example], others: Sequence[Example]
+    model: PreTrainedModel, plan: Plan, tuned: TunedAdapter, members: Sequence[Example], others: Sequence[Example]
 ) -> dict[str, Any]:
     """Both attacks and extraction with one adapter plugged into the real model, which is then as it was."""
-    untuned = {name: p.detach().clone() for name, p in layer_parameters(model, plan, "adapter").items()}
     base = losses(model, members), losses(model, others)
-    plug_in(model, plan, tuned)
-    plugged = losses(model, members), losses(model, others)
-    said = {"members": extracted(model, members), "others": extracted(model, others)}
-    plug_in(model, plan, untuned)
+    with plugged_in(model, plan, tuned):
+        plugged = losses(model, members), losses(model, others)
+        said = {"members": extracted(model, members), "others": extracted(model, others)}
     return {name: asdict(found) for name, found in inference(base, plugged).items()} | {"extracted": said}
 
 

@@ -13,6 +13,7 @@ class LowRankLinear(nn.Module):
         self.left = nn.Parameter(left, requires_grad=False)
         self.right = nn.Parameter(right, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.in_features, self.out_features = right.shape[1], left.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
@@ -29,9 +30,19 @@ class FusedProjection(nn.Module):
         super().__init__()
         self.parts = nn.ModuleList(parts)
         self.runs = runs
+        sizes = [features(part) for part in parts]
+        self.in_features, self.out_features = sizes[0][0], sum(out for _, out in sizes)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.stack([part(x).unflatten(-1, (self.runs, -1)) for part in self.parts], dim=-2).flatten(-3)
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """Numbers of inputs and outputs of a linear map, whatever holds it."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    assert isinstance(module, nn.Linear | LowRankLinear | FusedProjection)
+    return module.in_features, module.out_features
 
 
 def dense(module: LowRankLinear) -> nn.Linear:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel
 
+from scaleot_core.common.errors import UserError
 from scaleot_core.common.validation import check_range
 from scaleot_core.compression.channels import channels_of
 from scaleot_core.compression.rank_compression import round_half_up, target_rank, target_ranks
@@ -69,7 +70,7 @@ def choose_layers(
     bottom has the odd one). Harmonizers replace the other layers of lowest score; their number is rounded half up.
     UserError for more adapter layers than the model can give.
     """
-    check_range("adapter_layers", adapter_layers, len(scores), least=1, most=len(scores) - 1)
+    check_range("adapter_layers", adapter_layers, len(scores), least=0, most=len(scores) - 1)
     ranked = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
     if placement == "ends":
         bottom = math.ceil(adapter_layers / 2)
@@ -88,6 +89,10 @@ def plan_for(params: Params, scores: Sequence[float], model: PreTrainedModel) ->
     kinds = choose_layers(
         scores, adapter_layers=params.adapter_layers, alpha=params.alpha, placement=params.adapter_placement
     )
+    if not set(kinds) & set(DECODER_KINDS):
+        raise UserError(
+            f"params.yaml: alpha = {params.alpha}: with adapter_layers = 0 it leaves no decoder layer to tune; lower it"
+        )
     decided = Plan(kinds, params.beta, params.harmonizer)
     if not params.channel_pruning.ratio:
         return decided

@@ -22,10 +22,11 @@ from transformers import (
 )
 
 from scaleot_core.common.errors import UserError, one_line
+from scaleot_core.common.files import read_json
 from scaleot_core.common.runtime import DTYPES
 from scaleot_core.common.tensors import Shapes, TensorWriter
 from scaleot_core.compression.emulator import PARTS, assemble, meta_emulator, part_of, tensor_shapes
-from scaleot_core.compression.plan import Cut, LayerKind, Plan
+from scaleot_core.compression.plan import DECODER_KINDS, Cut, LayerKind, Plan
 from scaleot_core.exchange.manifest import (
     MANIFEST,
     TOKENIZER_FILES,
@@ -38,7 +39,7 @@ from scaleot_core.exchange.tokenizer import load_untrusted_tokenizer, save_token
 from scaleot_core.exchange.untrusted import check_tensors, read_untrusted_tensors
 from scaleot_core.models.families import FAMILIES, family
 from scaleot_core.models.forward import last_hidden_state
-from scaleot_core.params import Fraction, HarmonizerForm
+from scaleot_core.params import AdapterKind, Fraction, HarmonizerForm
 
 FORMAT: Final = "scaleot-emulator"
 FORMAT_VERSION: Final = 3
@@ -46,6 +47,10 @@ UNSTATED = "not stated: ask the model owner"
 LONGEST_LICENSE = 1000  # characters
 LARGEST_BUFFERS = 2**24  # numbers: those that a model computes for itself, as rotary frequencies
 FILES = (*(f"{part}.safetensors" for part in PARTS), *TOKENIZER_FILES)
+
+
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+Recovery = Annotated[dict[Label, float | None], Field(max_length=16)]
 
 
 class PackageManifest(Manifest):
@@ -68,6 +73,8 @@ class PackageManifest(Manifest):
     """Whose weights each shared layer has."""
     cuts: Annotated[dict[int, Cut], Field(max_length=1024, default_factory=dict)]
     """How far layers are cut that β doesn't cut."""
+    figures: Annotated[dict[Label, dict[AdapterKind, Recovery]], Field(max_length=64, default_factory=dict)]
+    """The model owner's own measured recovery, by task, adapters and metric, if it chose to tell."""
 
 
 def save(
@@ -107,6 +114,20 @@ def save(
         "cuts": {str(i): cut.model_dump(mode="json") for i, cut in plan.cuts.items()},
     }
     write_manifest(folder, manifest)
+
+
+def measured_recovery(metrics: Path, package: str) -> dict[str, Any]:
+    """Read the recovery from a metrics.json, by task, adapters and metric; UserError where it is another package's."""
+    found = read_json(metrics)
+    try:
+        if found["emulator"]["package"] != package:
+            raise UserError(f"{metrics}: it was measured with another package than the one to ship; run `dvc repro`")
+        return {
+            task: {kind: figures["recovery"] for kind, figures in measured["adapters"].items()}
+            for task, measured in found["tasks"].items()
+        }
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{metrics}: it is no metrics.json of this version; run `dvc repro`") from None
 
 
 def _config_fields(model_type: str) -> set[str]:
@@ -154,8 +175,8 @@ class Package:
         """The layer plan that the manifest states."""
         manifest = self.manifest
         with self._describing():
-            if "adapter" not in manifest.layers:
-                raise ValueError("no layer is an adapter layer")
+            if not set(manifest.layers) & set(DECODER_KINDS):
+                raise ValueError("no decoder layer is left to tune")
             return Plan(manifest.layers, manifest.beta, manifest.harmonizer, manifest.like, manifest.cuts)
 
     @cached_property
@@ -188,11 +209,15 @@ class Package:
         """Check every tensor's name, shape and dtype by the files' headers; no weights are loaded."""
         check_tensors(self.expected)
 
+    def tensors(self, *parts: str) -> dict[str, Tensor]:
+        """Read the tensors of some parts as they are shipped, by their names in the model; no other weights."""
+        files = [self.folder / f"{part}.safetensors" for part in parts]
+        return read_untrusted_tensors({file: self.expected[file] for file in files if file in self.expected})
+
     @cached_property
-    def adapter_tensors(self) -> dict[str, Tensor]:
-        """Every weight of the adapter layers as it is shipped, by its name in the model; no other weights are read."""
-        file = self.folder / "adapter.safetensors"
-        return read_untrusted_tensors({file: self.expected[file]})
+    def exact(self) -> dict[str, Tensor]:
+        """What is shipped as the real model has it: embeddings, last norm and head, and the adapter layers."""
+        return self.tensors("base", "adapter")
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer."""

@@ -1,7 +1,7 @@
 """What a method is given, and the size that its emulator is fitted to: equal bytes for all methods."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -27,6 +27,9 @@ class BuiltEmulator:
     plan: Plan
     tensors: Iterable[tuple[str, Tensor]]
     """What a package has of it, by its name in the model; to be gone through once."""
+    channels: Mapping[int, Tensor] = field(default_factory=dict)
+    """The numbers of the feed-forward channels that each pruned layer keeps, ascending; whole once `tensors` were gone
+    through. They stay with the model owner."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,11 @@ class ModelOwner:
         return streamed
 
     def scores(self) -> list[float]:
-        """The layers' scores."""
+        """The layers' scores; zeros where nothing hangs on them, so that such an emulator needs none."""
+        params = self.params
+        by_score = params.adapter_layers > 0 and params.adapter_placement == "importance"
+        if not (params.alpha or params.max_bytes_ratio or by_score):
+            return [0.0] * self.config.num_hidden_layers
         return read_scores(self.harmonizers / "scores.json", self.config.num_hidden_layers)
 
     def plan(self, kinds: tuple[LayerKind, ...], **cuts: object) -> Plan:

@@ -161,4 +161,4 @@ def build(owner: ModelOwner) -> BuiltEmulator:
         scores = channel_scores(into, (out, after), settings.lambda_feed_forward)
         channels[i] = scores.cpu().argsort(descending=True, stable=True)[: cut.channels].sort().values
     emulator.apply_plan(model, cut_down, factors, channels=channels)
-    return BuiltEmulator(cut_down, package_tensors(model, cut_down))
+    return BuiltEmulator(cut_down, package_tensors(model, cut_down), channels)

@@ -41,7 +41,8 @@ def build(owner: ModelOwner) -> BuiltEmulator:
     params, decided = owner.params, plan(owner)
     if not decided.layers("compressed"):
         say(f"alpha = {params.alpha} leaves no layer to compress, so beta = {params.beta} does nothing", "yellow")
-    tensors = layer_by_layer(owner, decided)
+    channels: dict[int, Tensor] = {}
+    tensors = layer_by_layer(owner, decided, channels)
     if params.after_src.steps and decided.layers("harmonizer"):
         model = assemble(owner.config, decided, tensors, device=owner.runtime.device)
         owner.count(model)
@@ -50,11 +51,14 @@ def build(owner: ModelOwner) -> BuiltEmulator:
             model, trained, owner.blocks, params.after_src, seed=params.seed, checkpoint=owner.checkpoint
         )
         tensors = package_tensors(model, decided)
-    return BuiltEmulator(decided, tensors)
+    return BuiltEmulator(decided, tensors, channels)
 
 
-def layer_by_layer(owner: ModelOwner, decided: Plan) -> Iterator[tuple[str, Tensor]]:
-    """The emulator's tensors by their names. Of the model's layers no more than one is in memory."""
+def layer_by_layer(owner: ModelOwner, decided: Plan, channels: dict[int, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the emulator's tensors by their names, and put into `channels` those that each pruned layer keeps.
+
+    Of the model's layers no more than one is in memory.
+    """
     give_back_freed_memory()
     streamed = owner.stream()
     model, scratch = streamed.model, owner.scratch
@@ -79,7 +83,8 @@ def layer_by_layer(owner: ModelOwner, decided: Plan) -> Iterator[tuple[str, Tens
                 if cut := decided.cuts.get(i):
                     weight, _ = weight_of(layer.get_submodule(family(owner.config).feed_forward_out))
                     covariance = known[feed_forward_name(owner.config, i)].to(weight.device)
-                    prune_channels(model, i, *select_channels(weight, covariance, cut.channels))
+                    channels[i], refitted = select_channels(weight, covariance, cut.channels)
+                    prune_channels(model, i, channels[i], refitted)
             yield from named(i, layer)
 
 

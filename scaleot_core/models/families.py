@@ -28,6 +28,8 @@ class Family:
     """From a decoder layer to the matrix that takes them."""
     by_head: bool = False
     """Whether the outputs of fused matrices alternate from head to head, or each matrix's lie together."""
+    transposed: bool = False
+    """Whether matrices are stored as (in, out), as transformers' Conv1D has them, or as (out, in)."""
 
 
 _LLAMA = Family(
@@ -39,7 +41,7 @@ _LLAMA = Family(
 )
 
 FAMILIES: dict[str, Family] = {
-    "gpt2": Family("transformer.h", "attn", {"c_attn": 3, "c_proj": 1}, ("mlp.c_fc",), "mlp.c_proj"),
+    "gpt2": Family("transformer.h", "attn", {"c_attn": 3, "c_proj": 1}, ("mlp.c_fc",), "mlp.c_proj", transposed=True),
     "gpt_neox": Family(  # Pythia
         "gpt_neox.layers",
         "attention",

@@ -16,9 +16,11 @@ from scaleot_core.compression.plan import Plan
 from scaleot_core.methods import METHODS, ModelOwner
 from scaleot_core.models.families import decoder_layers, family
 from scaleot_core.models.forward import mean_loss
-from scaleot_core.params import changed
+from scaleot_core.params import LoraForm, changed
 from scaleot_core.training.checkpoint import Checkpoint
+from scaleot_core.tuning.adapters import TunedLayers, TunedLora
 from scaleot_core.tuning.examples import from_task
+from scaleot_core.tuning.lora import insert_lora
 from scaleot_core.tuning.tuner import train
 
 
@@ -216,13 +218,32 @@ def test_overfitted_adapter_gives_its_records_away_and_the_model_is_as_it_was(to
     members, others = data[::2], data[1::2]
     settings = params.offsite_tune.model_copy(update={"epochs": 40, "batch_size": 4})
     train(tuned, layer_parameters(tuned, PLAN, "adapter"), members, settings, lr=1e-2, seed=0, label="test")
-    adapter = {name: p.detach() for name, p in layer_parameters(tuned, PLAN, "adapter").items()}
+    adapter = TunedLayers({name: p.detach() for name, p in layer_parameters(tuned, PLAN, "adapter").items()})
     before = {name: p.clone() for name, p in model.named_parameters()}
     found = membership.attack(model, PLAN, adapter, members, others)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert found["calibrated"]["auc"] > 0.6
     assert membership.losses(tuned, members) != membership.losses(model, members)
     assert "curve" not in membership.without_curve(found["loss"]) and found["extracted"].keys() == {"members", "others"}
+
+
+def test_lora_gives_its_records_away_too_and_the_model_is_as_it_was(tokenizer, params):
+    model = tiny_model("llama")
+    data = from_task(model, tokenizer, "piqa", piqa_rows(24), block_size=16)
+    members, others = data[::2], data[1::2]
+    tuned, form = tiny_model("llama"), LoraForm(rank=8, alpha=16.0, layers="all", modules="all")
+    parameters = insert_lora(tuned, PLAN, form, seed=0)
+    settings = params.offsite_tune.model_copy(update={"epochs": 40, "batch_size": 4})
+    train(tuned, parameters, members, settings, lr=1e-2, seed=0, label="test")
+    factors = {
+        name.partition(".lora_A.")[0]: (p.detach(), parameters[name.replace("lora_A", "lora_B")].detach())
+        for name, p in parameters.items()
+        if ".lora_A." in name
+    }
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    found = membership.attack(model, PLAN, TunedLora(form, factors, False), members, others)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert found["calibrated"]["auc"] > 0.6
 
 
 def test_extraction_is_the_answer_said_word_for_word(tokenizer):

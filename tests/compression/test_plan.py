@@ -1,9 +1,10 @@
 """The plan: which layer becomes what."""
 
 import pytest
-from helpers import refusal
+from helpers import refusal, tiny_model
 
-from scaleot_core.compression.plan import choose_layers
+from scaleot_core.compression.plan import choose_layers, plan_for
+from scaleot_core.params import changed
 
 
 def chosen(scores, adapter_layers=1, alpha=0.25, placement="importance"):
@@ -43,6 +44,17 @@ def test_ends_are_adapters_whatever_the_scores(count, adapters):
 def test_alpha_takes_nothing_at_zero_and_everything_at_one():
     assert set(chosen([3.0, 1.0, 2.0, 0.0], alpha=0.0)[1:]) == {"compressed"}
     assert set(chosen([3.0, 1.0, 2.0, 0.0], alpha=1.0)[1:]) == {"harmonizer"}
+
+
+def test_no_layer_has_to_be_an_adapter_layer():
+    for placement in ("importance", "ends"):
+        kinds = chosen([3.0, 1.0, 2.0, 0.0], 0, alpha=0.25, placement=placement)
+        assert kinds == ("compressed", "compressed", "compressed", "harmonizer")
+
+
+def test_plan_that_leaves_no_decoder_layer_is_refused(params):
+    nothing = changed(params, {"adapters": ["lora"], "adapter_layers": 0, "alpha": 1.0})
+    assert "no decoder layer to tune" in refusal(plan_for, nothing, [0.0] * 4, tiny_model("llama"))
 
 
 @pytest.mark.parametrize("count", [4, 5])

@@ -31,8 +31,8 @@ from helpers import (
 from scaleot_core.common.files import read_json, write_json
 from scaleot_core.common.tensors import read_tensors, write_tensors
 from scaleot_core.exchange.archive import archive
-from scaleot_core.exchange.manifest import manifest_sha256
 from scaleot_core.exchange.package import Package
+from scaleot_core.params import LoraForm
 
 SECONDS = 2.0  # within which a refusal comes
 ADAPTER = "adapter.safetensors"
@@ -106,6 +106,10 @@ def filled(name, value):
 def swapped(tensors):
     """Another layer's number in every name."""
     return {key.replace(".1.", ".2."): tensor for key, tensor in tensors.items()}
+
+
+def renamed(old, new):
+    return lambda tensors: {key.replace(old, new): tensor for key, tensor in tensors.items()}
 
 
 def header(file, change):
@@ -232,6 +236,8 @@ def lora_states(**changes):
     return damage
 
 
+Q = "base_model.model.model.layers.1.self_attn.q_proj"
+FORM = {"rank": 3, "alpha": 5.0, "layers": "all", "modules": "all"}
 RANKS = {f"{name}_proj": [4] for name in "qkvo"}
 DEEP = "[" * 100_000 + "]" * 100_000
 MANIFESTS = {
@@ -326,6 +332,12 @@ PACKAGES = {
     "another β": states(beta=0.1),
     "another semantics": states(rank_semantics="kept"),
     "huge harmonizers": states(harmonizer={"rank": 10**9}),
+    "figures of text": states(figures="all of it"),
+    "figures that aren't finite": replaces("{", '{"figures": {"piqa": {"lora": {"acc": Infinity}}},'),
+    "figures of adapters that are none": states(figures={"piqa": {"evil": {"acc": 1.0}}}),
+    "figures whose names steer a terminal": states(figures={"\x1b]0;owned\x07": {"lora": {"acc": 1.0}}}),
+    "figures of very many tasks": states(figures={f"t{i}": {"lora": {"acc": 1.0}} for i in range(100)}),
+    "no decoder layer": states(layers=["harmonizer"] * 4),
     "huge license": states(license="x" * 10_000),
     "dtype that is unknown": states(dtype="float8"),
     "another dtype stated": states(dtype="bfloat16"),
@@ -391,8 +403,8 @@ ADAPTERS = {
     "more layers": states(layers=[1, 2]),
     "no layers": states(layers=[]),
     "layers of text": states(layers=["1; import os"]),
-    "LoRA that isn't there": states(lora={"rank": 3, "alpha": 5.0}),
-    "record with more in it": states(offsite_tune={"lr": 1e-3, "steps": 1, "batch_size": 1, "data": "private"}),
+    "LoRA that isn't there": states(lora=FORM),
+    "record with more in it": states(tuning={"lr": 1e-3, "steps": 1, "batch_size": 1, "data": "private"}),
     "NaN": holds(ADAPTER, filled(UP, float("nan"))),
     "infinity": holds(ADAPTER, filled(UP, float("-inf"))),
     "tensor too many": holds(ADAPTER, put(NORM, torch.ones(32))),
@@ -405,13 +417,38 @@ ADAPTERS = {
 }
 LORAS = {
     "LoRA denied": states(lora=None),
-    "LoRA of another rank": states(lora={"rank": 4, "alpha": 5.0}),
-    "LoRA of a huge rank": states(lora={"rank": 10**6, "alpha": 5.0}),
-    "LoRA of another scale": states(lora={"rank": 3, "alpha": 6.0}),
+    "LoRA of another rank": states(lora={**FORM, "rank": 4}),
+    "LoRA of a huge rank": states(lora={**FORM, "rank": 10**6}),
+    "LoRA of a rank above a matrix's": lambda folder: (
+        states(lora={**FORM, "rank": 17})(folder),
+        lora_states(r=17)(folder),
+    ),
+    "LoRA of another scale": states(lora={**FORM, "alpha": 6.0}),
+    "LoRA of a scale that is none": replaces('"alpha": 5.0', '"alpha": NaN'),
+    "LoRA of no scale": states(lora={**FORM, "alpha": 0}),
     "LoRA of a scale beyond numbers": lambda folder: (
-        states(lora={"rank": 3, "alpha": 1e300})(folder),
+        states(lora={**FORM, "alpha": 1e300})(folder),
         lora_states(lora_alpha=1e300)(folder),
     ),
+    "LoRA in other layers": states(layers=[1]),
+    "LoRA in the adapter layers, it says": lambda folder: (
+        states(lora={**FORM, "layers": "adapter"}, layers=[1])(folder),
+        lora_states(layers_to_transform=[1])(folder),
+    ),
+    "LoRA in a harmonizer's place": lambda folder: (
+        states(layers=[0, 1, 2, 3])(folder),
+        lora_states(layers_to_transform=[0, 1, 2, 3])(folder),
+    ),
+    "LoRA in the attention, it says": states(lora={**FORM, "modules": "attention"}),
+    "LoRA in modules that are none": states(lora={**FORM, "modules": "lm_head"}),
+    "LoRA with more in it": states(lora={**FORM, "dora": True}),
+    "LoRA of another model": holds(LORA, renamed("model.layers.", "transformer.h.")),
+    "LoRA of other matrices": holds(LORA, renamed("self_attn.q_proj", "mlp.q_proj")),
+    "LoRA of the head": holds(LORA, put("base_model.model.lm_head.lora_A.weight", torch.ones(3, 32))),
+    "a LoRA matrix gone": holds(LORA, put(f"{Q}.lora_B.weight", None)),
+    "a LoRA matrix transposed": holds(LORA, put(f"{Q}.lora_A.weight", torch.ones(32, 3))),
+    "LoRA of another dtype": holds(LORA, put(f"{Q}.lora_A.weight", torch.ones(3, 32, dtype=torch.float16))),
+    "LoRA too large for numbers": holds(LORA, lambda ts: {k: torch.full_like(t, 1e30) for k, t in ts.items()}),
     "configuration gone": lambda folder: (folder / LORA_CONFIG).unlink(),
     "configuration that is a list": text(LORA_CONFIG, "[]"),
     "configuration nested deeply": text(LORA_CONFIG, DEEP),
@@ -445,12 +482,8 @@ def sound(tmp_path_factory, tokenizer):
     package = write_package(folder / "package", tiny_model("llama"), tokenizer)
     tiny_model("llama").save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    from scaleot_core.params import load_params
-
-    full = load_params(ROOT / "params.yaml").offsite_tune
-    lora = full.model_copy(update={"peft": "lora", "lora_rank": 3, "lora_alpha": 5.0})
-    for name, tuning in (("full", full), ("lora", lora)):
-        write_adapter(folder / name, Package(package).load(CPU), tuning, package=manifest_sha256(package))
+    for name, lora in (("full", None), ("lora", LoraForm.model_validate(FORM))):
+        write_adapter(folder / name, Package(package).load(CPU), lora, Package(package))
     (folder / "records.jsonl").write_text('{"prompt": "count", "completion": " to one"}\n' * 9)
     return folder
 

@@ -350,6 +350,23 @@ def test_channels_are_cut_beside_the_attention_and_peers_get_as_many_bytes(name,
     assert base.target_bytes(owner(name, "uniform", **changes)) == size
 
 
+@each_family
+@pytest.mark.parametrize("method", ["scaleot", "gradot"])
+def test_owner_knows_which_channels_are_in_the_package(name, method, owner):
+    changes = {"alpha": 0.0, "channel_pruning.ratio": 0.25} if method == "scaleot" else {"alpha": 0.5}
+    who = owner(name, method, **changes)
+    built = METHODS[method](who)
+    made, real = assemble(who.config, built.plan, built.tensors, device=CPU), who.load()
+    names = family(real.config)
+    assert built.channels.keys() == built.plan.cuts.keys() and built.channels
+    for i, kept in built.channels.items():
+        assert len(kept) == built.plan.cuts[i].channels and torch.equal(kept, kept.unique())
+        for inner in names.feed_forward_in:
+            here, there = (weight_of(decoder_layers(m)[i].get_submodule(inner)) for m in (made, real))
+            assert torch.equal(here[0], there[0][kept])
+            assert here[1] is None or torch.equal(here[1], there[1][kept])
+
+
 def test_plan_that_makes_no_sense():
     for changes in ({"like": {0: 1}}, {"like": {1: 0}}, {"cuts": {0: None}}, {"like": {9: 1}}):
         with pytest.raises(ValueError, match="layer"):

@@ -1,0 +1,151 @@
+"""What tuning gives, whole adapter layers or LoRA: in the emulator that it was tuned in, and in the real model."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from scaleot_core.common.errors import UserError
+from scaleot_core.compression import emulator
+from scaleot_core.compression.low_rank import features
+from scaleot_core.compression.plan import Plan
+from scaleot_core.models.families import family
+from scaleot_core.params import LoraForm
+
+
+@dataclass(frozen=True)
+class TunedLayers:
+    """The paper's adapters: every weight of the adapter layers, by its name in the model."""
+
+    weights: Mapping[str, Tensor]
+
+    @property
+    def changes(self) -> list[str]:
+        """Names of the real model's weights that the adapter changes."""
+        return list(self.weights)
+
+    def plugged(self, name: str, base: Tensor, scale: float = 1.0) -> Tensor:
+        """One weight of the plug-in from the real model's, in its dtype: base + scale · (tuned − base)."""
+        tuned = self.weights[name].to(base.device)
+        moved = tuned if scale == 1 else base.float() + scale * (tuned.float() - base.float())
+        return _finite(name, moved.to(base.dtype))
+
+
+@dataclass(frozen=True)
+class TunedLora:
+    """LoRA: A (r, in) and B (out, r) of every matrix that has it, by the matrix's name in the model."""
+
+    form: LoraForm
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    transposed: bool
+    """Whether the real model's matrices are stored as (in, out)."""
+
+    @property
+    def changes(self) -> list[str]:
+        """Names of the real model's weights that the adapter changes."""
+        return [f"{name}.weight" for name in self.factors]
+
+    def change(self, name: str) -> Tensor:
+        """What is added to one matrix (out, in), in float32: alpha / r · B A."""
+        a, b = (factor.float() for factor in self.factors[name])
+        return self.form.alpha / self.form.rank * (b @ a)
+
+    def plugged(self, name: str, base: Tensor, scale: float = 1.0) -> Tensor:
+        """One weight of the plug-in from the real model's, in its dtype: base + scale · alpha / r · B A."""
+        change = self.change(name.removesuffix(".weight")).to(base.device)
+        return _finite(name, (base.float() + scale * (change.T if self.transposed else change)).to(base.dtype))
+
+
+TunedAdapter = TunedLayers | TunedLora
+
+
+def _finite(name: str, weight: Tensor) -> Tensor:
+    if not weight.isfinite().all():
+        raise UserError(f"{name!r} would have numbers that are not finite; the adapter is of no use")
+    return weight
+
+
+def fit_to_model(adapter: TunedLora, model: PreTrainedModel, channels: Mapping[int, Tensor]) -> TunedLora:
+    """LoRA at the shapes of the real model's matrices; weights aren't needed.
+
+    `channels` are, by layer, the numbers of the feed-forward channels that the emulator kept: the rows and columns of
+    the others are zeros. UserError where they don't fit.
+    """
+    names, factors = family(model.config), dict(adapter.factors)
+    for i, kept in channels.items():
+        for inner in (*names.feed_forward_in, names.feed_forward_out):
+            name = f"{names.layers}.{i}.{inner}"
+            if name in factors:
+                a, b = factors[name]
+                into, out = features(model.get_submodule(name))
+                if inner == names.feed_forward_out:
+                    factors[name] = _spread(a.T, kept, into).T.contiguous(), b
+                else:
+                    factors[name] = a, _spread(b, kept, out)
+    for name, (a, b) in factors.items():
+        into, out = features(model.get_submodule(name))
+        if (a.shape[1], b.shape[0]) != (into, out):
+            raise UserError(
+                f"LoRA of {name!r} is for {a.shape[1]} inputs and {b.shape[0]} outputs, the real model has {into} and "
+                f"{out}, and which of its channels were kept isn't known"
+            )
+    return replace(adapter, factors=factors)
+
+
+def _spread(rows: Tensor, at: Tensor, count: int) -> Tensor:
+    """Rows (f', r) at their places among `count`, the others zeros."""
+    if len(rows) != len(at) or not bool(((at >= 0) & (at < count)).all()) or len(at.unique()) < len(at):
+        raise UserError(f"the {len(at)} channels that were kept are not those of LoRA with {len(rows)} of {count}")
+    spread = rows.new_zeros(count, rows.shape[1])
+    spread[at.to(rows.device)] = rows
+    return spread
+
+
+@torch.no_grad()
+def plug_in(model: PreTrainedModel, plan: Plan, adapter: TunedAdapter, scale: float = 1.0) -> dict[str, Tensor]:
+    """Plug an adapter into the real model, in place; give back what the changed weights were.
+
+    UserError where it has other weights than the adapter layers have.
+    """
+    parameters = dict(model.named_parameters())
+    before = {name: parameters[name].detach().clone() for name in adapter.changes if name in parameters}
+    if isinstance(adapter, TunedLayers):
+        emulator.plug_in(model, plan, dict(adapter.weights))  # which checks them
+    for name, base in before.items():
+        parameters[name].copy_(adapter.plugged(name, base, scale))
+    return before
+
+
+@contextmanager
+def plugged_in(model: PreTrainedModel, plan: Plan, adapter: TunedAdapter, scale: float = 1.0) -> Iterator[None]:
+    """The real model with an adapter plugged in for the length of a block; then it is what it was."""
+    before = plug_in(model, plan, adapter, scale)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, weight in before.items():
+                model.get_parameter(name).copy_(weight)
+
+
+@contextmanager
+def tuned_emulator(model: PreTrainedModel, plan: Plan, adapter: TunedAdapter) -> Iterator[None]:
+    """The emulator with what was tuned in it for the length of a block; then it is what it was."""
+    if isinstance(adapter, TunedLayers):
+        with plugged_in(model, plan, adapter):
+            yield
+        return
+    from scaleot_core.tuning.lora import ADAPTER_NAME, insert_lora, remove_lora
+
+    inserted = insert_lora(model, plan, adapter.form, seed=0)
+    try:
+        with torch.no_grad():
+            for name, factors in adapter.factors.items():
+                for part, factor in zip("AB", factors, strict=True):
+                    inserted[f"{name}.lora_{part}.{ADAPTER_NAME}.weight"].copy_(factor)
+        yield
+    finally:
+        remove_lora(model)
