@@ -59,9 +59,9 @@ class Artifacts:
         """Read a task's questions: part `train` or `eval`."""
         return read_jsonl(self.tasks / task / f"{part}.jsonl")
 
-    def adapter(self, task: str) -> Path:
-        """What offsite tuning made of a task: the adapter, and how its tuning went."""
-        return self.root / "adapters" / task
+    def adapter(self, task: str, kind: str) -> Path:
+        """What offsite tuning made of a task: adapters of one kind, and how their tuning went."""
+        return self.root / "adapters" / task / kind
 
     def zero_shot(self, task: str) -> Path:
         """The untuned model's figures on a task."""

@@ -55,7 +55,7 @@ def check_model(params: Params, folder: Path) -> None:
     """UserError where a parameter doesn't fit the model in a folder: its architecture, layers or context length."""
     config = read_config(folder)
     layers = config.num_hidden_layers
-    check_range("adapter_layers", params.adapter_layers, layers, least=1, most=layers - 1)
+    check_range("adapter_layers", params.adapter_layers, layers, least=0, most=layers - 1)
     dlr.validate(params.dlr, layers=layers, blocks=params.data.train_blocks)
     if params.data.block_size > config.max_position_embeddings:
         raise UserError(
@@ -79,6 +79,8 @@ def forward_tokens(params: Params) -> dict[str, float]:
     fits, steps = params.layer_importance, params.dlr.steps
     layers = 30  # of the sensitivities, in a typical model
     scoring = params.data.eval_questions * CHOICES * QUESTION_TOKENS * tasks
+    lora = params.offsite_tune.model_copy(update={"lr": params.lora.lr})
+    tunings = [lora if kind == "lora" else params.offsite_tune for kind in params.adapters]
     candidates = steps // params.dlr.score_interval * params.dlr.candidates
     return {
         "layer_importance": block * (fits.calibration_blocks + layers * fits.sensitivity_blocks)
@@ -87,8 +89,8 @@ def forward_tokens(params: Params) -> dict[str, float]:
         "compress": block * params.rank_compression.calibration_blocks if params.rank_compression.whiten else 0,
         "zero_shot": scoring,
         "full_finetune": scoring + 3 * tasks * _tuning_tokens(params.full_finetune, params.data.train_questions),
-        "offsite_tune": 2 * tasks * _tuning_tokens(params.offsite_tune, params.data.train_questions),
-        "evaluate": 3 * scoring,
+        "offsite_tune": 2 * tasks * sum(_tuning_tokens(each, params.data.train_questions) for each in tunings),
+        "evaluate": (1 + 2 * len(params.adapters)) * scoring,
     }
 
 
@@ -111,6 +113,13 @@ def _decomposition_seconds(config: PretrainedConfig) -> float:
     return one * sum(family(config).projections.values()) * config.num_hidden_layers
 
 
+def _processes(params: Params, stage: str) -> int:
+    """Count the items of a stage's matrix."""
+    if stage == "offsite_tune":
+        return len(params.tasks) * len(params.adapters)
+    return len(params.tasks) if stage in ("zero_shot", "full_finetune") else 1
+
+
 def show(params: Params, model: Path, runtime: Runtime) -> None:
     """Print the stages to come, where they run, and about how long each takes."""
     config = read_config(model)
@@ -125,7 +134,7 @@ def show(params: Params, model: Path, runtime: Runtime) -> None:
     table.add_column("about", justify="right")
     total = 0.0
     for stage, tokens in forward_tokens(params).items():
-        processes = len(params.tasks) if stage in ("zero_shot", "full_finetune", "offsite_tune") else 1
+        processes = _processes(params, stage)
         seconds = tokens * 2 * parameters / rate + OVERHEAD_SECONDS * processes
         seconds += _decomposition_seconds(config) if stage == "compress" else 0
         total += seconds

@@ -1,41 +1,69 @@
 """Measure the emulator and the plug-in on every task, and collect what all stages found into metrics.json."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from scaleot_core.artifacts import Artifacts
 from scaleot_core.common.files import cached_json, folder_bytes, read_json
 from scaleot_core.common.runtime import Runtime
-from scaleot_core.compression.emulator import plug_in
 from scaleot_core.compression.plan import LayerKind, Plan
 from scaleot_core.evaluation.harness import evaluate
 from scaleot_core.evaluation.tasks import Rows, load_task
 from scaleot_core.evaluation.tasks import metrics as metrics_of
 from scaleot_core.exchange import adapter
 from scaleot_core.exchange.package import Package
+from scaleot_core.exchange.returned import fitted
+from scaleot_core.exchange.scale import BLOCKS, emulator_effect, measure_scale
 from scaleot_core.models.forward import mean_loss
 from scaleot_core.models.loading import load_model, load_tokenizer
 from scaleot_core.reporting.measurements import utility
+from scaleot_core.tuning.adapters import TunedAdapter, plugged_in, tuned_emulator
 
 Figures = dict[str, Any]
 """One measurement's figures on one task, as `harness.evaluate` gives them."""
 
 
-def measure(
-    artifacts: Artifacts, questions: Mapping[str, Rows], runtime: Runtime, *, batch_size: int, cache: Path
-) -> tuple[dict[str, dict[str, Figures]], float]:
-    """Measure emulator_zero_shot, emulator_finetune and plug_in on every task; and the emulator's loss on the corpus.
+@dataclass(frozen=True)
+class Evaluated:
+    """What stage evaluate measures."""
 
-    Each finished measurement is kept in `cache`, so that a stopped evaluation goes on. Returns the measurements by
-    name and task, and the mean next-token loss (nats) on the held-out blocks. UserError for an adapter that isn't
-    sound.
+    emulator_zero_shot: dict[str, Figures]
+    """By task."""
+    adapters: dict[str, dict[str, dict[str, Any]]]
+    """By task and kind: emulator_finetune and plug_in, and the model owner's scale (`exchange.scale`)."""
+    emulator_loss: float
+    """Mean next-token loss (nats) of the emulator on the held-out blocks."""
+
+
+def measure(
+    artifacts: Artifacts,
+    questions: Mapping[str, Rows],
+    kinds: Sequence[str],
+    runtime: Runtime,
+    *,
+    batch_size: int,
+    cache: Path,
+) -> Evaluated:
+    """Measure the emulator, and the adapters of some kinds in it and in the real model, on every task.
+
+    Each finished measurement is kept in `cache`, so that a stopped evaluation goes on. UserError for an adapter that
+    isn't sound.
     """
     tokenizer, package = load_tokenizer(artifacts.model), Package(artifacts.emulator)
-    adapters = {task: adapter.read(artifacts.adapter(task) / "adapter", package) for task in questions}
+    plan, public = package.plan, artifacts.blocks("train")[:BLOCKS]
+    tuned = {
+        (task, kind): adapter.read(artifacts.adapter(task, kind) / "adapter", package)
+        for task in questions
+        for kind in kinds
+    }
 
     def figures(label: str, asked: Mapping[str, Rows]) -> dict[str, Figures]:
         run = partial(evaluate, model, tokenizer, asked, batch_size=batch_size, label=label)
@@ -44,49 +72,57 @@ def measure(
 
     model = package.load(runtime.device)
     loss = cached_json(cache / "emulator_loss.json", partial(mean_loss, model, artifacts.blocks("heldout")))
-    measured = {"emulator_zero_shot": figures("emulator_zero_shot", questions)}
-    for name in ("emulator_finetune", "plug_in"):
-        if name == "plug_in":
-            model = load_model(artifacts.model, device=runtime.device, dtype=runtime.dtype)
-        measured[name] = {}
-        for task, rows in questions.items():
-            plug_in(model, package.plan, adapters[task])
-            measured[name] |= figures(f"{name}@{task}", {task: rows})
-    return measured, loss
+    zero_shot = figures("emulator_zero_shot", questions)
+    found: dict[str, dict[str, dict[str, Any]]] = {task: {kind: {} for kind in kinds} for task in questions}
+    effects = {}
+    for (task, kind), given in tuned.items():
+        label = f"emulator_finetune@{task}-{kind}"
+        with tuned_emulator(model, plan, given):
+            found[task][kind]["emulator_finetune"] = figures(label, {task: questions[task]})[task]
+        effect = partial(emulator_effect, model, plan, given, public)
+        effects[task, kind] = cached_json(cache / f"effect@{task}-{kind}.json", effect)
+    model = load_model(artifacts.model, device=runtime.device, dtype=runtime.dtype)
+    for (task, kind), given in tuned.items():
+        given, label = fitted(given, package, model, artifacts.emulator_private), f"plug_in@{task}-{kind}"
+        with plugged_in(model, plan, given):
+            found[task][kind]["plug_in"] = figures(label, {task: questions[task]})[task]
+        run = partial(_scale, model, plan, given, effects[task, kind], public)
+        found[task][kind]["scale"] = cached_json(cache / f"scale@{task}-{kind}.json", run)
+    return Evaluated(zero_shot, found, loss)
+
+
+def _scale(model: PreTrainedModel, plan: Plan, tuned: TunedAdapter, effect: float, public: Tensor) -> float:
+    return measure_scale(model, plan, tuned, effect, public).scale
 
 
 def collect(
-    artifacts: Artifacts,
-    questions: Mapping[str, Rows],
-    measured: Mapping[str, Mapping[str, Figures]],
-    emulator_loss: float,
-    costs: Mapping[str, Any],
+    artifacts: Artifacts, questions: Mapping[str, Rows], evaluated: Evaluated, costs: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Put all measurements, sizes, perplexities, costs and versions together: metrics.json."""
     tasks = {}
     for task, rows in questions.items():
-        tuned = artifacts.full_finetune(task)
-        found: dict[str, Any] = {
-            "zero_shot": read_json(artifacts.zero_shot(task)),
-            "full_finetune": read_json(tuned / "results.json"),
-            **{name: figures[task] for name, figures in measured.items()},
-        }
+        ceiling = artifacts.full_finetune(task)
         better = metrics_of(load_task(task, rows))
-        found |= {
+        found: dict[str, Any] = {
             "metrics": list(better),
             "lower_is_better": [metric for metric, higher in better.items() if not higher],
+            "zero_shot": read_json(artifacts.zero_shot(task)),
+            "full_finetune": read_json(ceiling / "results.json"),
+            "emulator_zero_shot": evaluated.emulator_zero_shot[task],
+            "lr": read_json(ceiling / "tuning.json")["lr"],
         }
-        rates = {
-            "offsite_tune": read_json(artifacts.adapter(task) / "tuning.json")["lr"],
-            "full_finetune": read_json(tuned / "tuning.json")["lr"],
+        adapters = {
+            kind: {**figures, "lr": read_json(artifacts.adapter(task, kind) / "tuning.json")["lr"]}
+            for kind, figures in evaluated.adapters[task].items()
         }
-        tasks[task] = found | utility(found) | {"lr": rates}
+        tasks[task] = found | {"adapters": {kind: f | utility(found | f) for kind, f in adapters.items()}}
     model_loss = read_json(artifacts.importance / "scores.json")["model_heldout_loss"]
+    package = Package(artifacts.emulator)
     return {
         "tasks": tasks,
         "splits": "cut by prepare_data; not comparable to results on the official ones",
-        "emulator": _sizes(artifacts, Package(artifacts.emulator).plan),
-        "corpus_perplexity": {"model": math.exp(model_loss), "emulator": math.exp(emulator_loss)},
+        "emulator": {"package": package.sha256, **_sizes(artifacts, package.plan)},
+        "corpus_perplexity": {"model": math.exp(model_loss), "emulator": math.exp(evaluated.emulator_loss)},
         "cost": costs,
         "versions": {name: version(name) for name in ("lm_eval", "torch", "transformers", "datasets")},
     }
@@ -102,12 +138,12 @@ def _sizes(artifacts: Artifacts, plan: Plan) -> dict[str, Any]:
     }
 
 
-def loss_histories(artifacts: Artifacts, tasks: list[str]) -> dict[str, Any]:
+def loss_histories(artifacts: Artifacts, tasks: Sequence[str], kinds: Sequence[str]) -> dict[str, Any]:
     """Read the loss a step of every stage that trains, by the stage's name."""
     folders = {
         "layer_importance": artifacts.importance,
         "train_harmonizers": artifacts.harmonizers,
-        **{f"offsite_tune@{task}": artifacts.adapter(task) for task in tasks},
+        **{f"offsite_tune@{task}-{kind}": artifacts.adapter(task, kind) for task in tasks for kind in kinds},
         **{f"full_finetune@{task}": artifacts.full_finetune(task) for task in tasks},
     }
     return {name: read_json(folder / "history.json") for name, folder in folders.items()}

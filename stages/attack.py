@@ -15,6 +15,7 @@ from scaleot_core.common.files import atomic_folder, cached_json, write_csv, wri
 from scaleot_core.evaluation.harness import evaluate
 from scaleot_core.exchange import adapter
 from scaleot_core.exchange.package import Package
+from scaleot_core.exchange.returned import fitted
 from scaleot_core.methods import ModelOwner
 from scaleot_core.models.forward import mean_loss
 from scaleot_core.models.loading import load_model, load_tokenizer
@@ -53,13 +54,16 @@ def main() -> None:
         model_loss = mean_loss(model, heldout)
         curves = restoration.curves({name: result["curve"] for name, result in found.items()}, model_loss)
         weights = exposure.exposure(model, package.load(runtime.device), package.plan)
-        members = {}
+        members: dict[str, dict[str, Any]] = {}
         for task in params.tasks:
-            tuned = adapter.read(artifacts.adapter(task) / "adapter", package)
             parts = [artifacts.questions(task, part) for part in ("train", "eval")]
             data = [examples.from_task(model, tokenizer, task, rows, block_size=block_size) for rows in parts]
             records = params.attack.membership_records
-            members[task] = membership.attack(model, package.plan, tuned, *(part[:records] for part in data))
+            for kind in params.adapters:
+                tuned = adapter.read(artifacts.adapter(task, kind) / "adapter", package)
+                tuned = fitted(tuned, package, model, artifacts.emulator_private)
+                told = membership.attack(model, package.plan, tuned, *(part[:records] for part in data))
+                members.setdefault(task, {})[kind] = told
         with atomic_folder(artifacts.root / "attack") as out:
             write_csv(out / "restoration.csv", curves)
             write_csv(out / "weights.csv", weights)
@@ -73,8 +77,11 @@ def main() -> None:
                 "restoration": ends,
                 "weights": exposure.shares(weights),
                 "membership": {
-                    task: {name: membership.without_curve(figures) for name, figures in each.items()}
-                    for task, each in members.items()
+                    task: {
+                        kind: {name: membership.without_curve(figures) for name, figures in told.items()}
+                        for kind, told in kinds.items()
+                    }
+                    for task, kinds in members.items()
                 },
             },
         )

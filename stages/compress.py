@@ -27,10 +27,15 @@ def main() -> None:
             checkpoint=stage.checkpoint,
             count=stage.meter.count,
         )
-        private = {"scores": owner.scores(), "params": stage.entry.values(params)}
         built = METHODS[params.method](owner)
         with atomic_folder(artifacts.emulator) as out:
             package.save(out, owner.config, load_tokenizer(artifacts.model), built.plan, built.tensors)
+        private = {
+            "package": package.Package(artifacts.emulator).sha256,
+            "scores": owner.scores(),
+            "params": stage.entry.values(params),
+            "channels": {str(i): kept.tolist() for i, kept in built.channels.items()},
+        }
         write_json(artifacts.emulator_private, private)
 
 

@@ -20,10 +20,10 @@ def main() -> None:
         params, artifacts = stage.params, stage.artifacts
         questions = {task: artifacts.questions(task, "eval") for task in params.tasks}
         batch_size, cache = params.evaluate.batch_size, stage.checkpoint.folder
-        measured, loss = measure(artifacts, questions, stage.runtime, batch_size=batch_size, cache=cache)
+        evaluated = measure(artifacts, questions, params.adapters, stage.runtime, batch_size=batch_size, cache=cache)
         costs = {file.stem: read_json(file) for file in sorted(COSTS.glob("*.json"))} | {"evaluate": stage.meter.read()}
-        metrics = collect(artifacts, questions, measured, loss, costs)
-        histories = loss_histories(artifacts, params.tasks)
+        metrics = collect(artifacts, questions, evaluated, costs)
+        histories = loss_histories(artifacts, params.tasks, params.adapters)
         layers = read_json(artifacts.harmonizers / "scores.json") | {"kinds": Package(artifacts.emulator).plan.kinds}
         with atomic_folder(PLOTS) as out:
             tables.write_curves(out / "loss", histories)

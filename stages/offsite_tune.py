@@ -1,7 +1,7 @@
-"""Stage offsite_tune, one per task: tune the adapter layers on private questions against the frozen emulator.
+"""Stage offsite_tune, one per task and kind of adapters: tune them on private questions in the frozen emulator.
 
 The data owner's side. Reads the emulator package and the task's training questions and nothing else; writes the tuned
-adapter, which is all that goes back. `python stages/offsite_tune.py TASK` runs one.
+adapter, which is all that goes back. `python stages/offsite_tune.py TASK layers|lora` runs one.
 """
 
 from scaleot_core.common import distributed
@@ -18,8 +18,11 @@ from scaleot_core.tuning.selection import tune
 def main() -> None:
     item = item_from_arguments("offsite_tune")
     with run_stage("offsite_tune", item) as stage:
-        task, artifacts, seed = item["task"], stage.artifacts, stage.params.seed
-        tuning, block_size = stage.params.offsite_tune, stage.params.data.block_size
+        task, kind, artifacts, params = item["task"], item["adapters"], stage.artifacts, stage.params
+        tuning, block_size, seed = params.offsite_tune, params.data.block_size, params.seed
+        lora = params.lora.form if kind == "lora" else None
+        if lora:
+            tuning = tuning.model_copy(update={"lr": params.lora.lr})
         package = Package(artifacts.emulator)
         model = package.load(stage.runtime.device)
         stage.meter.count(model)
@@ -27,13 +30,11 @@ def main() -> None:
         data = examples.from_task(model, package.tokenizer(), task, rows, block_size=block_size, packed=packed)
         if not tuning.epsilon:  # which has every process take all records one by one
             distributed.shard_layers(decoder_layers(model))
-        parameters = adapter.trainable(model, package.plan, tuning, seed)
+        parameters = adapter.trainable(model, package.plan, lora, seed)
         tuned = tune(model, parameters, data, tuning, seed=seed, label=stage.label, checkpoint=stage.checkpoint)
-        with atomic_folder(artifacts.adapter(task)) as out:
+        with atomic_folder(artifacts.adapter(task, kind)) as out:
             (out / "adapter").mkdir()
-            adapter.save(
-                out / "adapter", model, package.plan, parameters, package=package.sha256, tuning=tuning, tuned=tuned
-            )
+            adapter.save(out / "adapter", package, parameters, lora=lora, tuning=tuning, tuned=tuned)
             write_json(out / "tuning.json", {"lr": tuned.lr, "validation_loss": tuned.validation_loss})
             write_json(out / "history.json", tuned.history)
 

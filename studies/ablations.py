@@ -21,24 +21,24 @@ from studies.experiments import Row, experiment_name, run
 SEEDS = (0, 1, 2)
 OUT = Path("docs/studies/ablations.csv")
 FIGURES = {
-    "gap": "gap.acc",
-    "recovery": "recovery.acc",
-    "gap nll": "gap.answer_nll",
-    "recovery nll": "recovery.answer_nll",
+    "gap": "adapters.layers.gap.acc",
+    "recovery": "adapters.layers.recovery.acc",
+    "gap nll": "adapters.layers.gap.answer_nll",
+    "recovery nll": "adapters.layers.recovery.answer_nll",
 }
 
 
 def trial(name: str, changes: dict[str, Any], seed: int) -> Row:
     """One ablation with one seed."""
-    return run(experiment_name("ablation", name, "seed", seed), {**changes, "seed": seed})
+    return run(experiment_name("ablation", name, "seed", seed), {"adapters": ["layers"], **changes, "seed": seed})
 
 
 def moves(row: Row, default: Row, tasks: list[str]) -> bool:
     """Whether gap or recovery of a task is more than a standard error away from the default run's."""
     for task in tasks:
-        prefix = f"tasks.{task}"
+        prefix = f"tasks.{task}.adapters.layers"
         plugged, tuned = (default[f"{prefix}.{name}.acc_stderr"] for name in ("plug_in", "emulator_finetune"))
-        gained = default[f"{prefix}.full_finetune.acc"] - default[f"{prefix}.zero_shot.acc"]
+        gained = default[f"tasks.{task}.full_finetune.acc"] - default[f"tasks.{task}.zero_shot.acc"]
         errors = {"gap": (plugged**2 + tuned**2) ** 0.5, "recovery": plugged / gained if gained > 0 else None}
         for figure, error in errors.items():
             here, there = row[f"{prefix}.{figure}.acc"], default[f"{prefix}.{figure}.acc"]

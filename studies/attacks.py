@@ -1,10 +1,12 @@
 """Attacks: the utility that each α and β gives, against what the restoration attack wins back from it.
 
-Beside them are `channel_pruning.ratio` alone and the variants in attacks.yaml. Every setting is a DVC experiment that
+Beside them are `channel_pruning.ratio` alone and the variants in attacks.yaml; each is tuned by its adapter layers and
+by LoRA in every layer that is there, a row each. Every setting is a DVC experiment that
 runs the pipeline and the stage `attack`, through DVC's queue as in the sweep. A run that exists already, as an
 experiment of this commit or as figures in attacks-runs.csv, is not repeated. `make attack-study` runs it.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,10 +20,11 @@ from scaleot_core.common.files import atomic_file, write_csv
 from scaleot_core.common.progress import console
 from scaleot_core.params import changed, load_params
 from scaleot_core.reporting import figures
-from scaleot_core.reporting.measurements import mean, over_seeds
+from scaleot_core.reporting.measurements import mean, of_kind, over_seeds
 from studies.experiments import Changes, Figures, cached_figures, experiment_name, read_metrics, run_all
 
 SETTINGS, OUT = Path(__file__).with_suffix(".yaml"), Path("docs/studies")
+KINDS = {"layers": "{}", "lora": "{}, lora"}  # of adapters, and the names of a setting's rows
 TARGETS = ("dvc.yaml", "studies/dvc.yaml:attack")
 COLUMNS = (
     *("recovery acc", "recovery answer_nll", "gap acc", "gap answer_nll"),  # the paper's
@@ -31,20 +34,20 @@ COLUMNS = (
 SHOWN = ("recovery answer_nll", "gap answer_nll", "lacking", "bytes exact", "membership AUC")
 
 
-def run_figures(metrics: Mapping[str, Any], attack: Mapping[str, Any]) -> dict[str, float | None]:
-    """Utility and privacy of one run, the mean over tasks, and what the attacker has in the end.
+def run_figures(metrics: Mapping[str, Any], attack: Mapping[str, Any], kind: str) -> dict[str, float | None]:
+    """Utility and privacy of one run's adapters of a kind, the mean over tasks, and what the attacker has in the end.
 
     `lacking` is the log-perplexity (nats) that the attacker's model still lacks to the real one; `won back` the share
     of the distance at the start that was made good. `answers said` is the share of the private questions' answers that
     the plug-in says word for word.
     """
-    measured, end = metrics["tasks"], attack["restoration"]["package"]
+    measured, end = of_kind(metrics, kind)["tasks"], attack["restoration"]["package"]
 
     def over_tasks(name: str, metric: str) -> float | None:
         return mean([each[name][metric] for each in measured.values()])
 
     def members(name: str, figure: str) -> float | None:
-        return mean([told[name][figure] for told in attack["membership"].values()])
+        return mean([told[kind][name][figure] for told in attack["membership"].values()])
 
     return {
         "recovery acc": over_tasks("recovery", "acc"),
@@ -93,25 +96,31 @@ def main() -> None:
 
     def make(missing: Mapping[str, Changes]) -> Iterator[tuple[str, Figures]]:
         for name, run in run_all(missing, "attacks", TARGETS):
-            yield name, run_figures(read_metrics(run), read_metrics(run, "attack.json"))
+            metrics, attack = read_metrics(run), read_metrics(run, "attack.json")
+            each = {kind: run_figures(metrics, attack, kind) for kind in KINDS}
+            yield name, {f"{column}, {kind}": each[kind][column] for kind in KINDS for column in COLUMNS}
 
-    found = cached_figures(OUT / "attacks-runs.csv", COLUMNS, wanted, make, *TARGETS)
+    columns = [f"{column}, {kind}" for kind in KINDS for column in COLUMNS]
+    found = cached_figures(OUT / "attacks-runs.csv", columns, wanted, make, *TARGETS)
     rows = []
-    for name, (line, label, changes) in own.items():
+    for (name, (line, label, changes)), kind in itertools.product(own.items(), KINDS):
         dial = changed(params, dict(changes))
-        row: dict[str, Any] = {"line": line, "label": label}
+        row: dict[str, Any] = {"line": KINDS[kind].format(line), "label": label, "adapters": kind}
         row |= {"alpha": dial.alpha, "beta": dial.beta, "channels": dial.channel_pruning.ratio}
         seen = [found[name_of(name, seed)] for seed in seeds]
         for figure in COLUMNS:
-            row[figure], row[f"{figure} ±"] = over_seeds([each[figure] for each in seen]) or (None, None)
+            values = [each[f"{figure}, {kind}"] for each in seen]
+            row[figure], row[f"{figure} ±"] = over_seeds(values) or (None, None)
         rows.append(row)
     write_csv(OUT / "attacks.csv", rows)
     panels = [figures.LACKING, figures.GAPS["answer_nll"]]
     with atomic_file(OUT / "attacks.png") as temporary:
         figures.save_png(figures.frontier(figures.by_line(rows), panels), temporary)
     table = Table("", *SHOWN, title=f"the dial under attack, means of seeds {seeds}; all figures: {OUT}/attacks.csv")
-    for name, row in zip(own, rows, strict=True):
-        table.add_row(name, *("–" if row[figure] is None else f"{row[figure]:.3g}" for figure in SHOWN))
+    for (name, kind), row in zip(itertools.product(own, KINDS), rows, strict=True):
+        table.add_row(
+            KINDS[kind].format(name), *("–" if row[figure] is None else f"{row[figure]:.3g}" for figure in SHOWN)
+        )
     console.print(table)
 
 

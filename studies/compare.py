@@ -1,5 +1,6 @@
 """Compare: all methods on the same model, tasks, seeds, bytes and tuning, as DVC experiments; a table.
 
+Every method's emulator is tuned twice, by its own adapter layers and by LoRA in every layer that it has: a row each.
 Utility is what the plug-in has, privacy what the tuned emulator lacks of it; cost is what preparing the emulator took:
 for ScaleOT layer importance, DLR and compression, for the others compression. `make compare` runs it; on a GPU
 `make compare SET="data.train_questions=4000"` runs it larger.
@@ -21,7 +22,7 @@ from scaleot_core.common.entrypoint import run_command
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import atomic_file, write_csv
 from scaleot_core.common.progress import console
-from scaleot_core.reporting.measurements import MEASUREMENTS, mean, over_seeds, utility
+from scaleot_core.reporting.measurements import MEASUREMENTS, mean, of_kind, over_seeds, utility
 from studies.experiments import (
     EMULATOR_STAGES,
     Changes,
@@ -36,13 +37,14 @@ from studies.experiments import (
 SETTINGS = Path(__file__).with_suffix(".yaml")
 RUNS, OUT, LOG = Path("docs/studies/compare-runs.csv"), Path("docs/studies/compare.csv"), Path("docs/results.md")
 BEGIN, END = "<!-- compare -->\n", "<!-- end of compare -->\n"
+KINDS = {"layers": "{}", "lora": "{}, lora"}  # of adapters, and the names of a method's rows
 PREPARED = {"scaleot": EMULATOR_STAGES}  # the others: compress alone
 
 Figure = Callable[[dict[str, Any], str], float | None]
-"""From a run's metrics.json and its method."""
+"""From a run's metrics.json, as of one kind of adapters, and its method."""
 Cell = tuple[float, float] | None
 Rows = dict[str, dict[str, Cell]]
-"""Of every method its columns: mean and standard error over seeds."""
+"""Of every method and kind of adapters its columns: mean and standard error over seeds."""
 
 
 def over_tasks(*path: str) -> Figure:
@@ -91,12 +93,22 @@ COLUMNS: dict[str, tuple[Figure, bool | None]] = {
 }
 
 
+def run_figures(metrics: dict[str, Any], method: str) -> Figures:
+    """The columns of one run, for each kind of adapters."""
+    return {
+        f"{column}, {kind}": figure(of_kind(metrics, kind), method)
+        for kind in KINDS
+        for column, (figure, _) in COLUMNS.items()
+    }
+
+
 def rows_of(runs: dict[str, list[Figures]]) -> Rows:
-    """Every method's columns from its runs' figures; one seed alone has no error."""
+    """The rows of every method from its runs' figures; one seed alone has no error."""
     rows: Rows = {}
     for method, found in runs.items():
-        cells = {column: over_seeds([figures[column] for figures in found]) for column in COLUMNS}
-        rows[method] = {column: cell and (cell[0], cell[1] or 0.0) for column, cell in cells.items()}
+        for kind, name in KINDS.items():
+            cells = {column: over_seeds([figures[f"{column}, {kind}"] for figures in found]) for column in COLUMNS}
+            rows[name.format(method)] = {c: cell and (cell[0], cell[1] or 0.0) for c, cell in cells.items()}
     return rows
 
 
@@ -164,11 +176,12 @@ def main() -> None:
     def make(missing: Mapping[str, Changes]) -> Iterator[tuple[str, Figures]]:
         for name, own in missing.items():
             metrics = read_metrics(run(name, own))
-            yield name, {column: figure(metrics, own["method"]) for column, (figure, _) in COLUMNS.items()}
+            yield name, run_figures(metrics, own["method"])
 
     seeds = compared["seeds"]
     wanted = {name_of(row, seed): {**own, "seed": seed} for seed in seeds for row, own in rows_wanted.items()}
-    found = cached_figures(RUNS, COLUMNS, wanted, make, "dvc.yaml")
+    columns = [f"{column}, {kind}" for kind in KINDS for column in COLUMNS]
+    found = cached_figures(RUNS, columns, wanted, make, "dvc.yaml")
     rows = rows_of({row: [found[name_of(row, seed)] for seed in seeds] for row in rows_wanted})
     write_csv(OUT, [csv_row(method, cells) for method, cells in rows.items()])
     about = "; ".join([f"means of {', '.join(changes['tasks'])}", f"{len(seeds)} seeds", *sys.argv[1:]])

@@ -17,18 +17,20 @@ from scaleot_core.common.progress import console
 from scaleot_core.params import load_params
 from scaleot_core.reporting import figures
 from scaleot_core.reporting.measurements import mean
-from studies.experiments import Row, experiment_name, run_all
+from studies.experiments import Changes, Row, experiment_name, run_all
 
 ALPHAS, BETAS = (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.5, 0.8, 0.95)
 OUT = Path("docs/studies")
+ADAPTERS = "layers"  # the dial is the paper's, and so are its adapters
+TUNED = ("plug_in", "emulator_finetune")
 
 
-def setting(alpha: float, beta: float) -> dict[str, float]:
+def setting(alpha: float, beta: float) -> Changes:
     """What one setting changes. With α = 1 no layer is left for β, so that one run serves all."""
-    return {"alpha": alpha, "beta": BETAS[0] if alpha == 1 else beta}
+    return {"alpha": alpha, "beta": BETAS[0] if alpha == 1 else beta, "adapters": [ADAPTERS]}
 
 
-def name_of(changes: dict[str, float]) -> str:
+def name_of(changes: Changes) -> str:
     """The name of a setting's experiment."""
     return experiment_name("sweep alpha", changes["alpha"], "beta", changes["beta"])
 
@@ -38,11 +40,11 @@ def row_figures(row: Row, tasks: list[str]) -> dict[str, float]:
     found: dict[str, float] = {}
     for metric in figures.GAPS:
         for name in ("plug_in", "emulator_finetune", "gap", "recovery"):
-            values = [row[f"tasks.{task}.{name}.{metric}"] for task in tasks]
+            values = [row[f"tasks.{task}.adapters.{ADAPTERS}.{name}.{metric}"] for task in tasks]
             middle = mean(values)
             found[f"{name} {metric}"] = math.nan if middle is None else middle
         errors = [
-            sum(row[f"tasks.{task}.{name}.{metric}_stderr"] ** 2 for name in ("plug_in", "emulator_finetune"))
+            sum(row[f"tasks.{task}.adapters.{ADAPTERS}.{name}.{metric}_stderr"] ** 2 for name in TUNED)
             for task in tasks
         ]
         found[f"gap {metric} ±"] = sum(errors) ** 0.5 / len(tasks)
@@ -55,7 +57,7 @@ def turns(rows: list[dict[str, float]], dial: str, other: str) -> list[str]:
     for before, after in itertools.permutations(rows, 2):
         if after[other] == before[other] and after[dial] > before[dial]:
             where = f"{dial} {before[dial]} to {after[dial]} at {other} = {after[other]}"
-            for name in ("plug_in", "emulator_finetune"):
+            for name in TUNED:
                 gained = before[f"{name} answer_nll"] - after[f"{name} answer_nll"]
                 if gained > 2 * after["gap answer_nll ±"]:
                     found.append(f"{where}: {name} gains {gained:.2f} nats")

@@ -15,7 +15,7 @@ from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import write_csv
 from scaleot_core.params import changed, load_params
 from scaleot_core.reporting import tables
-from scaleot_core.reporting.measurements import MEASUREMENTS
+from scaleot_core.reporting.measurements import by_row
 from studies.experiments import experiment_name, parse_overrides, read_metrics, run
 
 PRESETS = Path("presets.yaml")
@@ -46,11 +46,11 @@ def main() -> None:
             "task": task,
             "measurement": measurement,
             "metric": metric,
-            "value": measured[measurement][metric],
-            "standard error": measured[measurement][f"{metric}_stderr"],
+            "value": found[metric],
+            "standard error": found[f"{metric}_stderr"],
         }
         for task, measured in metrics["tasks"].items()
-        for measurement in MEASUREMENTS
+        for measurement, found in by_row(measured).items()
         for metric in measured["metrics"]
     ]
     write_csv(Path(f"docs/studies/{title}.csv"), rows)

@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from scaleot_core.reporting.measurements import MEASUREMENTS, Measured, judged_by
+from scaleot_core.reporting.measurements import Measured, by_row, judged_by
 
 matplotlib.rcParams.update(
     {
@@ -29,6 +29,13 @@ KIND_COLOURS = {
     "harmonizer": "#edae49",
     "shared": "#9aa5b1",
     "removed": "#d8d8d8",
+}
+MEASUREMENT_COLOURS = {
+    "zero_shot": "#9aa5b1",
+    "full_finetune": "#3e4c59",
+    "emulator_zero_shot": "#edae49",
+    "emulator_finetune": "#e07b39",
+    "plug_in": "#d1495b",
 }
 MARKERS = "os^DvP*X"
 
@@ -49,20 +56,22 @@ def svg(figure: Figure) -> str:
 
 
 def measurements(tasks: Mapping[str, Measured]) -> Figure:
-    """The five measurements of every task, in the metrics that it is judged by."""
-    colours = ["#9aa5b1", "#3e4c59", "#edae49", "#e07b39", "#d1495b"]
-    figure = Figure(figsize=(4.2 * len(tasks), 6.4))
+    """The measurements of every task, in the metrics that it is judged by."""
+    figure = Figure(figsize=(4.8 * len(tasks), 6.4))
     rows = figure.subplots(2, len(tasks), squeeze=False)
     for column, (task, measured) in enumerate(tasks.items()):
         for axis in rows[len(judged_by(measured)) :, column]:
             axis.axis("off")
         for axis, metric in zip(rows[:, column], judged_by(measured), strict=False):
-            values = [measured[name][metric] for name in MEASUREMENTS]
-            errors = [measured[name][f"{metric}_stderr"] for name in MEASUREMENTS]
-            axis.bar(range(5), values, yerr=errors, color=colours, capsize=3)
+            shown = by_row(measured)
+            values = [figures[metric] for figures in shown.values()]
+            errors = [figures[f"{metric}_stderr"] for figures in shown.values()]
+            colours = [MEASUREMENT_COLOURS[name.partition(",")[0]] for name in shown]
+            axis.bar(range(len(shown)), values, yerr=errors, color=colours, capsize=3)
             low, high = min(values) - 2 * max(errors), max(values) + 2 * max(errors) or 1.0
             axis.set_ylim(max(0, low - 0.3 * (high - low)), high)
-            axis.set_xticks(range(5), [name.replace("_", "\n") for name in MEASUREMENTS], fontsize=7)
+            names = [re.sub("_|, ", "\n", name) for name in shown]
+            axis.set_xticks(range(len(shown)), names, fontsize=7)
             better = "less" if metric in measured["lower_is_better"] else "more"
             axis.set_title(f"{task}\n{metric} ({better} is better)", fontsize=9)
     return figure

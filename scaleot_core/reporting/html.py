@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from scaleot_core.common.files import atomic_file
 from scaleot_core.reporting import figures
-from scaleot_core.reporting.measurements import MEASUREMENTS
+from scaleot_core.reporting.measurements import by_row
 
 Row = Mapping[str, Any]
 
@@ -41,13 +41,17 @@ def _measurements(tasks: Mapping[str, Any]) -> Section:
     for task, measured in tasks.items():
         header = [task, *measured["metrics"]]
         cells = [
-            [name, *(f"{measured[name][m]:.3f} ± {measured[name][f'{m}_stderr']:.3f}" for m in measured["metrics"])]
-            for name in MEASUREMENTS
+            [name, *(f"{figures[m]:.3f} ± {figures[f'{m}_stderr']:.3f}" for m in measured["metrics"])]
+            for name, figures in by_row(measured).items()
         ]
-        for name in ("gap", "recovery"):
-            cells.append([name, *(_number(measured[name][metric]) for metric in measured["metrics"])])
+        for kind, own in measured["adapters"].items():
+            for name in ("gap", "recovery"):
+                cells.append([f"{name}, {kind}", *(_number(own[name][metric]) for metric in measured["metrics"])])
         tables.append([header, *cells])
-    text = "Gap is plug-in minus tuned emulator, recovery the plug-in's share of what full fine-tuning gains."
+    text = (
+        "Adapters are the adapter layers, as in the paper (layers), or LoRA in every layer that is there (lora). "
+        "Gap is plug-in minus tuned emulator, recovery the plug-in's share of what full fine-tuning gains."
+    )
     return Section("The five measurements", text, figures.svg(figures.measurements(tasks)), tables)
 
 
@@ -76,6 +80,7 @@ def _attack(found: Mapping[str, Any], curves: Sequence[Row], tasks: Mapping[str,
     membership = [
         {
             "task": task,
+            "adapters": kind,
             "attack": name,
             "AUC": told[name]["auc"],
             "±": told[name]["auc_stderr"],
@@ -83,7 +88,8 @@ def _attack(found: Mapping[str, Any], curves: Sequence[Row], tasks: Mapping[str,
             "private answers said": told["extracted"]["members"],
             "held-out answers said": told["extracted"]["others"],
         }
-        for task, told in found["membership"].items()
+        for task, kinds in found["membership"].items()
+        for kind, told in kinds.items()
         for name in ("loss", "calibrated")
     ]
     targets = dict.fromkeys(row["target"] for row in curves)

@@ -6,16 +6,37 @@ from typing import Any
 
 MEASUREMENTS = ("zero_shot", "full_finetune", "emulator_zero_shot", "emulator_finetune", "plug_in")
 Measured = Mapping[str, Any]
-"""Of one task the five measurements, each with its figures, and what they are: `metrics` and `lower_is_better`."""
+"""One task in metrics.json: its measurements, those of every kind of adapters below `adapters`, and what their figures
+are: `metrics` and `lower_is_better`."""
+Five = Mapping[str, Any]
+"""The same with one kind's measurements beside the others."""
 
 
-def _values(measured: Measured, metric: str) -> dict[str, float]:
+def five(measured: Measured, kind: str) -> Five:
+    """Put a kind of adapters' measurements beside those that all have."""
+    return {**measured, **measured["adapters"][kind]}
+
+
+def of_kind(metrics: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """See all of metrics.json as if there were but one kind of adapters."""
+    return {**metrics, "tasks": {task: five(measured, kind) for task, measured in metrics["tasks"].items()}}
+
+
+def by_row(measured: Measured) -> dict[str, Mapping[str, Any]]:
+    """Order a task's measurements for a table or a picture: those that all adapters share, then each kind's two."""
+    rows = {name: measured[name] for name in MEASUREMENTS if name in measured}
+    for kind, own in measured["adapters"].items():
+        rows |= {f"{name}, {kind}": own[name] for name in MEASUREMENTS if name in own}
+    return rows
+
+
+def _values(measured: Five, metric: str) -> dict[str, float]:
     """The five measurements in one metric, with the sign turned where less is better, as in a perplexity."""
     sign = -1 if metric in measured["lower_is_better"] else 1
     return {name: sign * measured[name][metric] for name in MEASUREMENTS}
 
 
-def utility(measured: Measured) -> dict[str, dict[str, float | None]]:
+def utility(measured: Five) -> dict[str, dict[str, float | None]]:
     """Gap and recovery of one task (method, "The two parties"), in each of its `metrics`.
 
     Gap = plug_in − emulator_finetune; recovery = (plug_in − zero_shot) / (full_finetune − zero_shot), None where full
@@ -49,7 +70,7 @@ def judged_by(measured: Measured) -> list[str]:
     return list(dict.fromkeys([measured["metrics"][0], measured["metrics"][-1]]))
 
 
-def misordered(measured: Measured) -> list[str]:
+def misordered(measured: Five) -> list[str]:
     """What is not as the method promises, in the metrics that count; an empty list is the promise kept."""
     wrong = []
     for metric in judged_by(measured):

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from scaleot_core.common.files import write_csv
 from scaleot_core.common.progress import console
-from scaleot_core.reporting.measurements import MEASUREMENTS, Measured, misordered
+from scaleot_core.reporting.measurements import Measured, by_row, five, misordered
 
 
 def measurement_table(tasks: Mapping[str, Measured]) -> Table:
@@ -25,8 +25,8 @@ def measurement_table(tasks: Mapping[str, Measured]) -> Table:
     for task, measured in tasks.items():
         table.add_section()
         table.add_row(task, style="bold")
-        for name in MEASUREMENTS:
-            table.add_row(f"  {name}", *(cell(measured[name], metric) for metric in metrics))
+        for name, figures in by_row(measured).items():
+            table.add_row(f"  {name}", *(cell(figures, metric) for metric in metrics))
     return table
 
 
@@ -35,11 +35,12 @@ def show(metrics: Mapping[str, Any]) -> None:
     console.print(measurement_table(metrics["tasks"]))
     for task, measured in metrics["tasks"].items():
         metric = measured["metrics"][0]
-        gap, recovery = measured["gap"][metric], measured["recovery"][metric]
-        share = "undefined (full fine-tuning gained nothing)" if recovery is None else f"{recovery:.2f}"
-        console.print(f"{task}: gap {gap:+.3f} in {metric}, recovery {share}")
-        for line in misordered(measured):
-            console.print(f"  note: {line}", style="yellow")
+        for kind, own in measured["adapters"].items():
+            gap, recovery = own["gap"][metric], own["recovery"][metric]
+            share = "undefined (full fine-tuning gained nothing)" if recovery is None else f"{recovery:.2f}"
+            console.print(f"{task}, adapters {kind}: gap {gap:+.3f} in {metric}, recovery {share}")
+            for line in misordered(five(measured, kind)):
+                console.print(f"  note: {line}", style="yellow")
     emulator, perplexity = metrics["emulator"], metrics["corpus_perplexity"]
     console.print(
         f"emulator: {emulator['share_of_model']:.0%} of the model's bytes; "
