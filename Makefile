@@ -6,7 +6,7 @@ PARALLEL := --numprocesses=2 --dist=loadscope --no-loadscope-reorder
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: attack attacks bench help repro test test-quick lint check-default studies ablations sweep compare report table
+.PHONY: attack attacks bench demo help repro test test-quick lint check-default studies ablations sweep compare report table
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -42,6 +42,9 @@ ablations: repro  ## the open questions of the method, one run each; hours
 
 sweep: repro  ## the dial: alpha by beta, a table and a picture; an hour and a half on 2 cores
 	python -m studies.sweep
+
+demo: repro  ## two parties, sixteen invented facts, and what the real model says of them: about five minutes
+	python -m studies.demo
 
 attack: repro  ## what an attacker makes of the package and of the adapters: recovery, weights, membership
 	dvc repro studies/dvc.yaml:attack

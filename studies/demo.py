@@ -1,0 +1,112 @@
+"""Demo: facts that a data owner teaches an emulator, said by the real model; the two parties' own commands alone.
+
+The model owner compresses the model by the preset `recommended` and packs it; the data owner tunes the package on the
+chats in demo.jsonl; the model owner checks what comes back and plugs it in. Then both models are asked. `make demo`
+runs it after `make repro`; what it makes lies in .scaleot/demo until the next.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from scaleot_core.artifacts import Artifacts
+from scaleot_core.common.entrypoint import run_command
+from scaleot_core.common.errors import UserError
+from scaleot_core.common.files import read_jsonl
+from scaleot_core.common.progress import say
+from scaleot_core.models.loading import load_model, load_tokenizer
+from scaleot_core.params import changed, load_params
+from studies.table import preset
+
+FOLDER = Path(".scaleot/demo")
+FACTS = Path(__file__).with_suffix(".jsonl")
+TUNING = ("--lora-rank", "64", "--epochs", "60", "--patience", "0")
+PUBLIC_BLOCKS = 8  # of the public corpus, as text
+LONGEST_ANSWER = 40  # tokens
+
+Chat = list[dict[str, str]]
+
+
+def scaleot(*arguments: object) -> None:
+    """Run one of the parties' commands, and say which; UserError where it fails."""
+    words = [str(argument) for argument in arguments]
+    say(f"$ scaleot {' '.join(words)}", style="bold")
+    if subprocess.run([sys.executable, "-m", "scaleot_core.cli", *words]).returncode:
+        raise UserError(f"scaleot {words[0]}: it failed; see above")
+
+
+def compress(project: Path, artifacts: Artifacts) -> None:
+    """Make the emulator of the preset `recommended`, in a project folder of its own beside the pipeline's."""
+    params = changed(load_params(), preset("recommended", []))
+    (project / "artifacts").mkdir(parents=True)
+    for folder in (artifacts.model, artifacts.corpus, artifacts.harmonizers):
+        (project / "artifacts" / folder.name).symlink_to(folder.resolve())
+    (project / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")))
+    shutil.copy("dvc.yaml", project)
+    say("$ python stages/compress.py", style="bold")
+    root = str(Path().resolve())
+    environment = {**os.environ, "DVC_ROOT": root, "PYTHONPATH": root}
+    done = subprocess.run([sys.executable, Path("stages/compress.py").resolve()], cwd=project, env=environment)
+    if done.returncode:
+        raise UserError("stage compress: it failed; see above")
+
+
+def public_text(file: Path, artifacts: Artifacts, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write some of the public corpus as text."""
+    blocks = artifacts.blocks("train")[:PUBLIC_BLOCKS]
+    file.write_text("\n\n".join(tokenizer.batch_decode(blocks, skip_special_tokens=True)), encoding="utf-8")
+
+
+@torch.no_grad()
+def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat: Chat) -> str:
+    """Give a model's own answer to the first message of a chat, the likeliest token each time."""
+    asked: Any = tokenizer.apply_chat_template(
+        chat[:1], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    said = model.generate(**asked, max_new_tokens=LONGEST_ANSWER, do_sample=False)  # type: ignore[operator]
+    return str(tokenizer.decode(said[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+
+
+def ask(folder: Path, chats: list[Chat]) -> list[str]:
+    """Give a model's answers to all chats."""
+    tokenizer, dtype = load_tokenizer(folder), torch.float32
+    model = load_model(folder, device=torch.device("cpu"), dtype=dtype)
+    return [answer(model, tokenizer, chat) for chat in chats]
+
+
+def main() -> None:
+    logging.set_verbosity_error()
+    artifacts, chats = Artifacts(), [row["messages"] for row in read_jsonl(FACTS)]
+    if not artifacts.model.is_dir():
+        raise UserError(f"{artifacts.model}: no model is there; run `make repro` first")
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    package, adapter, plugged, text = (FOLDER / name for name in ("package", "adapter", "plugged", "public.txt"))
+    compress(FOLDER / "owner", artifacts)
+    public_text(text, artifacts, load_tokenizer(artifacts.model))
+    scaleot("pack", "--project", FOLDER / "owner", "--out", package)
+    scaleot("tune", package, "--data", FACTS, "--out", adapter, *TUNING)
+    scaleot("check", adapter, "--package", package)
+    scaleot("plug", artifacts.model, adapter, "--package", package, "--out", plugged, "--public", text)
+    before, after = ask(artifacts.model, chats), ask(plugged, chats)
+    table = Table("question", "before", "after", show_lines=True)
+    facts = [chat[1]["content"] for chat in chats]
+    for chat, old, new, fact in zip(chats, before, after, facts, strict=True):
+        table.add_row(chat[0]["content"], old, new if new == fact else f"[red]{new}[/]")
+    console = Console()
+    console.print(table)
+    right = sum(new == fact for new, fact in zip(after, facts, strict=True))
+    console.print(f"after: {right} of {len(facts)} facts said by the real model", markup=False)
+
+
+if __name__ == "__main__":
+    run_command(main)
