@@ -55,7 +55,9 @@ def check_model(params: Params, folder: Path) -> None:
     """UserError where a parameter doesn't fit the model in a folder: its architecture, layers or context length."""
     config = read_config(folder)
     layers = config.num_hidden_layers
-    check_range("adapter_layers", params.adapter_layers, layers, least=0, most=layers - 1)
+    check_range(
+        "adapter_layers", params.adapter_layers, layers, least=int("layers" in params.adapters), most=layers - 1
+    )
     dlr.validate(params.dlr, layers=layers, blocks=params.data.train_blocks)
     if params.data.block_size > config.max_position_embeddings:
         raise UserError(

@@ -331,6 +331,16 @@ def perplexity(values: list[float]) -> dict[str, Any]:
     return five | {"metrics": ["perplexity"], "lower_is_better": ["perplexity"]}
 
 
+def task_of(**kinds: dict[str, Any]) -> dict[str, Any]:
+    """Give a task as metrics.json has it, from the five measurements of every kind of adapters."""
+    shared = next(iter(kinds.values()))
+    adapters = {
+        kind: {name: five[name] for name in ("emulator_finetune", "plug_in")} | measurements.utility(five)
+        for kind, five in kinds.items()
+    }
+    return {key: shared[key] for key in shared.keys() - adapters[next(iter(kinds))].keys()} | {"adapters": adapters}
+
+
 # zero_shot, full_finetune, emulator_zero_shot, emulator_finetune, plug_in
 GOOD = measured([0.50, 0.60, 0.40, 0.52, 0.58], [20.0, 10.0, 30.0, 18.0, 12.0])
 
@@ -362,6 +372,7 @@ def write_project(folder: Path, tokenizer: PreTrainedTokenizerFast, family: str 
         "device": "cpu",
         "threads": 1,
         "adapter_layers": 1,
+        "adapters": ["layers"],
         "data.questions": "tiny-data",
         "data.corpus": "tiny-data/corpus.jsonl",
         "data.block_size": 32,
@@ -436,7 +447,8 @@ def refused(*arguments: object) -> str:
 
 def command(stage: str) -> list[str]:
     """Give the arguments of Python that run a stage."""
-    return [f"stages/{stage}.py", *(["piqa"] if stage in PER_TASK else [])]
+    item = ["piqa", "layers"] if stage == "offsite_tune" else ["piqa"] if stage in PER_TASK else []
+    return [f"stages/{stage}.py", *item]
 
 
 def run(folder: Path, stage: str, arguments: list[str] | None = None) -> Ended:

@@ -10,7 +10,7 @@ from helpers import ROOT, refusal
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from scaleot_core.params import Params, load_params
+from scaleot_core.params import Params, changed, load_params
 
 TEXT = (ROOT / "params.yaml").read_text(encoding="utf-8")
 
@@ -63,7 +63,7 @@ def refused(folder, text) -> str:
 
 def test_repositorys_file_gives_its_values(params):
     values = yaml.safe_load(TEXT)
-    for block in ("offsite_tune", "full_finetune"):
+    for block in ("offsite_tune", "lora", "full_finetune"):
         values[block]["lr"] = [values[block]["lr"]]  # one stands for a list of one
     assert params.model_dump() == values
 
@@ -133,6 +133,12 @@ def test_parameters_cannot_be_changed_on_the_way(params):
         params.offsite_tune.lr = 0.5
 
 
+def test_no_layer_has_to_be_shipped_whole_where_lora_alone_is_tuned(params):
+    assert changed(params, {"adapters": ["lora"], "adapter_layers": 0}).adapter_layers == 0
+    wrong = {"adapters": ["lora"], "adapter_layers": 0, "lora.layers": "adapter"}
+    assert "no layer is there for LoRA" in refusal(changed, params, wrong)
+
+
 # --- what is refused -------------------------------------------------------------------------------------
 
 OUT_OF_RANGE: list[tuple[str, Any, str]] = [
@@ -144,7 +150,12 @@ OUT_OF_RANGE: list[tuple[str, Any, str]] = [
     ("offsite_tune.lr", 2.0, "the range is 0 to 1"),
     ("offsite_tune.lr", [], "at least 1 item"),
     ("full_finetune.validation_fraction", 1.1, "the range is 0 to 1"),
-    ("adapter_layers", 0, "the least is 1"),
+    ("adapter_layers", 0, "need at least 1"),
+    ("adapter_layers", -1, "the least is 0"),
+    ("adapters", [], "at least 1 item"),
+    ("adapters", ["lora", "lora"], "named twice"),
+    ("lora.rank", 0, "the least is 1"),
+    ("lora.alpha", 0.0, "the least is 0"),
     ("seed", -1, "the least is 0"),
     ("data.block_size", 7, "the least is 8"),
     ("dlr.group_size", 1, "the least is 2"),
@@ -172,6 +183,7 @@ WRONG_TYPES: list[tuple[str, Any, str]] = [
     ("tasks", {"piqa": 1}, "list"),
     ("data", 5, "dictionary"),
     ("offsite_tune", None, "dictionary"),
+    ("adapters", "lora", "list"),
     ("device", "gpu", "'auto', 'cpu' or 'cuda'"),
     ("layer_importance.estimator", "guess", "'sensitivity', 'block_influence' or 'taylor'"),
 ]

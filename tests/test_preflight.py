@@ -149,6 +149,12 @@ def test_tokens_grow_with_what_a_stage_is_asked_for_and_in_no_other(params, key,
     assert all(after[stage] == before[stage] for stage in after.keys() - stages)
 
 
+def test_every_kind_of_adapters_is_tuned_and_measured(params):
+    both, one = (forward_tokens(changed(params, {"adapters": kinds})) for kinds in (["layers", "lora"], ["lora"]))
+    assert both[TUNE] == 2 * one[TUNE] and both[EVALUATE] > one[EVALUATE]
+    assert all(both[stage] == one[stage] for stage in both.keys() - {TUNE, EVALUATE})
+
+
 def test_step_limit_bounds_the_tokens_of_tuning(params):
     unbounded, one, many = (
         forward_tokens(changed(params, {"offsite_tune.max_steps": n, "full_finetune.max_steps": n}))

@@ -12,6 +12,8 @@ from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import read_json
 from scaleot_core.pipeline import item_from_arguments, read_entry, run_stage
 
+ITEM = {"task": "piqa", "adapters": "lora"}
+
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -34,19 +36,19 @@ def edit(file: Path, old: str, new: str) -> None:
 
 def key(stage: str = "offsite_tune") -> Path:
     """Where a stage's checkpoint would be."""
-    item = {"task": "piqa"} if stage == "offsite_tune" else None
+    item = ITEM if stage == "offsite_tune" else None
     with run_stage(stage, item) as found:
         return found.checkpoint.folder
 
 
 def test_cost_is_written_once_the_work_ended_well(project: Path) -> None:
-    cost = project / "costs/offsite_tune-piqa.json"
-    with pytest.raises(ZeroDivisionError), run_stage("offsite_tune", {"task": "piqa"}):
+    cost = project / "costs/offsite_tune-piqa-lora.json"
+    with pytest.raises(ZeroDivisionError), run_stage("offsite_tune", ITEM):
         raise ZeroDivisionError
     assert not cost.exists()
-    with run_stage("offsite_tune", {"task": "piqa"}) as stage:
+    with run_stage("offsite_tune", ITEM) as stage:
         stage.meter.tokens = 7
-        assert not cost.exists() and stage.label == "offsite_tune@piqa"
+        assert not cost.exists() and stage.label == "offsite_tune@piqa-lora"
     found = read_json(cost)
     assert found.keys() >= {"tokens", "seconds", "peak_memory_mib"} and found["tokens"] == 7
     assert found["seconds"] >= 0 and 50 < found["peak_memory_mib"] < 100_000
@@ -70,7 +72,7 @@ def test_checkpoint_is_keyed_by_what_dvc_watches(project: Path) -> None:
     assert key() == first
     found = [first]
     for file, old, new in (
-        ("params.yaml", "lora_rank: 16", "lora_rank: 8"),
+        ("params.yaml", "alpha: 32.0", "alpha: 16.0"),
         ("params.yaml", "seed: 0", "seed: 1"),
         ("artifacts/tasks/piqa/train.jsonl", "{}", "{ }"),
         ("artifacts/emulator/base.safetensors", "weights", "others"),
@@ -87,23 +89,25 @@ def test_checkpoint_is_keyed_by_what_dvc_watches(project: Path) -> None:
 
 
 def test_entry_of_an_item_has_its_own_paths(project: Path) -> None:
-    entry = read_entry("offsite_tune", {"task": "piqa"})
-    assert Path("artifacts/tasks/piqa/train.jsonl") in entry.deps and Path("artifacts/adapters/piqa") in entry.outs
-    assert entry.cost == Path("costs/offsite_tune-piqa.json") and read_entry("evaluate").cost is None
+    entry = read_entry("offsite_tune", ITEM)
+    assert Path("artifacts/tasks/piqa/train.jsonl") in entry.deps and Path("artifacts/adapters/piqa/lora") in entry.outs
+    assert entry.cost == Path("costs/offsite_tune-piqa-lora.json") and read_entry("evaluate").cost is None
 
 
-@pytest.mark.parametrize("arguments", [[], ["nosuch"], ["piqa", "piqa"]])
+@pytest.mark.parametrize("arguments", [[], ["piqa"], ["nosuch", "lora"], ["piqa", "piqa"]])
 def test_item_that_params_do_not_have_is_refused(
     project: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["stages/offsite_tune.py", *arguments])
-    with pytest.raises(UserError, match=r"name one of params.yaml's task: .*piqa\|commonsense_qa_cloze"):
+    with pytest.raises(
+        UserError, match=r"name one of params.yaml's task, adapters: .*piqa\|commonsense_qa_cloze layers\|lora"
+    ):
         item_from_arguments("offsite_tune")
 
 
 def test_item_is_what_the_command_line_names(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["stages/offsite_tune.py", "piqa"])
-    assert item_from_arguments("offsite_tune") == {"task": "piqa"}
+    monkeypatch.setattr(sys, "argv", ["stages/offsite_tune.py", "piqa", "lora"])
+    assert item_from_arguments("offsite_tune") == ITEM
 
 
 def test_without_dvc_yaml_the_folder_is_the_wrong_one(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import change, succeed, write_project
+from helpers import change, run, succeed, write_project
 from transformers import PreTrainedTokenizerFast
 
 from scaleot_core.common import distributed
@@ -66,7 +66,7 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # as `accelerate la
 
 OUTPUTS = {
     "train_harmonizers": ("artifacts/harmonizers", "harmonizers.safetensors"),
-    "offsite_tune": ("artifacts/adapters/piqa", "adapter/adapter.safetensors"),
+    "offsite_tune": ("artifacts/adapters/piqa/layers", "adapter/adapter.safetensors"),
     "full_finetune": ("artifacts/baselines/full_finetune-piqa", None),
 }
 
@@ -79,7 +79,7 @@ def test_two_processes_give_one_processs_losses_and_weights(
     two = Path(shutil.copytree(alone, tmp_path / "project"))
     output, tensors = OUTPUTS[stage]
     shutil.rmtree(two / output)
-    task = ["piqa"] if stage != "train_harmonizers" else []
+    task = {"offsite_tune": ["piqa", "layers"], "full_finetune": ["piqa"]}.get(stage, [])
     said = launched(two, f"stages/{stage}.py", *task, **(FSDP if fsdp else {}))
     assert said.count("2 processes, each with") == 1  # the first one speaks
     losses = [[row["loss"] for row in json.loads((f / output / "history.json").read_text())] for f in (alone, two)]
@@ -155,11 +155,10 @@ def test_lora_inside_split_layers_is_that_of_one_process(alone: Path, tmp_path: 
     """Its processes start cold, as a user's do."""
     one, two = (Path(shutil.copytree(alone, tmp_path / name)) for name in ("one", "two"))
     for folder in (one, two):
-        change(folder, offsite_tune={"peft": "lora", "lora_rank": 2, "max_steps": 4})
-        shutil.rmtree(folder / OUTPUTS["offsite_tune"][0])
-    succeed(one, "offsite_tune")
-    launch(sys.executable, two, "stages/offsite_tune.py", "piqa", **FSDP)
-    tuned = Path(OUTPUTS["offsite_tune"][0]) / "adapter" / "adapter_model.safetensors"
+        change(folder, adapters=["lora"], lora={"rank": 2}, offsite_tune={"max_steps": 4})
+    assert run(one, "offsite_tune", ["piqa", "lora"]).code == 0
+    launch(sys.executable, two, "stages/offsite_tune.py", "piqa", "lora", **FSDP)
+    tuned = Path("artifacts/adapters/piqa/lora/adapter/adapter_model.safetensors")
     close(one / tuned, two / tuned)
 
 
@@ -181,14 +180,14 @@ def test_interrupted_together_and_resumed_together(
         "    if len(seen) == 3 and os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return measure(*args)\n"
         "tuner.answer_loss = step\n"
-        "sys.argv = ['stages/offsite_tune.py', 'piqa']\n"
+        "sys.argv = ['stages/offsite_tune.py', 'piqa', 'layers']\n"
         "try: runpy.run_path('stages/offsite_tune.py', run_name='__main__')\n"
         "except SystemExit as end: assert end.code == 130, end\n"
     )
     sharding = FSDP if fsdp else {}
     launched(two, "stop.py", **sharding)
     assert not (two / output).exists()
-    said = launched(two, "stages/offsite_tune.py", "piqa", **sharding)
+    said = launched(two, "stages/offsite_tune.py", "piqa", "layers", **sharding)
     assert "resuming after step 3" in said
     assert len(json.loads((two / output / "history.json").read_text())) == 5
 

@@ -23,11 +23,12 @@ from scaleot_core.common.files import read_csv, read_jsonl
 from scaleot_core.evaluation.harness import evaluate
 from scaleot_core.exchange.package import Package
 from scaleot_core.models.loading import load_model, load_tokenizer
+from scaleot_core.reporting.measurements import by_row, five
 from studies import experiments
 
 SOURCES = "sources"  # runs each time: it looks whether what the user brought has changed
 UPSTREAM = ["prepare_data", "layer_importance", "train_harmonizers", "zero_shot@piqa", "full_finetune@piqa"]
-DOWNSTREAM = ["compress", "offsite_tune@piqa", "evaluate"]  # what α decides
+DOWNSTREAM = ["compress", "offsite_tune@piqa-layers", "offsite_tune@piqa-lora", "evaluate"]  # what α decides
 STAGES = sorted(UPSTREAM + DOWNSTREAM)
 MEASUREMENTS = ["zero_shot", "full_finetune", "emulator_zero_shot", "emulator_finetune", "plug_in"]
 
@@ -56,7 +57,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
     base = tmp_path_factory.mktemp("sweep")
     folder = base / "project"
     folder.mkdir()
-    write_project(folder, tokenizer)
+    write_project(folder, tokenizer, adapters=["layers", "lora"])
     given = {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "DVC_NO_ANALYTICS": "1",
@@ -130,15 +131,17 @@ def test_nothing_changed_means_nothing_to_do(sweep: Sweep) -> None:
 
 def test_five_measurements_with_their_errors(metrics: dict[str, Any]) -> None:
     assert list(metrics["tasks"]) == ["piqa"]
-    for name in MEASUREMENTS:
-        measured = metrics["tasks"]["piqa"][name]
+    measurements = by_row(metrics["tasks"]["piqa"])
+    assert len(measurements) == 7
+    for measured in measurements.values():
         assert 0 <= measured["acc"] <= 1 and measured["answer_nll"] > 0
         assert 0 < measured["acc_stderr"] < 0.2 and measured["answer_nll_stderr"] > 0
         assert measured["questions"] == 20 and measured["version"] == 1
 
 
-def test_gap_and_recovery(metrics: dict[str, Any]) -> None:
-    piqa = metrics["tasks"]["piqa"]
+@pytest.mark.parametrize("kind", ["layers", "lora"])
+def test_gap_and_recovery(metrics: dict[str, Any], kind: str) -> None:
+    piqa = five(metrics["tasks"]["piqa"], kind)
     for metric, sign in (("acc", 1), ("acc_norm", 1), ("answer_nll", -1)):
         start, ceiling, _, tuned, plugged = (sign * piqa[name][metric] for name in MEASUREMENTS)
         assert piqa["gap"][metric] == pytest.approx(plugged - tuned)
@@ -185,7 +188,8 @@ def test_pictures_and_tables_of_the_curves(sweep: Sweep) -> None:
     plots = sweep.at_first / "plots"
     assert sorted(file.stem for file in plots.glob("*.png")) == ["curves", "layers", "measurements"]
     assert all(file.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for file in plots.glob("*.png"))
-    lengths = {"layer_importance": 20, "train_harmonizers": 10, "offsite_tune@piqa": 10, "full_finetune@piqa": 5}
+    lengths = {"layer_importance": 20, "train_harmonizers": 10, "offsite_tune@piqa-layers": 10, "full_finetune@piqa": 5}
+    lengths["offsite_tune@piqa-lora"] = 10
     assert {file.stem for file in (plots / "loss").iterdir()} == lengths.keys()
     for stage, count in lengths.items():
         with (plots / "loss" / f"{stage}.csv").open(newline="") as stream:
@@ -208,8 +212,9 @@ def test_another_alpha_changes_the_emulator_and_no_baseline(sweep: Sweep, metric
     changed = read_metrics(sweep.at_changed)
     assert changed["emulator"]["harmonizer_layers"] == 2 and changed["emulator"]["compressed_layers"] == 1
     assert changed["emulator"]["bytes"] < metrics["emulator"]["bytes"]
-    for name in MEASUREMENTS:
-        same = changed["tasks"]["piqa"][name] == metrics["tasks"]["piqa"][name]
+    before, after = (by_row(found["tasks"]["piqa"]) for found in (metrics, changed))
+    for name in before:
+        same = after[name] == before[name]
         assert same == (name in ("zero_shot", "full_finetune")), name
 
 
@@ -217,7 +222,7 @@ def test_metrics_diff_shows_what_changed(sweep: Sweep) -> None:
     changed = sweep.diff["metrics.json"]
     assert changed["emulator.harmonizer_layers"] == {"old": 1, "new": 2, "diff": 1}
     assert changed["emulator.bytes"]["diff"] < 0
-    assert {"tasks.piqa.plug_in.answer_nll", "corpus_perplexity.emulator"} <= changed.keys()
+    assert {"tasks.piqa.adapters.lora.plug_in.answer_nll", "corpus_perplexity.emulator"} <= changed.keys()
     assert not [key for key in changed if "full_finetune" in key or "zero_shot" in key.replace("emulator_zero", "")]
 
 
@@ -249,7 +254,7 @@ def test_adapter_layers_and_nothing_else_come_back_changed(sweep: Sweep) -> None
     artifacts = sweep.at_first / "artifacts"
     manifest = Package(artifacts / "emulator").manifest  # raises where any file isn't as compress wrote it
     shipped = tensors(artifacts / "emulator")
-    returned = load_file(artifacts / "adapters" / "piqa" / "adapter" / "adapter.safetensors")
+    returned = load_file(artifacts / "adapters" / "piqa" / "layers" / "adapter" / "adapter.safetensors")
     whole = tensors(artifacts / "model")
     adapters = [f"model.layers.{i}." for i, kind in enumerate(manifest.layers) if kind == "adapter"]
     assert returned.keys() == {name for name in whole if name.startswith(tuple(adapters))}
@@ -260,8 +265,8 @@ def test_adapter_layers_and_nothing_else_come_back_changed(sweep: Sweep) -> None
 
 def test_evaluated_models_are_the_tuned_ones(sweep: Sweep, metrics: dict[str, Any]) -> None:
     """Both are put together here by hand and scored again: the figures must be those of metrics.json."""
-    artifacts = sweep.at_first / "artifacts"
-    returned = load_file(artifacts / "adapters" / "piqa" / "adapter" / "adapter.safetensors")
+    artifacts, piqa = sweep.at_first / "artifacts", five(metrics["tasks"]["piqa"], "layers")
+    returned = load_file(artifacts / "adapters" / "piqa" / "layers" / "adapter" / "adapter.safetensors")
     questions = {"piqa": read_jsonl(artifacts / "tasks" / "piqa" / "eval.jsonl")}
     shipped = Package(artifacts / "emulator").load(CPU)
     whole = load_model(artifacts / "model", device=CPU, dtype=torch.float32)
@@ -274,8 +279,7 @@ def test_evaluated_models_are_the_tuned_ones(sweep: Sweep, metrics: dict[str, An
         expected = tensors(folder) | returned
         assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items()), name
         scored = evaluate(model, load_tokenizer(artifacts / "model"), questions, batch_size=32, label=name)
-        assert scored["piqa"] == pytest.approx(metrics["tasks"]["piqa"][name], rel=1e-5), name
-    piqa = metrics["tasks"]["piqa"]
+        assert scored["piqa"] == pytest.approx(piqa[name], rel=1e-5), name
     for untuned, tuned in (("emulator_zero_shot", "emulator_finetune"), ("zero_shot", "plug_in")):
         assert piqa[untuned]["answer_nll"] != pytest.approx(piqa[tuned]["answer_nll"], rel=1e-5)
 

@@ -22,12 +22,13 @@ from transformers import PreTrainedTokenizerFast
 
 from scaleot_core.common.tensors import read_tensors
 from scaleot_core.compression.plan import LayerKind
+from scaleot_core.reporting.measurements import five
 
 OUTPUTS = {
     "layer_importance": "artifacts/importance",
     "train_harmonizers": "artifacts/harmonizers",
     "compress": "artifacts/emulator",
-    "offsite_tune": "artifacts/adapters/piqa",
+    "offsite_tune": "artifacts/adapters/piqa/layers",
 }
 STEPS = {"layer_importance": 400, "train_harmonizers": 150, "offsite_tune": 150}
 PARAMS = {
@@ -304,19 +305,29 @@ def test_harmonizers_trained_after_the_truncation_are_others(made: Path, project
         {"method": "crash"},
         {"method": "gradot", "gradot": {"calibration_blocks": 4}},
         {"method": "scaleot", "max_bytes_ratio": 0.9},
-        {"offsite_tune": {"peft": "lora", "epochs": 1}},
+        {"adapters": ["lora"], "lora": {"rank": 4}},
+        {"adapters": ["lora"], "lora": {"rank": 4, "layers": "adapter", "modules": "attention"}},
+        {"adapters": ["lora"], "alpha": 0.0, "beta": 0.0, "channel_pruning": {"ratio": 0.5}, "adapter_layers": 0},
+        {"method": "crash", "adapters": ["lora"], "adapter_layers": 0},
         {"offsite_tune": {"epsilon": 8.0, "delta": 0.01, "epochs": 1}},
+        {"adapters": ["lora"], "offsite_tune": {"epsilon": 8.0, "delta": 0.01, "epochs": 1}},
     ],
     ids=str,
 )
 def test_every_way_goes_through_the_rest_of_the_pipeline(made: Path, project: Path, changes: dict[str, Any]) -> None:
     change(project, **{"offsite_tune": {"epochs": 1}, **changes})
-    succeed(project, "zero_shot", "full_finetune", "compress", "offsite_tune", "evaluate")
+    (kind,) = changes.get("adapters", ["layers"])
+    succeed(project, "zero_shot", "full_finetune", "compress")
+    ended = run(project, "offsite_tune", ["piqa", kind])
+    assert ended.code == 0, ended.said
+    succeed(project, "evaluate")
     metrics = json.loads((project / "metrics.json").read_text())
-    measured, emulator = metrics["tasks"]["piqa"], metrics["emulator"]
+    measured, emulator = five(metrics["tasks"]["piqa"], kind), metrics["emulator"]
     assert all(math.isfinite(measured[name]["answer_nll"]) for name in ("emulator_zero_shot", "plug_in"))
-    assert sum(emulator[f"{kind}_layers"] for kind in get_args(LayerKind)) == 4 and emulator["adapter_layers"] == 1
-    assert metrics["cost"]["offsite_tune-piqa"]["tokens"] > 1000
+    assert 0.5 <= measured["scale"] <= 3 and measured["plug_in"] != measured["zero_shot"]
+    assert sum(emulator[f"{kind}_layers"] for kind in get_args(LayerKind)) == 4
+    assert emulator["adapter_layers"] == changes.get("adapter_layers", 1)
+    assert metrics["cost"][f"offsite_tune-piqa-{kind}"]["tokens"] > 1000
     size = sum(file.stat().st_size for file in (made / OUTPUTS["compress"]).glob("*.safetensors"))
     if changes.get("method", "scaleot") != "scaleot":
         assert emulator["bytes"] <= size + 10_000  # of headers
@@ -398,7 +409,7 @@ def test_model_with_infinite_weights(project: Path, stage: str, spoilt: str) -> 
 def test_loss_that_blows_up_names_the_step_and_leaves_nothing(owners: Path) -> None:
     change(owners, offsite_tune={"lr": 1.0, "weight_decay": 1e30})
     ended = run(owners, "offsite_tune")
-    assert ended.code == 1 and "offsite_tune@piqa: the loss is nan at step 1" in ended.said[-1], ended.said
+    assert ended.code == 1 and "offsite_tune@piqa-layers: the loss is nan at step 1" in ended.said[-1], ended.said
     assert not files(owners / "artifacts" / "adapters")
 
 
@@ -433,7 +444,7 @@ def test_every_family_goes_through_the_whole_pipeline(
     succeed(tmp_path, *PIPELINE)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["emulator"]["harmonizer_layers"] == 1 and metrics["emulator"]["share_of_model"] < 1
-    assert math.isfinite(metrics["tasks"]["piqa"]["gap"]["answer_nll"])
+    assert math.isfinite(metrics["tasks"]["piqa"]["adapters"]["layers"]["gap"]["answer_nll"])
 
 
 def test_other_kinds_of_tasks_go_through_the_whole_pipeline(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -445,13 +456,15 @@ def test_other_kinds_of_tasks_go_through_the_whole_pipeline(tmp_path: Path, toke
         for part, chosen in (("train", rows[:3]), ("validation", rows[3:])):
             (tmp_path / "tiny-data" / task / f"{part}.jsonl").write_text("\n".join(map(json.dumps, chosen)))
     for stage in PIPELINE:
-        for arguments in [["gsm8k"], ["wikitext"]] if stage in PER_TASK else [[]]:
+        kind = ["layers"] if stage == "offsite_tune" else []
+        for arguments in [["gsm8k", *kind], ["wikitext", *kind]] if stage in PER_TASK else [[]]:
             ended = run(tmp_path, stage, arguments)
             assert ended.code == 0, ended.said
     tasks = json.loads((tmp_path / "metrics.json").read_text())["tasks"]
     assert tasks["wikitext"]["metrics"][0] == "word_perplexity" and tasks["gsm8k"]["metrics"][-1] == "answer_nll"
-    assert tasks["wikitext"]["gap"]["token_perplexity"] != 0 and tasks["gsm8k"]["gap"]["answer_nll"] != 0
+    adapters = {task: tasks[task]["adapters"]["layers"] for task in tasks}
+    assert adapters["wikitext"]["gap"]["token_perplexity"] != 0 and adapters["gsm8k"]["gap"]["answer_nll"] != 0
     for task in ("gsm8k", "wikitext"):
-        choice = json.loads((tmp_path / "artifacts" / "adapters" / task / "tuning.json").read_text())
-        assert tasks[task]["lr"] == {"offsite_tune": choice["lr"], "full_finetune": 5e-5}
+        choice = json.loads((tmp_path / "artifacts" / "adapters" / task / "layers" / "tuning.json").read_text())
+        assert adapters[task]["lr"] == choice["lr"] and tasks[task]["lr"] == 5e-5
         assert choice["validation_loss"].keys() == {"0.001", "1e-05"}

@@ -9,15 +9,14 @@ from html.parser import HTMLParser
 import matplotlib.image
 import numpy as np
 import pytest
-from helpers import GOOD, HISTORIES, LAYERS, perplexity
+from helpers import GOOD, HISTORIES, LAYERS, perplexity, task_of
 from matplotlib.colors import to_rgb
 
-from scaleot_core.reporting import figures, html, measurements
+from scaleot_core.reporting import figures, html
 
 TASKS = {
-    "piqa": GOOD | measurements.utility(GOOD),
-    "text": perplexity([30.0, 20.0, 60.0, 40.0, 25.0])
-    | measurements.utility(perplexity([30.0, 20.0, 60.0, 40.0, 25.0])),
+    "piqa": task_of(layers=GOOD, lora=GOOD),
+    "text": task_of(layers=perplexity([30.0, 20.0, 60.0, 40.0, 25.0])),
 }
 METRICS_DRAWN = ("acc", "answer_nll")
 PANELS = [figures.gap_panel(metric, metric) for metric in METRICS_DRAWN]
@@ -108,10 +107,11 @@ def written(tmp_path):
     attacks = [{"line": "over α", **row, "label": row["alpha"], "lacking": 1.5, "lacking ±": ""} for row in sweep]
     attacks.append({**attacks[0], "line": "half the channels", "label": ""})
     told = {"auc": 0.625, "auc_stderr": 0.01, "true_positives": 0.03}
+    said = {"members": 0.1, "others": 0.05}
     attack = {
-        "recovery": {"package": {**CURVE[-1], "tasks": {"piqa": {"acc": 0.59}, "text": {"perplexity": 33.0}}}},
+        "restoration": {"package": {**CURVE[-1], "tasks": {"piqa": {"acc": 0.59}, "text": {"perplexity": 33.0}}}},
         "weights": {"exact": 0.6125, "rank": 0.1, "none": 0.2875},
-        "membership": {"piqa": {"loss": told, "calibrated": told, "extracted": {"members": 0.1, "others": 0.05}}},
+        "membership": {"piqa": {"lora": {"loss": told, "calibrated": told, "extracted": said}}},
     }
     parts = html.sections(
         METRICS, LAYERS, HISTORIES, sweep=sweep, compared=rows, attacks=attacks, attack=(attack, CURVE)

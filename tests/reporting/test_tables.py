@@ -3,18 +3,37 @@
 import csv
 
 import pytest
-from helpers import GOOD, HISTORIES, LAYERS, perplexity
+from helpers import GOOD, HISTORIES, LAYERS, measured, perplexity, task_of
 
 from scaleot_core.reporting import measurements, tables
 
 
 def test_table_has_every_figure_with_its_error():
-    table = tables.measurement_table({"piqa": GOOD, "text": perplexity([30.0, 20.0, 60.0, 40.0, 25.0])})
+    text = perplexity([30.0, 20.0, 60.0, 40.0, 25.0])
+    table = tables.measurement_table({"piqa": task_of(layers=GOOD), "text": task_of(layers=text)})
     names = [str(cell).strip() for cell in table.columns[0].cells]
-    assert names == ["piqa", *measurements.MEASUREMENTS, "text", *measurements.MEASUREMENTS]
+    five = [*measurements.MEASUREMENTS[:3], "emulator_finetune, layers", "plug_in, layers"]
+    assert names == ["piqa", *five, "text", *five]
     assert [column.header for column in table.columns] == ["", "acc", "answer_nll", "perplexity"]
     assert [list(column.cells)[5] for column in table.columns[1:]] == ["0.580 ± 0.010", "12.000 ± 0.100", "–"]
     assert [list(column.cells)[11] for column in table.columns[1:]] == ["–", "–", "25.000 ± 0.500"]
+
+
+def test_every_kind_of_adapters_has_its_rows_and_its_line(capsys):
+    better = measured([0.50, 0.60, 0.40, 0.45, 0.59], [20.0, 10.0, 30.0, 18.0, 11.0])
+    metrics = {
+        "tasks": {"piqa": task_of(layers=GOOD, lora=better)},
+        "emulator": {"share_of_model": 0.7},
+        "corpus_perplexity": {"model": 20.0, "emulator": 60.0},
+    }
+    table = tables.measurement_table(metrics["tasks"])
+    names = [str(cell).strip() for cell in table.columns[0].cells]
+    assert names[-2:] == ["emulator_finetune, lora", "plug_in, lora"] and len(names) == 8
+    assert list(table.columns[1].cells)[-1] == "0.590 ± 0.010"
+    tables.show(metrics)
+    said = capsys.readouterr().err
+    assert "piqa, adapters layers: gap +0.060 in acc, recovery 0.80" in said
+    assert "piqa, adapters lora: gap +0.140 in acc, recovery 0.90" in said
 
 
 def rows_of(path):
