@@ -208,9 +208,8 @@ def code(*targets: str) -> list[Path]:
         there = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["stages"]
         stages += [there[stage]] if stage else there.values()
     own = {Path(dep) for stage in stages for dep in stage["deps"] if not dep.startswith(("artifacts/", "costs"))}
-    own.discard(DRAWING)
     files = [file for dep in sorted(own) for file in (sorted(dep.rglob("*")) if dep.is_dir() else [dep])]
-    return [file for file in files if file.suffix in {".py", ".yaml", ".lock"}]
+    return [file for file in files if file.suffix in {".py", ".yaml", ".lock"} and file != DRAWING]
 
 
 def cached_figures(

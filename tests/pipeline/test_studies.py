@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import ROOT, form, succeed, tiny_model, write_project
+from helpers import ROOT, form, succeed, task_of, tiny_model, write_project
 from transformers import PreTrainedTokenizerFast
 
 from scaleot_core.common.errors import UserError
 from scaleot_core.compression.layer_importance import new_harmonizers
 from scaleot_core.params import Params, changed
-from scaleot_core.reporting.measurements import MEASUREMENTS, utility
+from scaleot_core.reporting.measurements import MEASUREMENTS, of_kind
 from studies.experiments import code
 
 
@@ -82,9 +82,11 @@ def test_true_cost_is_the_loss_of_replacing_a_set(trained: Path) -> None:
 
 def outcome(gap: float, recovery: float | None, *, gained: float = 0.2) -> dict[str, float | None]:
     """One task's figures as DVC shows them, each accuracy with a standard error of 0.03."""
-    figures = {"gap.acc": gap, "recovery.acc": recovery, "zero_shot.acc": 0.3, "full_finetune.acc": 0.3 + gained}
+    figures = {"gap.acc": gap, "recovery.acc": recovery}
     errors = {"plug_in.acc_stderr": 0.03, "emulator_finetune.acc_stderr": 0.03}
-    return {f"tasks.piqa.{key}": value for key, value in {**figures, **errors}.items()}
+    own = {f"adapters.layers.{key}": value for key, value in {**figures, **errors}.items()}
+    shared = {"zero_shot.acc": 0.3, "full_finetune.acc": 0.3 + gained}
+    return {f"tasks.piqa.{key}": value for key, value in {**own, **shared}.items()}
 
 
 @pytest.mark.parametrize(
@@ -146,19 +148,19 @@ def test_sweep_is_drawn_and_no_setting_runs_twice(tmp_path: Path) -> None:
         figures = {f"{n}.{m}": 0.5 - 0.1 * changes["alpha"] for n in ("gap", "recovery") for m in ("acc", "answer_nll")}
         for name in ("plug_in", "emulator_finetune"):
             figures |= {f"{name}.{m}{e}": 0.1 for m in ("acc", "answer_nll") for e in ("", "_stderr")}
-        row = {f"tasks.{task}.{key}": value for task in ("a", "b") for key, value in figures.items()}
+        row = {f"tasks.{task}.adapters.layers.{key}": v for task in ("a", "b") for key, v in figures.items()}
         return row | {"emulator.share_of_model": 0.7, "corpus_perplexity.emulator": 50.0}
 
     grid = [(alpha, beta) for alpha in study["ALPHAS"] for beta in study["BETAS"]]
     settings = [study["setting"](*at) for at in grid]
     assert len({study["name_of"](changes) for changes in settings}) == len(grid) - len(study["BETAS"]) + 1
     rows = [
-        {"alpha": a, "beta": b, **study["figures"](row(changes), ["a", "b"])}
+        {"alpha": a, "beta": b, **study["row_figures"](row(changes), ["a", "b"])}
         for (a, b), changes in zip(grid, settings, strict=True)
     ]
     assert rows[0]["gap acc"] == pytest.approx(0.5) and rows[0]["gap acc ±"] == pytest.approx((4 * 0.01) ** 0.5 / 2)
-    unfit = {"tasks.a.recovery.acc": None}  # full fine-tuning gained nothing
-    none = study["figures"](row(settings[0]) | unfit, ["a", "b"])
+    unfit = {"tasks.a.adapters.layers.recovery.acc": None}  # full fine-tuning gained nothing
+    none = study["row_figures"](row(settings[0]) | unfit, ["a", "b"])
     assert math.isnan(none["recovery acc"]) and none["gap acc"] == 0.5
     study["draw"](tmp_path / "dial.png", [*rows[1:], {**rows[0], **none}])
     assert (tmp_path / "dial.png").read_bytes().startswith(b"\x89PNG")
@@ -176,8 +178,11 @@ def measured_by(gap: float, recovery: float | None, tokens: int = 7) -> dict[str
     """metrics.json of a run, with the figures that matter; each stage costs 1 s more than the one before."""
     whole, plugged = 0.0 if recovery is None else 1.0, recovery or 0.0  # of what there is to gain
     gained = {name: 0.0 for name in MEASUREMENTS} | {"full_finetune": whole, "plug_in": plugged}
-    task: dict[str, Any] = {name: {"acc": 0.5 + g / 10, "answer_nll": 3.0 - g} for name, g in gained.items()}
-    task["gap"] = {"acc": gap, "answer_nll": gap}
+    figures: dict[str, Any] = {name: {"acc": 0.5 + g / 10, "answer_nll": 3.0 - g} for name, g in gained.items()}
+    own = {name: figures.pop(name) for name in ("emulator_finetune", "plug_in")}
+    own["gap"] = {"acc": gap, "answer_nll": gap}
+    better = {**own, "gap": {"acc": 2 * gap, "answer_nll": gap}}
+    task: dict[str, Any] = {**figures, "adapters": {"layers": own, "lora": better}}
     cost = {
         stage: {"tokens": tokens, "seconds": float(i), "peak_memory_mib": 100 * i}
         for i, stage in enumerate(("layer_importance", "train_harmonizers", "compress"), start=1)
@@ -199,23 +204,22 @@ def test_comparison_has_means_errors_costs_and_the_best(compare_study: dict[str,
     columns = compare_study["COLUMNS"]
     rows = compare_study["rows_of"](
         {
-            row: [
-                {c: figure(metrics, row.partition(",")[0]) for c, (figure, _) in columns.items()} for metrics in found
-            ]
+            row: [compare_study["run_figures"](metrics, row.partition(",")[0]) for metrics in found]
             for row, found in runs.items()
         }
     )
     assert rows["uniform"]["gap acc"] == pytest.approx((0.15, 0.05)) and rows["scaleot"]["gap acc"] == (0.3, 0.0)
+    assert rows["uniform, lora"]["gap acc"] == pytest.approx((0.3, 0.1)) and len(rows) == 6
     assert rows["scaleot"]["recovery acc"] is None  # full fine-tuning gained nothing with one seed
     assert (rows["uniform"]["seconds"][0], rows["scaleot"]["seconds"][0]) == (3.0, 6.0)
     assert (rows["uniform"]["tokens"][0], rows["scaleot"]["tokens"][0]) == (7, 21)
     assert rows["scaleot"]["MiB"][0] == 300 and rows["scaleot, channels"]["seconds"][0] == 6.0
     unlike = measured_by(0.1, 0.5)
     unlike["tasks"]["b"] = measured_by(0.1, None)["tasks"]["b"]  # has nothing to gain, and divides nothing
-    assert columns["recovery acc"][0](unlike, "uniform") == pytest.approx(0.5)
-    assert columns["recovery nll"][0](unlike, "uniform") == pytest.approx(0.5)
+    assert columns["recovery acc"][0](of_kind(unlike, "lora"), "uniform") == pytest.approx(0.5)
+    assert columns["recovery nll"][0](of_kind(unlike, "lora"), "uniform") == pytest.approx(0.5)
     best = compare_study["best"]
-    assert best(rows, "gap acc") == "scaleot" and best(rows, "seconds") == "uniform"
+    assert best(rows, "gap acc") == "scaleot, lora" and best(rows, "seconds") == "uniform"
     assert best(rows, "recovery acc") == "uniform" and best(rows, "share of bytes") is None
 
 
@@ -253,12 +257,12 @@ def test_comparison_runs_all_methods_with_all_seeds_and_writes_its_table(
     assert log.startswith("before\n<!-- compare -->\n| means of piqa") and log.endswith(
         "<!-- end of compare -->\nafter\n"
     )
-    assert "old" not in log and "| gap acc | **0.100 ± 0.000** |" in log
+    assert "old" not in log and "| gap acc | 0.100 ± 0.000 | **0.200 ± 0.000** |" in log
     assert {(c["method"], c.get("channel_pruning.ratio", 0), c["seed"]) for c in made} == {
         (method, cut, seed)
         for method, cut in [
             *((m, 0) for m in ("uniform", "distilled", "crash", "gradot", "scaleot")),
-            ("scaleot", 0.51),
+            *(("scaleot", share) for share in (0.51, 0.7)),
         ]
         for seed in (0, 1, 2)
     }
@@ -282,13 +286,13 @@ def test_comparison_goes_on_from_the_runs_that_are_there(
         Path(name).write_text("")
     assert not compared()
     monkeypatch.setattr("sys.argv", ["compare.py", "data.eval_questions=30"])
-    assert len(compared()) == 18 and "data.eval_questions=30 |" in log.read_text()
+    assert len(compared()) == 21 and "data.eval_questions=30 |" in log.read_text()
     monkeypatch.setattr("sys.argv", ["compare.py", "data.eval_questions=20"])
     assert not compared()  # both are kept
     for name in ("scaleot_core/methods/gradot.py", "stages/compress.py", "embedded.lock"):
         with Path(name).open("a") as stream:
             stream.write("# another\n")
-        assert len(compared()) == 18
+        assert len(compared()) == 21
 
 
 def test_code_that_is_changed_while_a_study_runs_is_told(
@@ -341,6 +345,8 @@ def table_study(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_every_preset_changes_parameters_to_allowed_values(table_study: dict[str, Any], params: Params) -> None:
     papers = ("gpt2-xl", "opt-1.3b", "opt-6.7b", "llama-7b")
+    recommended = changed(params, table_study["preset"]("recommended", []))
+    assert recommended.alpha == recommended.beta == recommended.adapter_layers == 0 and recommended.adapters == ["lora"]
     for name in (*papers, "nine-tasks"):
         row = changed(params, table_study["preset"](name, []))
         assert len(row.tasks) == 9 and row.data.questions == "hub"
@@ -378,7 +384,7 @@ def test_table_has_the_five_measurements_of_every_task(
     figures = {"acc": 0.5, "acc_stderr": 0.01, "answer_nll": 3.0, "answer_nll_stderr": 0.1}
     five = {name: figures for name in MEASUREMENTS}
     told = {"metrics": ["acc", "answer_nll"], "lower_is_better": ["answer_nll"], "lr": {}}
-    tasks = {task: five | told | utility(five | told) for task in ("piqa", "sciq")}
+    tasks = {task: task_of(layers=five | told) for task in ("piqa", "sciq")}
     ran: list[tuple[str, dict[str, Any]]] = []
     around = table_study["main"].__globals__
     monkeypatch.setitem(around, "run", lambda name, changes: ran.append((name, changes)) or {"rev": "abc"})
