@@ -52,14 +52,18 @@ class Sweep(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Sweep:
-    """One repository: the run, the run again, α = 0.5 as an experiment, and back to the first α."""
+def sweep(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast, warm_bin: Path) -> Sweep:
+    """One repository: the run, the run again, α = 0.5 as an experiment, and back to the first α.
+
+    The first run starts DVC and every stage cold, as a user's does.
+    """
     base = tmp_path_factory.mktemp("sweep")
     folder = base / "project"
     folder.mkdir()
     write_project(folder, tokenizer, adapters=["layers", "lora"])
+    cold = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     given = {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": f"{warm_bin}{os.pathsep}{cold}",
         "DVC_NO_ANALYTICS": "1",
         "DVC_SITE_CACHE_DIR": str(base / "site"),
         "HF_HUB_OFFLINE": "1",
@@ -67,10 +71,10 @@ def sweep(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
     }
     environment = {name: value for name, value in os.environ.items() if not name.startswith("DVC_")} | given
 
-    def call(*command: str, plain: bool = False) -> str:
+    def call(*command: str, plain: bool = False, **changes: str) -> str:
         """All that a command prints, or its plain output alone."""
-        stderr = subprocess.PIPE if plain else subprocess.STDOUT
-        done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
+        stderr, changed = subprocess.PIPE if plain else subprocess.STDOUT, environment | changes
+        done = subprocess.run(command, cwd=folder, env=changed, stdout=subprocess.PIPE, stderr=stderr, text=True)
         assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
@@ -83,7 +87,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
     call("dvc", "init", "--quiet")
     call("git", "add", "--all")
     call("git", "commit", "--quiet", "--message", "project")
-    first = call("dvc", "repro")
+    first = call("dvc", "repro", PATH=cold)
     at_first = keep("first")
     call("git", "add", "--all")
     call("git", "commit", "--quiet", "--message", "first run")
@@ -410,7 +414,7 @@ def test_attacks_over_the_dial(sweep: Sweep) -> None:
     (sweep.folder / "studies/attacks.yaml").write_text(yaml.safe_dump(settings))
     for command in (("add", "studies"), ("commit", "--quiet", "--message", "studies")):
         subprocess.run(["git", *command], check=True)
-    done = subprocess.run([sys.executable, "studies/attacks.py"], capture_output=True, text=True)
+    done = subprocess.run(["python", "studies/attacks.py"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = read_csv(sweep.folder / "docs/studies/attacks.csv")
     assert (row["line"], row["alpha"], row["beta"], row["channels"]) == ("β = 0.8, over α", 0.5, 0.8, 0.0)
