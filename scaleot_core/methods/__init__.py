@@ -1,7 +1,7 @@
 """Ways to make an emulator, one module each behind one interface: `method` in params.yaml.
 
-Each gives the emulator's tensors and says what became of every layer. All are fitted to the same bytes, `max_bytes_ratio`
-of the model's; without it ScaleOT has those of α and β, and the others are fitted to them.
+Each gives the emulator's tensors and says what became of every layer. All are fitted to the same bytes: to
+`max_bytes_ratio` of the model's, or, without it, to those that ScaleOT's emulator has at α and β.
 """
 
 from collections.abc import Callable
