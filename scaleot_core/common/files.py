@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,6 +14,8 @@ from typing import Any
 
 from scaleot_core.common.errors import UserError, one_line
 from scaleot_core.common.launch import is_main_process
+
+HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")  # of a surrogate pair, in JSON
 
 
 @contextmanager
@@ -103,17 +106,54 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def parse_jsonl(name: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each line's number, from 1, and its JSON object, blank lines aside; UserError for a line that is none."""
+    """Yield each line's number, from 1, and its JSON object, blank lines aside.
+
+    A byte-order mark is skipped wherever a line begins with it, as in files that were put together. UserError for a
+    line that is no object, or not fit to be one (`parse_json`).
+    """
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+        text = line.removeprefix("\ufeff")
+        if text.strip():
+            row = parse_json(f"{name}, line {number}", text)
+            if not isinstance(row, dict):
+                raise UserError(f"{name}, line {number}: a JSON object is needed, this is a {type(row).__name__}")
+            yield number, row
+
+
+def parse_json(where: str, text: str) -> Any:
+    """Parse JSON that a person gave; UserError, which begins with `where`, if it isn't sound.
+
+    It isn't if a key comes twice, since one value would win without a word; if it nests too deeply to be read; or if a
+    string in it has half of a surrogate pair, which no tokenizer takes and which can't be written as UTF-8.
+    """
+    try:
+        found = json.loads(text, object_pairs_hook=refuse_duplicates)
+    except (ValueError, RecursionError) as error:
+        what = one_line(error)
+        if isinstance(error, json.JSONDecodeError) and "\n" not in text.strip():
+            what = f"{error.msg} at column {error.colno}"  # the line's number is that in the file
+        raise UserError(f"{where}: not valid JSON ({what})") from None
+    if HALF_CHARACTER.search(text):  # most are one half of a whole pair
         try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{name}, line {number}: not valid JSON ({one_line(error)})") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{name}, line {number}: a JSON object is needed, this is a {type(row).__name__}")
-        yield number, row
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])[1:-1]
+            raise UserError(
+                f"{where}: {half} is half of a character, as where a text was cut in the middle of an emoji; delete it"
+            ) from None
+        except RecursionError as error:
+            raise UserError(f"{where}: not valid JSON ({one_line(error)})") from None
+    return found
+
+
+def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of a JSON parser's pairs; ValueError where a key comes twice."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key[:80]!r} is there twice")
+        found[key] = value
+    return found
 
 
 def sha256(path: Path) -> str:

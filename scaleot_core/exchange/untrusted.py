@@ -10,16 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from scaleot_core.common.errors import UserError, one_line
+from scaleot_core.common.files import refuse_duplicates
 from scaleot_core.common.tensors import SAFETENSORS_DTYPES, Shapes
 
 LARGEST_JSON = 2**20  # bytes of a manifest, or of a header: those of the largest models have some 100 KB
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key is there twice")
-    return found
 
 
 def _no_constant(name: str) -> float:
@@ -39,7 +33,7 @@ def read_untrusted_json(path: Path) -> Any:
 
 
 def _parse_strictly(text: bytes) -> Any:
-    return json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    return json.loads(text.decode("utf-8"), object_pairs_hook=refuse_duplicates, parse_constant=_no_constant)
 
 
 def check_tensors(files: Mapping[Path, Shapes]) -> None:

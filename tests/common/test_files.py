@@ -256,6 +256,25 @@ def test_rows_come_back(tmp_path: Path) -> None:
     assert read_jsonl(tmp_path / "a.jsonl") == rows
 
 
+BAD_ROWS = [
+    (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "not valid JSON (maximum recursion depth exceeded"),
+    (rb'{"a": "cut \ud83d"}', r"\ud83d is half of a character"),
+    (b'{"a": 1, "a": 2}', "not valid JSON (the key 'a' is there twice)"),
+    (b'{"a": 1', "not valid JSON (Expecting ',' delimiter at column 8)"),
+]
+
+
+@pytest.mark.parametrize(("row", "said"), BAD_ROWS, ids=[said for _, said in BAD_ROWS])
+def test_row_that_no_one_could_use_is_named(tmp_path: Path, row: bytes, said: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"fine": 1}\n' + row)
+    assert refusal(read_jsonl, tmp_path / "a.jsonl").startswith(f"{tmp_path / 'a.jsonl'}, line 2: {said}")
+
+
+def test_byte_order_mark_is_no_part_of_a_row(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes('{"a": 1}\r\n'.encode("utf-8-sig") * 2)  # two such files, put together
+    assert read_jsonl(tmp_path / "a.jsonl") == [{"a": 1}] * 2
+
+
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
 def test_rows_with_unusual_line_separators_come_back(tmp_path: Path, separator: str) -> None:
     rows = [{"text": f"one{separator}two"}]
