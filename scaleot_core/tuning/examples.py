@@ -1,23 +1,42 @@
 """What tuning sees: tokens and targets, of a task's questions or of the data owner's own records (method section 5)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from scaleot_core.common.errors import UserError, one_line
-from scaleot_core.common.files import parse_jsonl
+from scaleot_core.common.errors import UserError
+from scaleot_core.common.progress import say
 from scaleot_core.evaluation.harness import lm
 from scaleot_core.evaluation.tasks import Rows, answer_pairs, load_task, texts
+from scaleot_core.records.tally import CUT, PRIVATE, Tally
 
 IGNORED = -100  # no loss at this target
 
 Example = tuple[list[int], list[int]]
 """Input tokens, and the target at each of them."""
+
+
+class Examples(list[Example]):
+    """Examples, and what they were made of."""
+
+    def __init__(
+        self,
+        examples: Iterable[Example],
+        tally: Tally,
+        *,
+        origins: Sequence[int] | None = None,
+        are_blocks: bool = False,
+    ) -> None:
+        super().__init__(examples)
+        self.tally = tally
+        self.origins = range(len(self)) if origins is None else origins
+        """Of each example, the number of the record that it comes from; of a block, its own."""
+        self.are_blocks = are_blocks
+        """Whether they are blocks of packed texts."""
 
 
 def from_task(
@@ -28,106 +47,72 @@ def from_task(
     *,
     block_size: int,
     packed: bool = True,
-) -> list[Example]:
-    """Every question of a task, split and cut exactly as lm-eval's scoring does it.
+) -> Examples:
+    """Make an example of every question of a task, split and cut exactly as lm-eval's scoring does it.
 
     Targets are those of the right answer, `IGNORED` elsewhere; an answer that evaluation generates ends in the
-    end-of-text token, so that the model learns to stop. A question that is too long loses its beginning. Texts that are
-    scored as a whole come in blocks of `block_size` tokens, each of which is a target; not `packed`, each is an example
-    of its own. UserError where there are none.
+    end-of-text token, so that the model learns to stop. A question that is too long loses its beginning, and that is
+    said. Texts that are scored as a whole come in blocks of `block_size` tokens, each of which is a target; not
+    `packed`, each is an example of its own. UserError where there are none.
     """
-    view, loaded, size = lm(model, tokenizer), load_task(task, rows), block_size if packed else None
+    view, loaded = lm(model, tokenizer), load_task(task, rows)
+    tally = Tally(view.max_length)
     if loaded.OUTPUT_TYPE == "loglikelihood_rolling":
-        made = _texts([view.tok_encode(text) for text in texts(loaded)], _end(tokenizer, task), view.max_length, size)
+        end = _end(tokenizer, task)
+        encoded = [[*view.tok_encode(text), end] for text in texts(loaded)]
+        tally.records = len(encoded)
+        made = _from_texts(encoded, tally, block_size if packed else None)
     else:
-        end = [_end(tokenizer, task)] if loaded.OUTPUT_TYPE == "generate_until" else []
-        pairs = answer_pairs(loaded, tokenizer, context_length=view.max_length)
-        encoded = (view._encode_pair(context, continuation) for context, continuation in pairs)
-        made = [_cut([(before, False), (answer + end, True)], view.max_length) for before, answer in encoded]
+        ends = [_end(tokenizer, task)] if loaded.OUTPUT_TYPE == "generate_until" else []
+        cut = []
+        for context, continuation in answer_pairs(loaded, tokenizer, context_length=view.max_length):
+            before, answer = view._encode_pair(context, continuation)
+            tokens = [*before, *answer, *ends]
+            tally.count_cut(_excess(tokens, tally))
+            cut.append(_cut(tokens, [(len(before), len(tokens))], tally))
+        tally.records = len(cut)
+        made = Examples(cut, tally)
     if not made:
         raise UserError(f"task {task}: there are no training questions")
+    _tell(f"task {task}", tally)
     return made
 
 
 def from_file(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path, *, block_size: int, packed: bool = True
-) -> list[Example]:
-    """The records of a .jsonl file, all of one form: `prompt` and `completion`, `messages`, or `text`.
+) -> Examples:
+    """Make examples of the records in a file, all of one form: a prompt and completion, a conversation, or a text.
 
-    Targets are the completion, or every message of the assistant, each with its end; of texts, packed into blocks,
-    every token; not `packed`, each text is an example of its own. A record that is too long loses its beginning.
-    UserError names the first line that is of no form, of another than the first, or without anything to learn.
+    Targets are the completion, or every answer of the assistant, each with its end; of texts, packed into blocks, every
+    token. A record that is too long loses its beginning: a conversation its oldest turns. Not `packed`, a record is one
+    example, as privacy needs it: of a conversation that takes several, the last. What isn't learnt is said. UserError
+    names the first record that can't be used (`encode_records`).
     """
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: it can't be read ({one_line(error)})") from None
-    view, end = lm(model, tokenizer), _end(tokenizer, str(file))
+    from scaleot_core.records.encoded import encode_records  # no stage comes by here
 
-    def pair(row: dict[str, Any]) -> list[tuple[list[int], bool]]:
-        before, answer = view._encode_pair(_text(row, "prompt"), _text(row, "completion"))
-        return [(before, False), ([*answer, end], True)]
-
-    def chat(row: dict[str, Any]) -> list[tuple[list[int], bool]]:
-        return [(view.tok_encode(text), learnt) for text, learnt in _turns(tokenizer, row["messages"])]
-
-    def text(row: dict[str, Any]) -> list[tuple[list[int], bool]]:
-        return [(view.tok_encode(_text(row, "text")), True)]
-
-    forms: dict[str, Callable[[dict[str, Any]], list[tuple[list[int], bool]]]] = {
-        "completion": pair,
-        "messages": chat,
-        "text": text,
-    }
-    form, parts = None, []
-    for number, row in parse_jsonl(str(file), lines):
-        here = next((name for name in forms if name in row), None)
-        form = form or here
-        if here is None or here != form:
-            what = f"`{form}` as in the lines before it" if form else "`prompt` and `completion`, `messages`, or `text`"
-            raise UserError(f"{file}, line {number}: it needs {what}")
-        try:
-            found = forms[here](row)
-            if not any(tokens for tokens, learnt in found if learnt):
-                raise ValueError("there is nothing in it to learn")
-            if form != "text" and len(found[-1][0]) > view.max_length:
-                raise ValueError(f"its last answer has {len(found[-1][0])} tokens, the context {view.max_length}")
-        except Exception as error:  # a chat template has its own types
-            raise UserError(f"{file}, line {number}: {one_line(error)}") from None
-        parts.append(found)
-    if not parts:
-        raise UserError(f"{file}: there is no record in it")
-    if form == "text":
-        encoded = [tokens for found in parts for tokens, _ in found]
-        return _texts(encoded, end, view.max_length, block_size if packed else None)
-    return [_cut(found, view.max_length) for found in parts]
-
-
-def _text(row: dict[str, Any], field: str) -> str:
-    value = row.get(field)
-    if not isinstance(value, str) or (field != "prompt" and not value.strip()):
-        raise ValueError(f"`{field}` is missing, empty or no text")
-    return value
-
-
-def _turns(tokenizer: PreTrainedTokenizerBase, messages: Any) -> list[tuple[str, bool]]:
-    """A conversation as text in pieces, in the model's own template, and which of them the assistant says."""
-    if tokenizer.chat_template is None:
-        raise ValueError("the model has no chat template; use `prompt` and `completion`")
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    ):
-        raise ValueError("`messages` is a list of objects with `role` and `content`")
-    pieces, said = [], ""
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            asked = str(tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True))
-            answered = str(tokenizer.apply_chat_template(messages[: i + 1], tokenize=False))
-            if not asked.startswith(said) or not answered.startswith(asked):
-                raise ValueError("the model's chat template doesn't keep what was said before; use `prompt`")
-            pieces += [(asked[len(said) :], False), (answered[len(asked) :], True)]
-            said = answered
-    return pieces
+    tally = Tally(model.config.max_position_embeddings)
+    whole: list[list[int]] = []
+    made: list[Example] = []
+    origins: list[int] = []
+    for number, record in enumerate(encode_records(tokenizer, file, tally)):
+        if record.is_text:
+            whole.append(record.parts[0].tokens)
+            continue
+        parts = record.parts if packed else record.parts[-1:]
+        if left_out := sum(len(part.learnt) for part in record.parts[: -len(parts)]):
+            tally.answers_left_out[PRIVATE] += left_out
+        tally.count_cut(record.tokens_cut + sum(_excess(part.tokens, tally) for part in parts))
+        for part in parts:
+            excess = _excess(part.tokens, tally)
+            kept = [(first, last) for first, last in part.learnt if not excess or first > excess]
+            if len(kept) < len(part.learnt):  # an answer that has lost its own beginning
+                tally.answers_left_out[CUT] += len(part.learnt) - len(kept)
+            made.append(_cut(part.tokens, kept, tally, bos=tokenizer.bos_token_id))
+            origins.append(number)
+    size = block_size if packed else None
+    found = _from_texts(whole, tally, size) if whole else Examples(made, tally, origins=origins)
+    _tell(str(file), tally)
+    return found
 
 
 def _end(tokenizer: PreTrainedTokenizerBase, what: str) -> int:
@@ -136,21 +121,41 @@ def _end(tokenizer: PreTrainedTokenizerBase, what: str) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _cut(parts: list[tuple[list[int], bool]], context_length: int) -> Example:
-    """Parts one after another, with targets where they are learnt, at most as long as the context."""
-    tokens = [token for part, _ in parts for token in part]
-    targets = [token if learnt else IGNORED for part, learnt in parts for token in part]
-    return tokens[-(context_length + 1) :][:-1], targets[-(context_length + 1) :][1:]
+def _tell(what: str, tally: Tally) -> None:
+    for line in tally.lines():
+        say(f"{what}: {line}", style="yellow")
 
 
-def _texts(encoded: Iterable[list[int]], end: int, context_length: int, block_size: int | None) -> list[Example]:
-    """Texts, each with its end, packed into blocks as long as the context allows, or without a size one by one."""
+def _excess(tokens: Sequence[int], tally: Tally) -> int:
+    """How many tokens there are too many: the last one is a target alone."""
+    return max(0, len(tokens) - tally.context_length - 1)
+
+
+def _cut(tokens: Sequence[int], learnt: Sequence[tuple[int, int]], tally: Tally, bos: int | None = None) -> Example:
+    """Make an example, with targets where it is learnt, at most as long as the context.
+
+    What is too much goes at the beginning, behind a BOS where there is one.
+    """
+    start = _excess(tokens, tally)
+    targets = [IGNORED] * len(tokens)
+    for first, last in learnt:
+        targets[first:last] = tokens[first:last]
+    inputs = list(tokens[start:-1])
+    if start and tokens[0] == bos:
+        inputs[0] = tokens[0]
+    return inputs, targets[start + 1 :]
+
+
+def _from_texts(texts: list[list[int]], tally: Tally, block_size: int | None) -> Examples:
+    """Make examples of texts, each with its end: packed into blocks as long as the context allows, or one by one."""
     if block_size is None:
-        return [_cut([([*text, end], True)], context_length) for text in encoded]
-    block_size = min(block_size, context_length)
-    tokens = list(chain.from_iterable([*text, end] for text in encoded))
+        for text in texts:
+            tally.count_cut(_excess(text, tally))
+        return Examples([_cut(text, [(0, len(text))], tally) for text in texts], tally)
+    block_size = min(block_size, tally.context_length)
+    tokens = list(chain.from_iterable(texts))
     cuts = (tokens[start : start + block_size + 1] for start in range(0, len(tokens) - 1, block_size))
-    return [(block[:-1], block[1:]) for block in cuts]
+    return Examples([(block[:-1], block[1:]) for block in cuts], tally, are_blocks=True)
 
 
 def collate(batch: list[Example]) -> tuple[Tensor, Tensor]:

@@ -57,6 +57,22 @@ def test_loss_is_the_one_that_lm_eval_gives_the_right_answer(model, tokenizer):
         assert total == pytest.approx(-log_likelihood, rel=1e-5)
 
 
+def test_questions_that_are_cut_are_counted_and_said(tokenizer, capsys):
+    made = from_task(tiny_model("llama"), tokenizer, "piqa", [*ROWS, LONG], block_size=16)
+    before, answer = lm(tiny_model("llama"), tokenizer)._encode_pair(
+        f"Question: {LONG['goal']}\nAnswer:", f" {LONG['sol2']}"
+    )
+    lost = len(before) + len(answer) - 129
+    assert (made.tally.records, made.tally.cut, made.tally.tokens_cut) == (10, 1, lost)
+    assert "task piqa: 1 of 10 records are too long for the model's context of 128 tokens" in capsys.readouterr().err
+
+
+def test_context_of_own_records_is_that_of_lm_eval(model, tokenizer, tmp_path):
+    (tmp_path / "own.jsonl").write_text(json.dumps({"text": "a"}))
+    made = from_file(model, tokenizer, tmp_path / "own.jsonl", block_size=8)
+    assert made.tally.context_length == lm(model, tokenizer).max_length
+
+
 def test_generated_answer_ends_in_the_end_of_text(tokenizer):
     rows = [{"question": "1 + 1?", "answer": "2 #### 2"}, {"question": "2 + 1?", "answer": "3 #### 3"}]
     made = from_task(tiny_model("llama"), tokenizer, "gsm8k", rows, block_size=16)

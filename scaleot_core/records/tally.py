@@ -1,0 +1,51 @@
+"""Count what becomes of records on their way to examples, so that nothing is left out without a word."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+# Why an answer isn't learnt.
+CUT = "their turns don't fit into the context"
+TOO_LONG = "they are longer than the context"
+UNSAID = "the model's chat template leaves their calls of tools out"
+UNASKED = "nothing comes before them in their conversation"
+PRIVATE = "with --epsilon a record is one example, and the chat template rewrites them in the one of its last answer"
+
+
+@dataclass
+class Tally:
+    """How many records there are, and what of them isn't learnt."""
+
+    context_length: int
+    """Tokens, of the model."""
+    records: int = 0
+    cut: int = 0
+    """Records that are too long for the context."""
+    tokens_cut: int = 0
+    """Tokens that they lost."""
+    answers_left_out: Counter[str] = field(default_factory=Counter)
+    """How many, by reason."""
+    reworded: int = 0
+    """Answers that the chat template renders otherwise than word for word."""
+    ignored: Counter[str] = field(default_factory=Counter)
+    """In how many records there is a field that isn't read, by its name."""
+
+    def count_cut(self, tokens: int) -> None:
+        """Count a record that lost so many tokens, if it lost any."""
+        self.cut += tokens > 0
+        self.tokens_cut += tokens
+
+    def lines(self) -> Iterator[str]:
+        """Say each of it in a line for a person; nothing where all is learnt."""
+        if self.cut:
+            yield (
+                f"{self.cut:,} of {self.records:,} records are too long for the model's context of "
+                f"{self.context_length:,} tokens and lost their beginning, {self.tokens_cut:,} tokens in all"
+            )
+        for reason, count in self.answers_left_out.items():
+            yield f"{count:,} answers are not learnt: {reason}"
+        if self.reworded:
+            yield f"{self.reworded:,} answers are learnt as the model's chat template renders them, not word for word"
+        if self.ignored:
+            fields = ", ".join(f"`{name}` in {count:,}" for name, count in sorted(self.ignored.items()))
+            yield f"fields that are not read, and in how many of {self.records:,} records: {fields}"
