@@ -21,7 +21,8 @@ from scaleot_core.common.progress import say
 if TYPE_CHECKING:
     from scaleot_core.exchange.package import PackageManifest
     from scaleot_core.exchange.returned import LayerChange
-    from scaleot_core.params import LoraForm
+    from scaleot_core.params import LoraForm, OffsiteTuning
+    from scaleot_core.tuning.examples import Examples
 
 PROGRESS_SECONDS = 60.0  # between two checkpoints of `tune`
 
@@ -143,8 +144,8 @@ def tune(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Your records, one JSON object a line: all with `prompt` and `completion`, or `messages`, or `text`. "
-            "With --task: the task's questions, in the fields of its hub data set."
+            help="Your records: JSON Lines, a JSON list, Parquet or CSV, all with `prompt` and `completion`, or "
+            "`messages`, or `text`. With --task: the task's questions, in the fields of its hub data set."
         ),
     ] = None,
     task: Annotated[
@@ -168,7 +169,12 @@ def tune(
         ),
     ] = None,
     validation: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the records that is held out, to know when to stop.")
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of the records that is held out, to know when to stop; 0 for none: all epochs run.",
+        ),
     ] = 0.1,
     lr: Annotated[
         list[float] | None,
@@ -196,10 +202,11 @@ def tune(
     The same command goes on where it was stopped. Beside the adapter comes OUT.private.json, with the losses, which
     stays with you.
     """
-    from scaleot_core.common.files import fingerprint, read_jsonl, write_json
+    from scaleot_core.common.files import fingerprint, write_json
     from scaleot_core.common.runtime import setup
     from scaleot_core.common.validation import validate_block
     from scaleot_core.data.questions import training
+    from scaleot_core.data.rows import read_rows
     from scaleot_core.evaluation.tasks import check_rows
     from scaleot_core.exchange import adapter
     from scaleot_core.exchange.archive import new_output, unpacked
@@ -235,15 +242,25 @@ def tune(
             assert data is not None
             made = examples.from_file(model, tokenizer, data, block_size=block_size, packed=not epsilon)
         else:
-            rows = training(task) if data is None else read_jsonl(data)
+            rows = training(task) if data is None else [row for _, row in read_rows(data)]
             check_rows(task, rows, tokenizer, context_length=model.config.max_position_embeddings, part="training")
             made = examples.from_task(model, tokenizer, task, rows, block_size=block_size, packed=not epsilon)
+        _check_enough(f"{data or task}", made, settings, min(block_size, made.tally.context_length))
         key = fingerprint(settings.model_dump(), lora and lora.model_dump(), seed, shipped.sha256, made)
         checkpoint = Checkpoint(out.with_name(f".{out.name}.progress") / key, PROGRESS_SECONDS)
         parameters = adapter.trainable(model, shipped.plan, lora, seed)
         seed = secrets.randbits(256) if epsilon else seed  # whoever could guess it could take the noise off
         try:
-            tuned = tune_parameters(model, parameters, made, settings, seed=seed, label="tune", checkpoint=checkpoint)
+            tuned = tune_parameters(
+                model,
+                parameters,
+                made,
+                settings,
+                seed=seed,
+                label="tune",
+                checkpoint=checkpoint,
+                origins=made.origins,
+            )
         except KeyboardInterrupt:
             say("interrupted; the same command goes on from here", style="yellow")
             raise
@@ -255,7 +272,7 @@ def tune(
     _show(
         {
             "adapter": str(out),
-            "records": len(made),
+            **_of_records(made),
             "learning rate": tuned.lr,
             "steps": tuned.steps,
             "held-out loss": tuned.validation_loss,
@@ -265,6 +282,36 @@ def tune(
         as_json,
     )
     say("the losses are those of the tuned package, not of the real model: what it will gain, its owner alone can tell")
+
+
+def _check_enough(what: str, made: "Examples", settings: "OffsiteTuning", block_size: int) -> None:
+    """UserError, in terms of the options, where no record is left to tune on beside those that are held out."""
+    from scaleot_core.tuning.selection import held_out
+
+    count = len(set(made.origins))
+    if settings.epsilon or held_out(settings, count) < count:
+        return
+    unit = f"block{'s' * (count > 1)} of {block_size} tokens" if made.are_blocks else f"record{'s' * (count > 1)}"
+    ways = ["lower --validation"] * (count > 1) + ["lower --block-size"] * made.are_blocks
+    ways += [f"add --patience 0{' and one --lr alone' * (len(settings.lr) > 1)}, and all epochs run on all of it"]
+    raise UserError(
+        f"{what}: {count:,} {unit} can't be parted into some to tune on and some to hold out; {', or '.join(ways)}, "
+        "or give more"
+    )
+
+
+def _of_records(made: "Examples") -> dict[str, Any]:
+    """How many records there are, and what of them isn't learnt."""
+    tally = made.tally
+    return {
+        "records": tally.records,
+        "examples": len(made),
+        "records cut": tally.cut,
+        "tokens cut": tally.tokens_cut,
+        "answers left out": tally.answers_left_out.total(),
+        "answers reworded": tally.reworded,
+        "fields ignored": dict(sorted(tally.ignored.items())),
+    }
 
 
 @app.command()
@@ -401,7 +448,7 @@ def _show(found: dict[str, Any], as_json: bool) -> None:
         return
     table = Table(Column(), Column(overflow="fold"), show_header=False)
     for key, value in found.items():
-        if value is not None:
+        if value is not None and value != {}:
             lines = (
                 [f"{name}: {_text(one)}" for name, one in value.items()] if isinstance(value, dict) else [_text(value)]
             )

@@ -324,6 +324,54 @@ def test_package_without_adapter_layers_takes_lora(tmp_path, pruned_package, rec
     assert gives("inspect", tmp_path / "out")["layers"] == [0, 1, 2, 3]
 
 
+def test_tune_says_how_many_records_there_were_and_what_of_them_is_not_learnt(tmp_path, package):
+    rows = [{"prompt": "far " * 100, "completion": " a", "id": 1}, *[{"prompt": "b", "completion": "c"}] * 4]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = gives("tune", package, "--data", tmp_path / "a.jsonl", "--out", tmp_path / "out", *RANK, *FEW)
+    assert found["records"] == found["examples"] == 5
+    assert found["records cut"] == 1 and found["tokens cut"] > 200 and found["fields ignored"] == {"id": 1}
+    assert found["answers left out"] == found["answers reworded"] == 0
+    ended = scaleot("tune", package, "--data", tmp_path / "a.jsonl", "--out", tmp_path / "again", *RANK, *FEW)
+    assert any("1 of 5 records are too long" in line for line in ended.said)
+    assert any("fields that are not read" in line and "`id`" in line for line in ended.said)
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "said"),
+    [
+        ({"prompt": "a", "completion": "b"}, (), "1 record can't be parted"),
+        (
+            {"text": "short"},
+            (),
+            "1 block of 128 tokens can't be parted into some to tune on and some to hold out; lower",
+        ),
+        ({"prompt": "a", "completion": "b"}, ("--lr", 1e-3, "--lr", 1e-4), "add --patience 0 and one --lr alone"),
+    ],
+)
+def test_too_few_records_to_hold_some_out_end_in_a_line_whose_options_help(tmp_path, package, row, options, said):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    command = ("tune", package, "--data", tmp_path / "a.jsonl")
+    found = refused(*command, "--out", tmp_path / "no", *options, *RANK, *FEW)
+    assert said in found and "--patience 0" in found and ("--block-size" in found) == ("text" in row)
+    for i, way in enumerate((("--patience", 0), ("--validation", 0))):
+        assert gives(*command, "--out", tmp_path / f"out{i}", *way, *RANK, *FEW)["steps"] == 2
+
+
+def test_validation_of_nothing_holds_nothing_out(tmp_path, package, records):
+    command = ("tune", package, "--data", records, "--out")
+    found = gives(*command, tmp_path / "a", "--validation", 0, *RANK, *FEW)
+    assert found["held-out loss"] == {} and found["steps"] == 2 * 3  # 20 records in batches of 8
+
+
+@pytest.mark.parametrize("name", ["train.json", "train.jsonl"])
+def test_questions_of_a_task_come_in_the_same_files(tmp_path, package, name):
+    rows = piqa_rows(12)
+    lines = "\ufeff" + "\r\n".join(map(json.dumps, rows))
+    (tmp_path / name).write_text(json.dumps(rows, indent=1) if name == "train.json" else lines, encoding="utf-8")
+    command = ("tune", package, "--task", "piqa", "--data", tmp_path / name, "--out", tmp_path / "out")
+    assert gives(*command, *RANK, *FEW)["records"] == 12
+
+
 def test_tune_needs_something_to_tune_on(tmp_path, package):
     assert "nothing to tune on" in refused("tune", package, "--out", tmp_path / "out")
     (tmp_path / "empty.jsonl").write_text("")

@@ -1,6 +1,7 @@
 """Tune with what held-out examples decide: the learning rate, and when to stop (method section 5)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,26 +49,33 @@ def tune(
     seed: int,
     label: str,
     checkpoint: Checkpoint,
+    origins: Sequence[int] | None = None,
 ) -> TuningResult:
     """`train`, with what the examples themselves can decide: the learning rate, and when to stop.
 
     Of several rates the one is taken that is best on a share of the examples after training on the others; then all are
     trained on. With `patience` that share is never trained on: training stops once its loss hasn't got better for so
-    many epochs, and the best epoch's parameters stay. With `epsilon` it is `train_privately` instead. UserError where
-    there are too few examples, or all rates diverge.
+    many epochs, and the best epoch's parameters stay. Without a share (`validation_fraction` is 0) all epochs run on
+    all examples. With `epsilon` it is `train_privately` instead. `origins` has the number of the record that each
+    example comes from, where several come from one: they are held out together. UserError where there are too few
+    examples, or all rates diverge.
     """
     how: dict[str, Any] = {"seed": seed, "label": label, "checkpoint": checkpoint}
     if isinstance(tuning, OffsiteTuning) and tuning.epsilon:
         history, epsilon = train_privately(model, parameters, data, tuning, **how)
         return TuningResult(history, tuning.lr[0], len(history), {}, epsilon)
-    if len(tuning.lr) == 1 and not tuning.patience:
+    records = [[i] for i in range(len(data))] if origins is None else _by_record(origins)
+    held = held_out(tuning, len(records))
+    if not held:
         history = train(model, parameters, data, tuning, lr=tuning.lr[0], **how)
         return TuningResult(history, tuning.lr[0], len(history), {})
-    order = torch.randperm(len(data), generator=generator(seed, "validation")).tolist()
-    held = max(1, round(tuning.validation_fraction * len(data)))
-    if held >= len(data):
-        raise UserError(f"{label}: {len(data)} examples are too few to hold some out; lower `validation` or give more")
-    validation, rest = ([data[i] for i in part] for part in (order[:held], order[held:]))
+    if held >= len(records):
+        raise UserError(
+            f"{label}: {len(records)} examples are too few to hold some out; lower `validation_fraction`, set "
+            "`patience` to 0 or give more"
+        )
+    order = torch.randperm(len(records), generator=generator(seed, "validation")).tolist()
+    validation, rest = ([data[i] for k in part for i in records[k]] for part in (order[:held], order[held:]))
     lr, losses = tuning.lr[0], {}
     if len(tuning.lr) > 1:
         losses = _search_lr(model, parameters, rest, validation, tuning, **how)
@@ -81,6 +89,28 @@ def tune(
         return TuningResult(history, lr, steps, {f"epoch {epoch}": loss for epoch, loss in enumerate(epochs, start=1)})
     history = train(model, parameters, data, tuning, lr=lr, **how)
     return TuningResult(history, lr, len(history), {str(rate): loss for rate, loss in losses.items()})
+
+
+def held_out(tuning: Tuning, records: int) -> int:
+    """How many of the records are held out of training: none where nothing is decided by them.
+
+    UserError where several learning rates are to be chosen from, and `validation_fraction` is 0.
+    """
+    if len(tuning.lr) > 1 and not tuning.validation_fraction:
+        raise UserError(
+            "lr: several learning rates are compared on examples that are held out; raise `validation_fraction`"
+        )
+    if not tuning.validation_fraction or (len(tuning.lr) == 1 and not tuning.patience):
+        return 0
+    return max(1, round(tuning.validation_fraction * records))
+
+
+def _by_record(origins: Sequence[int]) -> list[list[int]]:
+    """The numbers of each record's examples."""
+    found: dict[int, list[int]] = {}
+    for i, origin in enumerate(origins):
+        found.setdefault(origin, []).append(i)
+    return list(found.values())
 
 
 def _search_lr(

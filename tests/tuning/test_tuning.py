@@ -10,7 +10,7 @@ from scaleot_core.common.runtime import generator
 from scaleot_core.compression.emulator import layer_parameters
 from scaleot_core.training.checkpoint import Checkpoint
 from scaleot_core.training.loop import Diverged
-from scaleot_core.tuning import tuner
+from scaleot_core.tuning import selection, tuner
 from scaleot_core.tuning.examples import collate, from_task
 from scaleot_core.tuning.selection import tune
 from scaleot_core.tuning.tuner import epoch_batches, mean_answer_loss, train
@@ -123,11 +123,11 @@ def test_single_rate_is_taken_as_it_is(data, settings, tmp_path):
 
 def test_best_rate_is_that_of_lowest_loss_on_held_out_questions(data, settings, tmp_path, monkeypatch):
     seen, scored = [], []
-    trained, loss = tuner.train, tuner.mean_answer_loss
-    monkeypatch.setattr(tuner, "train", lambda *args, **options: seen.append(args[2]) or trained(*args, **options))
-    monkeypatch.setattr(tuner, "mean_answer_loss", lambda *args: scored.append(args[1]) or loss(*args))
+    trained, loss = selection.train, selection.mean_answer_loss
+    monkeypatch.setattr(selection, "train", lambda *args, **options: seen.append(args[2]) or trained(*args, **options))
+    monkeypatch.setattr(selection, "mean_answer_loss", lambda *args: scored.append(args[1]) or loss(*args))
     model, rates = tiny_model("llama"), [1e-6, 1e-2, 1e-3]
-    tuned = decide(data, settings, tmp_path, model, lr=rates, validation=0.3)
+    tuned = decide(data, settings, tmp_path, model, lr=rates, validation_fraction=0.3)
     assert len(scored) == 3 and all(len(part) == 3 for part in scored)
     for part, held in zip(seen[:3], scored, strict=True):
         assert sorted(part + held) == sorted(data)
@@ -142,20 +142,20 @@ def test_best_rate_is_that_of_lowest_loss_on_held_out_questions(data, settings, 
 
 def test_finished_rates_are_not_tried_again(data, settings, tmp_path, monkeypatch):
     first = decide(data, settings, tmp_path, lr=[1e-3, 1e-4])
-    trained, ran = tuner.train, []
-    monkeypatch.setattr(tuner, "train", lambda *args, **options: ran.append(1) or trained(*args, **options))
+    trained, ran = selection.train, []
+    monkeypatch.setattr(selection, "train", lambda *args, **options: ran.append(1) or trained(*args, **options))
     assert decide(data, settings, tmp_path, lr=[1e-3, 1e-4]) == first and len(ran) == 1
 
 
 def test_rate_that_diverges_is_not_chosen(data, settings, tmp_path, monkeypatch):
-    trained = tuner.train
+    trained = selection.train
 
     def train_or_diverge(*args, lr, **options):
         if lr > 0.1:
             raise Diverged("the loss is nan")
         return trained(*args, lr=lr, **options)
 
-    monkeypatch.setattr(tuner, "train", train_or_diverge)
+    monkeypatch.setattr(selection, "train", train_or_diverge)
     tuned = decide(data, settings, tmp_path / "some", lr=[0.5, 1e-3])
     assert tuned.lr == 1e-3 and tuned.validation_loss["0.5"] is None
     assert "not finite with any learning rate" in refusal(lambda: decide(data, settings, tmp_path / "all", lr=[0.5, 1]))
@@ -163,13 +163,47 @@ def test_rate_that_diverges_is_not_chosen(data, settings, tmp_path, monkeypatch)
 
 def test_too_few_questions_to_hold_some_out(data, settings, tmp_path):
     assert "too few to hold some out" in refusal(lambda: decide(data[:1], settings, tmp_path, lr=[1e-3, 1e-4]))
-    assert "too few to hold some out" in refusal(lambda: decide(data, settings, tmp_path, patience=1, validation=1.0))
+    assert "too few to hold some out" in refusal(
+        lambda: decide(data, settings, tmp_path, patience=1, validation_fraction=1.0)
+    )
+
+
+def test_where_none_is_held_out_all_is_trained_on_for_all_epochs(data, settings, tmp_path):
+    model = tiny_model("llama")
+    tuned = decide(data, settings, tmp_path, model, lr=[1e-3], patience=1, validation_fraction=0.0)
+    history, by_hand = run(settings, data, lr=1e-3)
+    assert tuned.history == history and weights_hash(model) == weights_hash(by_hand)
+    assert decide(data[:1], settings, tmp_path / "one", lr=[1e-3], patience=1, validation_fraction=0.0).steps > 0
+    none = {"validation_fraction": 0.0, "lr": [1e-3, 1e-4]}
+    assert "raise `validation_fraction`" in refusal(lambda: decide(data, settings, tmp_path / "rates", **none))
+
+
+def test_examples_of_one_record_are_held_out_together(data, settings, tmp_path, monkeypatch):
+    scored, loss = [], selection.mean_answer_loss
+    monkeypatch.setattr(selection, "mean_answer_loss", lambda *args: scored.append(args[1]) or loss(*args))
+    origins = [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    changes = {"epochs": 1, "patience": 1, "validation_fraction": 0.3}
+    model, settings = tiny_model("llama"), settings.model_copy(update=changes)
+    tune(
+        model,
+        dict(model.named_parameters()),
+        data,
+        settings,
+        seed=0,
+        label="test",
+        checkpoint=Checkpoint(tmp_path, 0),
+        origins=origins,
+    )
+    (held,) = scored
+    assert [origins[data.index(example)] for example in held] in ([0] * 3, [1] * 3, [2] * 3)
 
 
 @pytest.fixture
 def impatient(settings):
     """What learns its few questions by heart, so that others get worse."""
-    return settings.model_copy(update={"lr": [3e-2], "epochs": 30, "patience": 2, "validation": 0.3, "warmup": 0.0})
+    return settings.model_copy(
+        update={"lr": [3e-2], "epochs": 30, "patience": 2, "validation_fraction": 0.3, "warmup_ratio": 0.0}
+    )
 
 
 def test_training_stops_when_the_held_out_loss_gets_no_better_and_keeps_the_best(data, impatient, tmp_path):
