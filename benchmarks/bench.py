@@ -78,7 +78,7 @@ def tune(params: Params, device: torch.device) -> list[Row]:
     """Tuning the adapter layers for one epoch, against a loop as in OT's scripts: shuffled batches, all logits."""
     task = params.tasks[0]
     rows = read_jsonl(ARTIFACTS / "tasks" / task / "train.jsonl")[:160]
-    package = Package(ARTIFACTS / "emulator")
+    package = Package(ARTIFACTS / "emulator", links=True)
     model = package.load(device)
     data = examples.from_task(model, package.tokenizer(), task, rows, block_size=params.data.block_size)
     adapters = emulator.layer_parameters(model, package.plan, "adapter")
@@ -167,7 +167,7 @@ def prepare(params: Params, device: torch.device) -> list[Row]:
         return took, loss
 
     stages = sum(read_json(COSTS / f"{stage}.json")["seconds"] for stage in EMULATOR_STAGES)
-    shipped = mean_loss(Package(ARTIFACTS / "emulator").load(device), heldout)
+    shipped = mean_loss(Package(ARTIFACTS / "emulator", links=True).load(device), heldout)
     with TemporaryDirectory() as folder:
         alone = make(CHANNELS_ALONE, Path(folder))
         ours = {"the default run's stages": (stages, shipped), "feed-forward channels alone": alone}

@@ -74,12 +74,12 @@ def pack(
         raise UserError(
             f"{artifacts.emulator}: it was made with other parameters than params.yaml has now; run `dvc repro` first"
         )
-    made = Package(artifacts.emulator)
+    made = Package(artifacts.emulator, links=True)
     told = {"figures": measured_recovery(figures, made.sha256)} if figures else {}
     with new_output(out) as folder:
         copy_files(artifacts.emulator, folder, made.manifest, license=license, **told)
         identity = manifest_sha256(folder)
-    write_json(_private(out), {**known, "package": identity})
+    write_json(_private(out), {**known, "package": identity}, private=True)
     _show({"package": str(out), "id": identity, "private": str(_private(out))}, as_json)
 
 
@@ -265,7 +265,7 @@ def tune(
             say("interrupted; the same command goes on from here", style="yellow")
             raise
         adapter.save(target, shipped, parameters, lora=lora, tuning=settings, tuned=tuned)
-    write_json(_private(out), {"validation_loss": tuned.validation_loss, "history": tuned.history})
+    write_json(_private(out), {"validation_loss": tuned.validation_loss, "history": tuned.history}, private=True)
     checkpoint.remove()
     with suppress(OSError):  # it isn't there, or another command's progress is in it
         checkpoint.folder.parent.rmdir()
@@ -365,7 +365,6 @@ def plug(
     change of the package's was. With --as-lora the adapter is written for the real model, for whoever serves LoRA.
     """
     from scaleot_core.common.files import atomic_folder
-    from scaleot_core.common.runtime import DTYPES
     from scaleot_core.exchange.adapter import save_peft
     from scaleot_core.exchange.archive import check_new, unpacked
     from scaleot_core.exchange.package import Package
@@ -389,7 +388,7 @@ def plug(
         if as_lora and not isinstance(found.adapter, TunedLora):
             raise UserError(f"{adapter}: it has whole layers, which are no LoRA; name --out alone")
         _check_limits(adapter, found.layer_changes, max_change, max_outlier)
-        model, tokenizer = read_model(base, DTYPES[shipped.manifest.dtype])
+        model, tokenizer = read_model(base)
         check_base(base, model, shipped)
         tuned = fitted(found.adapter, shipped, model, private or _private(package))
         measured = measure_on_text(public, shipped, model, tokenizer, found.adapter, tuned) if public else None

@@ -15,8 +15,9 @@ from scaleot_core.common.validation import check_range
 from scaleot_core.compression import dlr
 from scaleot_core.compression.svd import decompose
 from scaleot_core.data.corpus import SUFFIXES
+from scaleot_core.exchange.tokenizer import check_shippable
 from scaleot_core.models.families import family
-from scaleot_core.models.loading import read_config
+from scaleot_core.models.loading import load_tokenizer, read_config
 from scaleot_core.params import Params, Tuning, changed
 
 QUESTION_TOKENS = 30  # of a typical question with its answer
@@ -49,6 +50,11 @@ def check_sources(params: Params) -> None:
         check_model(params, folder)
         if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
             raise UserError(f"params.yaml: model = {params.model!r}: no weights (*.safetensors) are in that folder")
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise UserError if a package couldn't keep the tokenizer in a model's folder as it is."""
+    check_shippable(load_tokenizer(folder))
 
 
 def check_model(params: Params, folder: Path) -> None:

@@ -57,10 +57,10 @@ def measure(
     Each finished measurement is kept in `cache`, so that a stopped evaluation goes on. UserError for an adapter that
     isn't sound.
     """
-    tokenizer, package = load_tokenizer(artifacts.model), Package(artifacts.emulator)
+    tokenizer, package = load_tokenizer(artifacts.model), Package(artifacts.emulator, links=True)
     plan, public = package.plan, artifacts.blocks("train")[:BLOCKS]
     tuned = {
-        (task, kind): adapter.read(artifacts.adapter(task, kind) / "adapter", package)
+        (task, kind): adapter.read(artifacts.adapter(task, kind) / "adapter", package, links=True)
         for task in questions
         for kind in kinds
     }
@@ -117,7 +117,7 @@ def collect(
         }
         tasks[task] = found | {"adapters": {kind: f | utility(found | f) for kind, f in adapters.items()}}
     model_loss = read_json(artifacts.importance / "scores.json")["model_heldout_loss"]
-    package = Package(artifacts.emulator)
+    package = Package(artifacts.emulator, links=True)
     return {
         "tasks": tasks,
         "splits": "cut by prepare_data; not comparable to results on the official ones",

@@ -30,7 +30,7 @@ def main() -> None:
         params, artifacts, runtime, checkpoint = stage.params, stage.artifacts, stage.runtime, stage.checkpoint
         blocks, heldout = artifacts.blocks("train"), artifacts.blocks("heldout")
         questions = {task: artifacts.questions(task, "eval") for task in params.tasks}
-        tokenizer, package = load_tokenizer(artifacts.model), Package(artifacts.emulator)
+        tokenizer, package = load_tokenizer(artifacts.model), Package(artifacts.emulator, links=True)
         batch_size, block_size = params.evaluate.batch_size, params.data.block_size
         owner = ModelOwner(
             artifacts.model, runtime, blocks, params, artifacts.harmonizers, checkpoint.folder, checkpoint
@@ -60,7 +60,7 @@ def main() -> None:
             data = [examples.from_task(model, tokenizer, task, rows, block_size=block_size) for rows in parts]
             records = params.attack.membership_records
             for kind in params.adapters:
-                tuned = adapter.read(artifacts.adapter(task, kind) / "adapter", package)
+                tuned = adapter.read(artifacts.adapter(task, kind) / "adapter", package, links=True)
                 tuned = fitted(tuned, package, model, artifacts.emulator_private)
                 told = membership.attack(model, package.plan, tuned, *(part[:records] for part in data))
                 members.setdefault(task, {})[kind] = told

@@ -36,7 +36,7 @@ def main() -> None:
             "params": stage.entry.values(params),
             "channels": {str(i): kept.tolist() for i, kept in built.channels.items()},
         }
-        write_json(artifacts.emulator_private, private)
+        write_json(artifacts.emulator_private, private, private=True)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ def main() -> None:
         costs = {file.stem: read_json(file) for file in sorted(COSTS.glob("*.json"))} | {"evaluate": stage.meter.read()}
         metrics = collect(artifacts, questions, evaluated, costs)
         histories = loss_histories(artifacts, params.tasks, params.adapters)
-        layers = read_json(artifacts.harmonizers / "scores.json") | {"kinds": Package(artifacts.emulator).plan.kinds}
+        layers = read_json(artifacts.harmonizers / "scores.json") | {
+            "kinds": Package(artifacts.emulator, links=True).plan.kinds
+        }
         with atomic_folder(PLOTS) as out:
             tables.write_curves(out / "loss", histories)
             tables.write_layers(out / "layers.csv", layers["prior"], layers["scores"], layers["kinds"])

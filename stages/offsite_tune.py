@@ -23,7 +23,7 @@ def main() -> None:
         lora = params.lora.form if kind == "lora" else None
         if lora:
             tuning = tuning.model_copy(update={"lr": params.lora.lr})
-        package = Package(artifacts.emulator)
+        package = Package(artifacts.emulator, links=True)
         model = package.load(stage.runtime.device)
         stage.meter.count(model)
         rows, packed = artifacts.questions(task, "train"), not tuning.epsilon  # packed, a record is no example

@@ -35,6 +35,7 @@ def main() -> None:
             else:
                 save_model(params.model, out, runtime.dtype, params.model_revision)
             preflight.check_model(params, out)
+            preflight.check_tokenizer(out)
         preflight.show(params, artifacts.model, runtime)
         tokenizer = load_tokenizer(artifacts.model)
         context = read_config(artifacts.model).max_position_embeddings

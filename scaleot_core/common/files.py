@@ -18,6 +18,13 @@ from scaleot_core.common.launch import is_main_process
 HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")  # of a surrogate pair, in JSON
 
 
+def _mode(most: int) -> int:
+    """Give the permissions of a new file or folder: `most`, less the user's umask."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return most & ~umask
+
+
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `target` when the block ends well and vanishes when it doesn't."""
@@ -30,7 +37,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     old = temporary.with_name(f"{temporary.name}.old")
     try:
         yield temporary
-        temporary.chmod(0o755)
+        temporary.chmod(_mode(0o777))
         if target.exists():
             target.replace(old)
         temporary.replace(target)
@@ -43,8 +50,11 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_file(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `target` that replaces it when the block ends well."""
+def atomic_file(target: Path, *, private: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside `target` that replaces it when the block ends well.
+
+    A private file can be read by its owner alone, whatever the umask.
+    """
     if not is_main_process():
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder) / target.name
@@ -55,16 +65,16 @@ def atomic_file(target: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o644)
+        temporary.chmod(0o600 if private else _mode(0o666))
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: Any, *, private: bool = False) -> None:
     """Write `data` as indented JSON with sorted keys; NaN and infinity are refused (ValueError)."""
     text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    with atomic_file(path) as temporary:
+    with atomic_file(path, private=private) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

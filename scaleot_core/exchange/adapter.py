@@ -143,18 +143,19 @@ def _lora_config(config: PretrainedConfig, layers: list[int], form: LoraForm) ->
     }
 
 
-def read_manifest(folder: Path) -> AdapterManifest:
+def read_manifest(folder: Path, *, links: bool = False) -> AdapterManifest:
     """The manifest of an adapter, after every file that it lists was found whole; UserError otherwise."""
-    manifest = read_checked(folder, AdapterManifest, (LAYERS, LORA, LORA_CONFIG))
+    manifest = read_checked(folder, AdapterManifest, (LAYERS, LORA, LORA_CONFIG), links=links)
     expected = {LORA, LORA_CONFIG} if manifest.lora else {LAYERS}
     if manifest.files.keys() != expected:
         raise UserError(f"{folder}: its files are {sorted(manifest.files)}; they should be {sorted(expected)}")
     return manifest
 
 
-def read(folder: Path, package: Package) -> TunedAdapter:
+def read(folder: Path, package: Package, *, links: bool = False) -> TunedAdapter:
     """Read an adapter that was tuned on a package; UserError where it wasn't, or isn't sound."""
-    manifest, model, plan, identity = read_manifest(folder), package.meta_model, package.plan, package.sha256
+    manifest, model, plan = read_manifest(folder, links=links), package.meta_model, package.plan
+    identity = package.sha256
     if manifest.package != identity:
         raise UserError(f"{folder}: it was tuned on another package ({manifest.package[:12]}…, not {identity[:12]}…)")
     try:
@@ -165,15 +166,15 @@ def read(folder: Path, package: Package) -> TunedAdapter:
             weights = layer_parameters(model, plan, "adapter")
             expected = {name: (tuple(p.shape), p.dtype) for name, p in weights.items()}
             return TunedLayers(read_untrusted_tensors({folder / LAYERS: expected}))
-        return _read_lora(folder, model, plan, manifest.lora)
+        return _read_lora(folder, model, plan, manifest.lora, links=links)
     except UserError as error:
         raise error if str(error).startswith(str(folder)) else UserError(f"{folder}: {error}") from None
 
 
-def _read_lora(folder: Path, model: PreTrainedModel, plan: Plan, form: LoraForm) -> TunedLora:
+def _read_lora(folder: Path, model: PreTrainedModel, plan: Plan, form: LoraForm, *, links: bool) -> TunedLora:
     from scaleot_core.tuning.lora import lora_features, lora_layers
 
-    _check_lora_config(folder / LORA_CONFIG, _lora_config(model.config, lora_layers(plan, form), form))
+    _check_lora_config(folder / LORA_CONFIG, _lora_config(model.config, lora_layers(plan, form), form), links=links)
     dtype = next(model.parameters()).dtype
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     found = lora_features(model, plan, form)
@@ -189,9 +190,9 @@ def _read_lora(folder: Path, model: PreTrainedModel, plan: Plan, form: LoraForm)
     return adapter
 
 
-def _check_lora_config(file: Path, expected: dict[str, Any]) -> None:
+def _check_lora_config(file: Path, expected: dict[str, Any], *, links: bool) -> None:
     """PEFT would follow its file to the letter: it must say what ours says, and nothing that another version adds."""
-    given = read_untrusted_json(file)
+    given = read_untrusted_json(file, links=links)
     if not isinstance(given, dict):
         raise UserError(f"{file}: a JSON object is needed; fetch it again")
     expected = {**expected, "peft_version": given.get("peft_version")}

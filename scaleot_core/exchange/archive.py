@@ -36,6 +36,9 @@ def new_output(out: Path) -> Iterator[Path]:
     UserError where `out` is there already.
     """
     check_new(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out.parent):  # what can't be written is told now, not after hours
+        pass
     if out.suffix != ".zip":
         with atomic_folder(out) as folder:
             yield folder

@@ -71,14 +71,17 @@ def manifest_format(folder: Path) -> str:
     return str(data.get("format")) if isinstance(data, dict) else ""
 
 
-def read_checked(folder: Path, kind: type[M], names: Iterable[str]) -> M:
+def read_checked(folder: Path, kind: type[M], names: Iterable[str], *, links: bool = False) -> M:
     """The manifest of a folder, after every file that it lists was found whole; UserError otherwise.
 
-    `names` are those that files may have. Nothing of a file but its hash is read here.
+    `names` are those that files may have. Nothing of a file but its hash is read here. `links` are followed in the
+    pipeline's own folders, where DVC may link to its cache, and never in what the other party sent.
     """
-    if folder.is_symlink() or not folder.is_dir():
+    if folder.is_symlink() and not links:
+        raise UserError(f"{folder}: it is a link, which is not followed; name the folder that it leads to")
+    if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    data = read_untrusted_json(folder / MANIFEST)
+    data = read_untrusted_json(folder / MANIFEST, links=links)
     expected = {key: kind.model_fields[key].default for key in ("format", "format_version")}
     if not isinstance(data, dict) or data.get("format") != expected["format"]:
         raise UserError(f"{folder}: not a {expected['format']} folder ({MANIFEST} names another format)")
@@ -91,7 +94,7 @@ def read_checked(folder: Path, kind: type[M], names: Iterable[str]) -> M:
         where = printable(".".join(map(str, first["loc"])))[:200]
         reason = one_line(ValueError(first["msg"]))
         raise UserError(f"{folder}/{MANIFEST}: {where}: {reason}; fetch it again") from None
-    there = {file.name: file.is_file() and not file.is_symlink() for file in folder.iterdir()}
+    there = {file.name: file.is_file() and (links or not file.is_symlink()) for file in folder.iterdir()}
     for name in sorted({*manifest.files, MANIFEST} | there.keys()):
         if name not in (*names, MANIFEST) or not there.get(name, True):
             raise UserError(f"{folder}: {name!r} is no file of this format; fetch it again")

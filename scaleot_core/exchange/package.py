@@ -158,12 +158,13 @@ def _config(manifest: PackageManifest) -> PretrainedConfig:
 class Package:
     """A package in a folder, checked part by part as each is first asked for; UserError where a part isn't sound.
 
-    `Package(folder)` itself reads the manifest and finds every file that it lists whole.
+    `Package(folder)` itself reads the manifest and finds every file that it lists whole. With `links`, for the
+    pipeline's own folders alone, files may be links, as DVC's are with `cache.type symlink`.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.manifest = read_checked(folder, PackageManifest, FILES)
+    def __init__(self, folder: Path, *, links: bool = False) -> None:
+        self.folder, self.links = folder, links
+        self.manifest = read_checked(folder, PackageManifest, FILES, links=links)
 
     @cached_property
     def sha256(self) -> str:
@@ -221,7 +222,7 @@ class Package:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer."""
-        return load_untrusted_tokenizer(self.folder)
+        return load_untrusted_tokenizer(self.folder, links=self.links)
 
     def load(self, device: torch.device) -> PreTrainedModel:
         """Load the emulator, frozen: built from the configuration and the plan, then filled with the tensors.

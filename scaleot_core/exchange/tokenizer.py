@@ -1,5 +1,6 @@
 """Ship a tokenizer as plain files, and load one that the other party shipped."""
 
+import tempfile
 from pathlib import Path
 
 from transformers import (
@@ -27,24 +28,47 @@ TOKENIZER_SETTINGS = {
     "tokenizer_class",
     "unk_token",
 }  # of a tokenizer_config.json: none names a file, code or a repository
-PROBE = "The 2nd «naïve» test,\n\tof 3.14 words: 你好!  <|x|>"  # on which a tokenizer must be what it was
+PROBES = ("The 2nd «naïve» test,\n\tof 3.14 words: 你好!  <|x|>", " leading space", "")
 
 
 def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write a tokenizer so that `load_tokenizer` takes it; UserError where it would not be what it was."""
-    tokenizer.save_pretrained(folder)
+    """Write a tokenizer so that `load_untrusted_tokenizer` takes it; UserError where it would not be what it was.
+
+    Several chat templates go into its settings, since transformers would make a folder of them.
+    """
+    tokenizer.save_pretrained(folder, save_jinja_files=not isinstance(tokenizer.chat_template, dict))
     settings = read_json(folder / "tokenizer_config.json") | {"tokenizer_class": "TokenizersBackend"}
     write_json(folder / "tokenizer_config.json", {k: v for k, v in settings.items() if k in TOKENIZER_SETTINGS})
-    again = load_untrusted_tokenizer(folder)
-    if again(PROBE)["input_ids"] != tokenizer(PROBE)["input_ids"] or again.eos_token_id != tokenizer.eos_token_id:
+    if different := _difference(tokenizer, load_untrusted_tokenizer(folder)):
         raise UserError(
-            "the model's tokenizer is more than its tokenizer.json says, so it can't be shipped; use another"
+            f"the model's tokenizer is more than its tokenizer.json says ({different}), so no package can keep it"
         )
 
 
-def load_untrusted_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def check_shippable(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError if a package couldn't keep the tokenizer that a model has: told before hours of work."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(Path(folder), tokenizer)
+
+
+def _difference(before: PreTrainedTokenizerBase, after: PreTrainedTokenizerBase) -> str:
+    """Say in what a shipped tokenizer differs from the model's own; an empty text where in nothing."""
+    specials = " ".join(dict.fromkeys(map(str, before.all_special_tokens)))
+    for probe in (*PROBES, f"{specials} between {specials}"):
+        if after(probe)["input_ids"] != before(probe)["input_ids"]:
+            return f"of {probe!r} it makes other tokens"
+        plain = before(probe, add_special_tokens=False)["input_ids"]
+        if after.decode(plain) != before.decode(plain):
+            return f"it decodes the tokens of {probe!r} otherwise"
+    for name in ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id"):
+        if getattr(after, name) != getattr(before, name):
+            return f"its {name} is {getattr(after, name)}, not {getattr(before, name)}"
+    return "" if after.chat_template == before.chat_template else "its chat template is another"
+
+
+def load_untrusted_tokenizer(folder: Path, *, links: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a package, from its tokenizer.json; UserError where it isn't sound or asks for more."""
-    settings = untrusted.read_untrusted_json(folder / "tokenizer_config.json")
+    settings = untrusted.read_untrusted_json(folder / "tokenizer_config.json", links=links)
     if not isinstance(settings, dict) or settings.get("tokenizer_class") != "TokenizersBackend":
         raise UserError(f"{folder}/tokenizer_config.json: not that of a package's tokenizer; fetch it again")
     if foreign := sorted(settings.keys() - TOKENIZER_SETTINGS):

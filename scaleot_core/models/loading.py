@@ -60,19 +60,25 @@ def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Pre
     return model.eval().requires_grad_(False)
 
 
-def read_model(source: str, dtype: torch.dtype, revision: str = "") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model in one dtype and its tokenizer, from the hub or a local folder, in any of transformers' formats.
+def read_model(
+    source: str, dtype: torch.dtype | None = None, revision: str = ""
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer, from the hub or a local folder, in any of transformers' formats.
+
+    The model is in `dtype`, or, without one, in its own.
 
     `revision` is a commit, tag or branch on the hub, empty for the newest.
     UserError for a model that can't be fetched or read, is of an unsupported architecture, or has another's tokenizer.
     """
+    if source.startswith((".", "/", "~")) and not Path(source).expanduser().exists():
+        raise UserError(f"model = {source!r}: no such folder; correct the path")
     try:
         at = {"revision": revision or "main", "trust_remote_code": False}
         config = AutoConfig.from_pretrained(source, **at)
         family(config)
         tokenizer = AutoTokenizer.from_pretrained(source, **at)
         check_tokenizer(tokenizer, config)
-        return _pretrained(source, config=config, dtype=dtype, revision=at["revision"]), tokenizer
+        return _pretrained(source, config=config, dtype=dtype or "auto", revision=at["revision"]), tokenizer
     except UserError as error:
         raise UserError(f"model = {source!r}: {error}") from error
     except Exception as error:
