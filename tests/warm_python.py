@@ -1,17 +1,16 @@
 """A `python` that is warm: one process imports what stages and DVC import, and each program is a fork of it.
 
 Importing torch and transformers takes four seconds; a stage's work in a tiny project takes a tenth of one. A test that
-is about what processes do, killed ones and several at once, and not about how one starts, runs them by
-`WarmPython.python`. That is a program of its own, as `python` is: it takes a script or `-m MODULE`, arguments, standard
-streams, environment and folder; it passes signals on; it ends as the program ends; killed, it takes the program along.
-Whatever else it is given goes to the real Python. Environment variables that a library reads while it is imported, such
-as HF_HOME, are those of the server.
+is about what processes do, killed ones and several at once among them, and not about how one starts, runs them by the
+`python` of `warm_python`. That is a program of its own: it takes a script or `-m MODULE`, arguments, standard streams,
+environment and folder; it passes signals on; it ends as the program ends; killed, it takes the program along. Whatever
+else it is given goes to the real Python. Our own modules each program imports anew. What other libraries read of the
+environment while they are imported, such as HF_HOME, is the server's.
 """
 
 import atexit
 import gc
 import importlib
-import io
 import json
 import os
 import pkgutil
@@ -30,7 +29,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
-# What is imported where it is used, and so not along with our own modules.
+# What our modules import only where they use it, and DVC.
 PRELOADED = (
     "celery.app.amqp",
     "datasets.packaged_modules.json.json",
@@ -67,7 +66,7 @@ def warm_python(environment: Mapping[str, str]) -> Iterator[Path]:
             file.write_text(SHIM.format(real=sys.executable, here=here, address=address, python=python, first=first))
             file.chmod(0o755)
         server = subprocess.Popen(
-            [sys.executable, __file__, address], env=os.environ | environment, start_new_session=True
+            [sys.executable, "-u", __file__, address], env=os.environ | environment, start_new_session=True
         )
         try:
             while not os.path.exists(address):
@@ -88,7 +87,7 @@ def run_warm(address: str, python: str, arguments: list[str]) -> NoReturn:
     `python` is what the program takes for its `sys.executable`.
     """
     given = arguments
-    if arguments[:1] == ["-u"]:  # as torchrun calls it, and no other way is known here
+    if arguments[:1] == ["-u"]:  # as torchrun calls it; nothing is buffered here
         arguments = arguments[1:]
     if not arguments or (arguments[0].startswith("-") and arguments[0] != "-m"):
         os.execv(sys.executable, [sys.executable, *given])
@@ -160,8 +159,6 @@ def run(request: dict[str, Any]) -> NoReturn:
     os.environ.clear()
     os.environ.update(request["environment"])
     sys.executable = request["executable"]  # whose children are warm too
-    assert isinstance(sys.stdout, io.TextIOWrapper)
-    sys.stdout.reconfigure(line_buffering=True)
     code = 1
     try:
         if arguments[0] == "-m":
@@ -194,6 +191,8 @@ def main() -> None:
         own = importlib.import_module("scaleot_core").__path__
         for name in (*(found.name for found in pkgutil.walk_packages(own, "scaleot_core.")), *PRELOADED):
             importlib.import_module(name)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "scaleot_core"]:
+            del sys.modules[name]  # what it imports stays; itself each program imports, in its own environment
         gc.collect()
         gc.freeze()  # a fork that looks for garbage would copy all that was imported
         request = serve(listener)

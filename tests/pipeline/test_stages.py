@@ -72,11 +72,11 @@ def project(made: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def owners(made: Path, tmp_path: Path) -> Path:
-    """What the data owner has: the stages, params.yaml, the package and the private questions."""
+    """What the data owner has: the stages, dvc.yaml, params.yaml, the package and the private questions."""
     folder = tmp_path / "owner"
     for name in ("stages", "artifacts/emulator"):
         shutil.copytree(made / name, folder / name)
-    for name in ("params.yaml", "artifacts/tasks/piqa/train.jsonl"):
+    for name in ("dvc.yaml", "params.yaml", "artifacts/tasks/piqa/train.jsonl"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(made / name, folder / name)
     return folder
@@ -194,7 +194,8 @@ def test_stage_that_is_killed_at_any_moment_goes_on_to_the_same_bytes(
     process.stderr.readline()  # its first word comes after the imports
     time.sleep(random.Random(f"{stage} {moment}").uniform(0, 1.2 * seconds + 0.2))
     process.kill()
-    process.communicate()
+    said = process.communicate()[1]
+    assert process.returncode in (0, -signal.SIGKILL), said
     assert not files(folder / KILLED[stage]) or files(folder / KILLED[stage]) == expected  # whole or not at all
     succeed(folder, stage)
     assert files(folder / KILLED[stage]) == expected
