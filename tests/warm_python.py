@@ -65,9 +65,8 @@ def warm_python(environment: Mapping[str, str]) -> Iterator[Path]:
             here = str(Path(__file__).parent)
             file.write_text(SHIM.format(real=sys.executable, here=here, address=address, python=python, first=first))
             file.chmod(0o755)
-        server = subprocess.Popen(
-            [sys.executable, "-u", __file__, address], env=os.environ | environment, start_new_session=True
-        )
+        command, given = [sys.executable, "-u", __file__, address], os.environ | environment
+        server = subprocess.Popen(command, env=given, stdin=subprocess.PIPE, start_new_session=True)
         try:
             while not os.path.exists(address):
                 assert server.poll() is None, "the server of warm processes did not start"
@@ -120,7 +119,9 @@ def serve(listener: socket.socket) -> dict[str, Any]:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     while True:
         connections: dict[Any, int] = {client: process for process, client in clients.items() if client}
-        ready = select.select([listener, ended, *connections], [], [])[0]
+        ready = select.select([sys.stdin, listener, ended, *connections], [], [])[0]
+        if sys.stdin in ready:  # whoever started this process has ended
+            os.killpg(0, signal.SIGTERM)
         for client in connections.keys() & set(ready):  # it says nothing, so it was killed
             os.kill(connections[client], signal.SIGKILL)
             clients[connections[client]] = None

@@ -140,7 +140,7 @@ def test_rates_and_patience_with_split_layers_are_those_of_one_process(
     one, two = (Path(shutil.copytree(alone, tmp_path / name)) for name in ("one", "two"))
     output = Path(OUTPUTS["full_finetune"][0])
     for folder in (one, two):
-        change(folder, full_finetune={"lr": [1e-2, 1e-4], "epochs": 3, "patience": 1, "validation": 0.3})
+        change(folder, full_finetune={"lr": [1e-2, 1e-4], "epochs": 3, "patience": 1, "validation_fraction": 0.3})
         shutil.rmtree(folder / output)
     succeed(one, "full_finetune")
     launched(two, "stages/full_finetune.py", "piqa", **FSDP)

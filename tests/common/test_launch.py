@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, write_project
+from helpers import ROOT, write_project
 from transformers import PreTrainedTokenizerFast
 
 from scaleot_core.common import launch
@@ -93,28 +93,33 @@ def test_world_that_cannot_meet_is_refused_by_whichever_process_it_is(
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+def prepared(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast, warm_bin: Path) -> Path:
     """A tiny project that one process prepared, though what is left of a launcher says that it is one of several."""
     folder = tmp_path_factory.mktemp("launch")
     write_project(folder, tokenizer)
-    python(folder, "stages/prepare_data.py", **LEFT_BEHIND)
+    run_python(warm_bin / "python", folder, "stages/prepare_data.py", **LEFT_BEHIND)
     return folder
 
 
-def python(folder: Path, *arguments: str, **environment: str) -> str:
+def run_python(python: str | Path, folder: Path, *arguments: str, **environment: str) -> str:
     """Run Python in a project; return what it said on stderr."""
     clean = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
     own = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *arguments]
     done = subprocess.run(
-        command, cwd=folder, env=clean | own | environment, capture_output=True, encoding="utf-8", timeout=300
+        [python, *arguments],
+        cwd=folder,
+        env=clean | own | environment,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return done.stderr
 
 
-def test_stages_of_one_process_write_and_speak_whatever_is_left_of_a_launcher(prepared: Path) -> None:
-    said = python(prepared, "stages/zero_shot.py", "piqa", **LEFT_BEHIND)
+@pytest.mark.slow
+def test_stages_of_one_process_write_and_speak_whatever_is_left_of_a_launcher(warm_bin: Path, prepared: Path) -> None:
+    said = run_python(warm_bin / "python", prepared, "stages/zero_shot.py", "piqa", **LEFT_BEHIND)
     assert "1 threads" in said and "processes" not in said
     found = json.loads((prepared / "artifacts/baselines/zero_shot-piqa.json").read_text(encoding="utf-8"))
     assert found["questions"] == 20 and 0 <= found["acc"] <= 1
@@ -147,9 +152,11 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes_sum_broadcast_and_wait(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_two_processes_sum_broadcast_and_wait(warm_bin: Path, tmp_path: Path) -> None:
     (tmp_path / "together.py").write_text(TOGETHER, encoding="utf-8")
-    python(tmp_path, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "together.py")
+    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "together.py"]
+    run_python(warm_bin / "python", tmp_path, *command)
     found = [json.loads((tmp_path / f"{i}.json").read_text(encoding="utf-8")) for i in range(2)]
     assert [each.pop("share") for each in found] == [[0, 2, 4], [1, 3]]
     assert (
@@ -164,6 +171,7 @@ def test_two_processes_sum_broadcast_and_wait(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_one_process_does_not_load_accelerates_state(tmp_path: Path) -> None:
     """Transformers loads Accelerate where it needs it; our helpers ask nothing of it while there is one process."""
     script = (
@@ -172,4 +180,4 @@ def test_one_process_does_not_load_accelerates_state(tmp_path: Path) -> None:
         "assert distributed.broadcast_from_main(lambda: 3) == 3 and not distributed.any_process(False)\n"
         "assert 'accelerate' not in sys.modules\n"
     )
-    python(tmp_path, "-c", script)
+    run_python(sys.executable, tmp_path, "-c", script)

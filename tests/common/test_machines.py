@@ -9,8 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, tiny_model, write_project
-from test_emulator import write as write_package
+from helpers import ROOT, tiny_model, write_package, write_project
 from transformers import PreTrainedTokenizerFast
 
 from scaleot_core.common import files, runtime
@@ -31,7 +30,7 @@ ASCII = (
 
 
 def python(folder: Path, *arguments: str, **environment: str) -> str:
-    """Run Python, which must end well; return its standard output, which must be ASCII."""
+    """Start Python, which must end well; return its standard output, which must be ASCII."""
     own = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment}
     clean = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     done = subprocess.run([sys.executable, *arguments], cwd=folder, env=clean | own, capture_output=True, timeout=300)
@@ -59,6 +58,7 @@ def lacking(tmp_path: Path) -> str:
     return os.pathsep.join([str(tmp_path / "lacking"), str(ROOT)])
 
 
+@pytest.mark.slow
 def test_tune_without_affinity_resource_and_the_c_library(tmp_path: Path, package: Path, lacking: str) -> None:
     records = [json.dumps({"prompt": f"count to {i}", "completion": f" one to {i}"}) for i in range(20)]
     (tmp_path / "records.jsonl").write_text("\n".join(records), encoding="utf-8")
@@ -67,6 +67,7 @@ def test_tune_without_affinity_resource_and_the_c_library(tmp_path: Path, packag
     assert (tmp_path / "out" / "manifest.json").is_file()
 
 
+@pytest.mark.slow
 def test_stage_without_affinity_resource_and_the_c_library(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, lacking: str
 ) -> None:
@@ -193,6 +194,7 @@ write_jsonl(Path("a.jsonl"), read_csv(Path("a.csv")))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", ASCII, ids=["ascii output", "ascii locale"])
 def test_ascii_terminal_gets_help_tables_json_and_errors(
     tmp_path: Path, package: Path, environment: dict[str, str]
