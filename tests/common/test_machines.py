@@ -9,8 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, tiny_model, write_project
-from test_emulator import write as write_package
+from helpers import ROOT, tiny_model, write_package, write_project
 from transformers import PreTrainedTokenizerFast
 
 from scaleot_core.common import files, runtime
