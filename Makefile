@@ -12,9 +12,12 @@ export DVC_NO_ANALYTICS := 1
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
+# Ends here, before anything is downloaded, where Python is of another version than pyproject.toml asks for.
 .venv/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet torch==2.13.0
+	$(if $(shell $(PYTHON) -c 'import sys; print("yes" if (3, 11) <= sys.version_info < (3, 14) else "")' 2>&1 | grep yes),,\
+	  $(error $(PYTHON) is $(or $(shell $(PYTHON) --version 2>&1),not there); needed is Python 3.11, 3.12 or 3.13: name \
+	  one, as in `make PYTHON=python3.12`))
+	$(PYTHON) -m venv --clear .venv
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[pipeline,privacy,dev]'
 	@touch $@
 
@@ -29,10 +32,11 @@ test-quick: .venv/ready  ## what to run after an edit: the tests that take no wh
 
 test test-quick: export OMP_NUM_THREADS := 1
 
-lint: .venv/ready  ## format check, linter and type checker
+lint: .venv/ready  ## format check, linter, type checker and spelling
 	ruff format --check .
 	ruff check .
 	mypy
+	codespell
 
 studies: repro  ## what the defaults were chosen by: about an hour and a half on 2 cores, beside the default run
 	dvc repro studies/dvc.yaml:harmonizers studies/dvc.yaml:scores

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from safetensors import SafetensorError
 
 from scaleot_core.common.errors import UserError, one_line
-from scaleot_core.common.launch import check_launch
+from scaleot_core.common.launch import check_launch, is_main_process
 from scaleot_core.common.progress import console, say
 
 
@@ -19,7 +19,7 @@ def run_command(main: Callable[[], None]) -> None:
     """Run `main`; a UserError or a failing disk ends in one line and exit code 1, an interruption in 130.
 
     SIGTERM is an interruption too, so that what is half written is removed. Letters that the terminal has no code for
-    are printed as question marks.
+    are printed as question marks. Of several processes the first alone speaks.
     """
 
     def interrupt(number: int, frame: object) -> None:
@@ -29,7 +29,8 @@ def run_command(main: Callable[[], None]) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     try:
-        _check_launch()
+        check_launch()
+        console.quiet = not is_main_process()
         main()
     except UserError as error:
         say(f"error: {error}", style="bold red")
@@ -42,12 +43,3 @@ def run_command(main: Callable[[], None]) -> None:
         what = f"{name or 'a file'}: {reason or one_line(error)}"
         say(f"error: {what}; free space or mend it, then run again", style="bold red")
         sys.exit(1)
-
-
-def _check_launch() -> None:
-    """Check the launcher's variables; a mistake in them is told by whichever process this is."""
-    try:
-        check_launch()
-    except UserError:
-        console.quiet = False
-        raise

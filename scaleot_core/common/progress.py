@@ -8,9 +8,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from scaleot_core.common.launch import is_main_process
-
-console = Console(stderr=True, highlight=False, quiet=not is_main_process())
+console = Console(stderr=True, highlight=False)
 PLAIN_SECONDS = 10.0  # between two plain lines
 
 

@@ -1,4 +1,4 @@
-"""Make gradients of a batch that several processes share: their sum, their common norm, the loss of the whole."""
+"""Backpropagate a batch over several processes, and sum and clip what comes of it."""
 
 from collections.abc import Callable, Iterable
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from scaleot_core.common import launch
 from scaleot_core.common.entrypoint import run_command
-from scaleot_core.common.progress import console
+from scaleot_core.common.progress import console, say
 
 LAUNCHED = {
     "WORLD_SIZE": "2",
@@ -39,6 +39,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for name in LAUNCHED:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
+    monkeypatch.setattr(console, "quiet", False)
     return monkeypatch
 
 
@@ -64,6 +65,14 @@ def test_several_are_as_the_launcher_says(environment: pytest.MonkeyPatch) -> No
     assert launch.local_world_size() == 8
 
 
+def test_first_process_alone_speaks(environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for rank in ("0", "1"):
+        for name, value in (LAUNCHED | {"RANK": rank}).items():
+            environment.setenv(name, value)
+        run_command(lambda: say(f"from {launch.rank()}"))
+    assert capsys.readouterr() == ("", "from 0\n")
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -84,7 +93,6 @@ def test_world_that_cannot_meet_is_refused_by_whichever_process_it_is(
     for name, value in (LAUNCHED | changed).items():
         if value is not None:
             environment.setenv(name, value)
-    environment.setattr(console, "quiet", not launch.is_main_process())  # as it is when it is made
     with pytest.raises(SystemExit) as ended:
         run_command(lambda: pytest.fail("it went on"))
     out, err = capsys.readouterr()
