@@ -38,7 +38,7 @@ class FusedProjection(nn.Module):
 
 
 def features(module: nn.Module) -> tuple[int, int]:
-    """Numbers of inputs and outputs of a linear map, whatever holds it."""
+    """Give the numbers of inputs and outputs of a linear map, whatever holds it."""
     if isinstance(module, Conv1D):
         return module.nx, module.nf
     assert isinstance(module, nn.Linear | LowRankLinear | FusedProjection)

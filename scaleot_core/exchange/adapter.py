@@ -68,7 +68,7 @@ class AdapterManifest(Manifest):
 
 
 def trainable(model: PreTrainedModel, plan: Plan, lora: LoraForm | None, seed: int) -> dict[str, nn.Parameter]:
-    """What offsite tuning trains of an emulator, by name: the adapter layers, or LoRA that is put in here.
+    """Give what offsite tuning trains of an emulator, by name: the adapter layers, or LoRA that is put in here.
 
     UserError where the emulator has nothing of the kind.
     """
@@ -133,7 +133,7 @@ def save_peft(folder: Path, config: PretrainedConfig, adapter: TunedLora, *, lay
 
 
 def _lora_config(config: PretrainedConfig, layers: list[int], form: LoraForm) -> dict[str, Any]:
-    """PEFT's configuration as JSON, the same bytes each time."""
+    """Give PEFT's configuration as JSON has it, the same bytes each time."""
     from scaleot_core.tuning.lora import peft_config
 
     fields = peft_config(config, layers, form).to_dict()
@@ -144,7 +144,7 @@ def _lora_config(config: PretrainedConfig, layers: list[int], form: LoraForm) ->
 
 
 def read_manifest(folder: Path, *, links: bool = False) -> AdapterManifest:
-    """The manifest of an adapter, after every file that it lists was found whole; UserError otherwise."""
+    """Read an adapter's manifest, after every file that it lists was found whole; UserError otherwise."""
     manifest = read_checked(folder, AdapterManifest, (LAYERS, LORA, LORA_CONFIG), links=links)
     expected = {LORA, LORA_CONFIG} if manifest.lora else {LAYERS}
     if manifest.files.keys() != expected:
@@ -191,7 +191,7 @@ def _read_lora(folder: Path, model: PreTrainedModel, plan: Plan, form: LoraForm,
 
 
 def _check_lora_config(file: Path, expected: dict[str, Any], *, links: bool) -> None:
-    """PEFT would follow its file to the letter: it must say what ours says, and nothing that another version adds."""
+    """Check PEFT's file, which it would follow to the letter: it must say what ours says, and nothing besides."""
     given = read_untrusted_json(file, links=links)
     if not isinstance(given, dict):
         raise UserError(f"{file}: a JSON object is needed; fetch it again")

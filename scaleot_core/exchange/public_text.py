@@ -21,7 +21,7 @@ def measure_on_text(
     adapter: TunedAdapter,
     fitted: TunedAdapter,
 ) -> MeasuredScale:
-    """`measure_scale` on a file of public text; `fitted` is the adapter at the real model's shapes.
+    """Run `measure_scale` on a file of public text; `fitted` is the adapter at the real model's shapes.
 
     UserError for a package that isn't sound, and for text that can't be read or is too short.
     """
@@ -31,7 +31,7 @@ def measure_on_text(
 
 
 def _blocks(text: Path, tokenizer: PreTrainedTokenizerBase, context_length: int) -> Tensor:
-    """The first `BLOCKS` blocks of a text, (N, T)."""
+    """Cut the first `BLOCKS` blocks (N, T) from a text."""
     if not text.is_file():
         raise UserError(f"{text}: no such file; name a .txt or .jsonl file of public text")
     size, tokens = min(BLOCK_SIZE, context_length), list[int]()

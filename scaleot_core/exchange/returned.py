@@ -33,7 +33,7 @@ class LayerChange:
 def layer_changes(
     adapter: TunedAdapter, shipped: Mapping[str, Tensor], plan: Plan, config: PretrainedConfig
 ) -> list[LayerChange]:
-    """Every tuned layer's movement; `shipped` are the package's tensors."""
+    """Measure how far every tuned layer moved; `shipped` are the package's tensors."""
     prefix = f"{family(config).layers}."
     layers: dict[int, list[str]] = {}
     for name in adapter.factors if isinstance(adapter, TunedLora) else adapter.weights:
@@ -51,7 +51,7 @@ def layer_changes(
 
 
 def _matrices(shipped: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
-    """The numbers of one matrix of the package, whole, as two factors or in parts, each flat."""
+    """Yield the numbers of one matrix of the package, each part flat; of two factors those of their product."""
     for key in sorted(key for key in shipped if key.startswith(f"{name}.")):
         if key.endswith(".weight"):
             yield shipped[key].float().flatten()
@@ -60,7 +60,7 @@ def _matrices(shipped: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
 
 
 def _layer_change(layer: int, pairs: Iterable[tuple[Tensor, Tensor]]) -> LayerChange:
-    """One layer's movement from its tensors as they were shipped, each with its change."""
+    """Measure how far one layer moved, from its tensors as they were shipped, each with its change."""
     size = moved = outlier = 0.0
     for before, change in pairs:
         size, moved = size + float(before.double().square().sum()), moved + float(change.double().square().sum())
@@ -78,7 +78,7 @@ class CheckedAdapter:
 
     @property
     def form(self) -> LoraForm | None:
-        """LoRA's form, None of whole layers."""
+        """Give LoRA's form, None for whole layers."""
         return self.adapter.form if isinstance(self.adapter, TunedLora) else None
 
 
@@ -90,7 +90,7 @@ def check_adapter(folder: Path, package: Package) -> CheckedAdapter:
 
 
 def check_base(base: str, model: PreTrainedModel, package: Package) -> None:
-    """UserError unless a model has, in the package's dtype, everything that the package has exactly."""
+    """Raise UserError unless a model has, in the package's dtype, everything that the package has exactly."""
     here = model.state_dict()
     for name, tensor in package.exact.items():
         if name not in here or not torch.equal(here[name].to(tensor.device, tensor.dtype), tensor):
@@ -110,7 +110,7 @@ def fitted(tuned: TunedAdapter, package: Package, model: PreTrainedModel, privat
 
 
 def kept_channels(private: Path, package: str) -> dict[int, Tensor]:
-    """Which feed-forward channels a package has of each pruned layer, as its owner's private file says.
+    """Read which feed-forward channels a package has of each pruned layer from its owner's private file.
 
     UserError for a missing file, another package's, or one that doesn't say it.
     """

@@ -35,7 +35,7 @@ class MeasuredScale:
 
 
 def check_scale(scale: float) -> float:
-    """The scale; UserError for one that is not finite or outside of what was measured."""
+    """Give a scale back; UserError for one that is not finite or outside of what was measured."""
     if not LEAST <= scale <= MOST:
         raise UserError(f"--scale {scale}: the range is {LEAST} to {MOST}")
     return scale
@@ -43,7 +43,7 @@ def check_scale(scale: float) -> float:
 
 @torch.no_grad()
 def states(model: PreTrainedModel, blocks: Tensor) -> Tensor:
-    """The last hidden states (N, T, D) of blocks (N, T), in float32."""
+    """Compute the last hidden states (N, T, D) of blocks (N, T), in float32."""
     return torch.cat([last_hidden_state(model, block).float() for block in blocks.split(1)])
 
 
@@ -51,7 +51,7 @@ def states(model: PreTrainedModel, blocks: Tensor) -> Tensor:
 def effect(
     model: PreTrainedModel, change: AbstractContextManager[None], blocks: Tensor, untuned: Tensor | None = None
 ) -> float:
-    """Root mean square of the change of a model's logits on blocks (N, T), over tokens and vocabulary.
+    """Measure the root mean square change of a model's logits on blocks (N, T), over tokens and vocabulary.
 
     `change` changes the model for the length of a block, but not its head; `untuned` are its `states` without it.
     """
@@ -66,7 +66,7 @@ def effect(
 def measure_scale(
     model: PreTrainedModel, plan: Plan, adapter: TunedAdapter, target: float, blocks: Tensor
 ) -> MeasuredScale:
-    """The scale at which an adapter changes the real model's logits as much as `target`, the emulator's `effect`.
+    """Find the scale at which an adapter changes the real model's logits as much as `target`, the emulator's `effect`.
 
     Found by secants on the logarithms, from 1 on, within `LEAST` and `MOST`. UserError for an effect that isn't finite.
     """
@@ -85,7 +85,7 @@ def measure_scale(
 
 
 def _next(found: dict[float, float], target: float) -> float:
-    """Where the line through the last two measurements meets the target, in logarithms; the first has slope 1."""
+    """Go where the line through the last two measurements meets the target, in logarithms; the first has slope 1."""
     (s, last), slope = list(found.items())[-1], 1.0
     if len(found) > 1:
         t, before = list(found.items())[-2]
@@ -94,5 +94,5 @@ def _next(found: dict[float, float], target: float) -> float:
 
 
 def emulator_effect(emulator: PreTrainedModel, plan: Plan, adapter: TunedAdapter, blocks: Tensor) -> float:
-    """The adapter's `effect` on the emulator that it was tuned in."""
+    """Measure the adapter's `effect` on the emulator that it was tuned in."""
     return effect(emulator, tuned_emulator(emulator, plan, adapter), blocks)

@@ -76,7 +76,7 @@ class ModelOwner:
         return streamed
 
     def scores(self) -> list[float]:
-        """The layers' scores; zeros where nothing hangs on them, so that such an emulator needs none."""
+        """Read the layers' scores; zeros where nothing hangs on them, so that such an emulator needs none."""
         params = self.params
         by_score = params.adapter_layers > 0 and params.adapter_placement == "importance"
         if not (params.alpha or params.max_bytes_ratio or by_score):

@@ -24,11 +24,11 @@ class TunedLayers:
 
     @property
     def changes(self) -> list[str]:
-        """Names of the real model's weights that the adapter changes."""
+        """Name the real model's weights that the adapter changes."""
         return list(self.weights)
 
     def plugged(self, name: str, base: Tensor, scale: float = 1.0) -> Tensor:
-        """One weight of the plug-in from the real model's, in its dtype: base + scale · (tuned − base)."""
+        """Compute one weight of the plug-in from the real model's, in its dtype: base + scale · (tuned − base)."""
         tuned = self.weights[name].to(base.device)
         moved = tuned if scale == 1 else base.float() + scale * (tuned.float() - base.float())
         return _finite(name, moved.to(base.dtype))
@@ -45,16 +45,16 @@ class TunedLora:
 
     @property
     def changes(self) -> list[str]:
-        """Names of the real model's weights that the adapter changes."""
+        """Name the real model's weights that the adapter changes."""
         return [f"{name}.weight" for name in self.factors]
 
     def change(self, name: str) -> Tensor:
-        """What is added to one matrix (out, in), in float32: alpha / r · B A."""
+        """Compute what is added to one matrix (out, in), in float32: alpha / r · B A."""
         a, b = (factor.float() for factor in self.factors[name])
         return self.form.alpha / self.form.rank * (b @ a)
 
     def plugged(self, name: str, base: Tensor, scale: float = 1.0) -> Tensor:
-        """One weight of the plug-in from the real model's, in its dtype: base + scale · alpha / r · B A."""
+        """Compute one weight of the plug-in from the real model's, in its dtype: base + scale · alpha / r · B A."""
         change = self.change(name.removesuffix(".weight")).to(base.device)
         return _finite(name, (base.float() + scale * (change.T if self.transposed else change)).to(base.dtype))
 
@@ -69,7 +69,7 @@ def _finite(name: str, weight: Tensor) -> Tensor:
 
 
 def fit_to_model(adapter: TunedLora, model: PreTrainedModel, channels: Mapping[int, Tensor]) -> TunedLora:
-    """LoRA at the shapes of the real model's matrices; weights aren't needed.
+    """Give LoRA the shapes of the real model's matrices; weights aren't needed.
 
     `channels` are, by layer, the numbers of the feed-forward channels that the emulator kept: the rows and columns of
     the others are zeros. UserError where they don't fit.
@@ -96,7 +96,7 @@ def fit_to_model(adapter: TunedLora, model: PreTrainedModel, channels: Mapping[i
 
 
 def _spread(rows: Tensor, at: Tensor, count: int) -> Tensor:
-    """Rows (f', r) at their places among `count`, the others zeros."""
+    """Put rows (f', r) at their places among `count`, the others zeros."""
     if len(rows) != len(at) or not bool(((at >= 0) & (at < count)).all()) or len(at.unique()) < len(at):
         raise UserError(f"the {len(at)} channels that were kept are not those of LoRA with {len(rows)} of {count}")
     spread = rows.new_zeros(count, rows.shape[1])
@@ -121,7 +121,7 @@ def plug_in(model: PreTrainedModel, plan: Plan, adapter: TunedAdapter, scale: fl
 
 @contextmanager
 def plugged_in(model: PreTrainedModel, plan: Plan, adapter: TunedAdapter, scale: float = 1.0) -> Iterator[None]:
-    """The real model with an adapter plugged in for the length of a block; then it is what it was."""
+    """Have an adapter plugged into the real model for the length of a block; then it is what it was."""
     before = plug_in(model, plan, adapter, scale)
     try:
         yield
@@ -133,7 +133,7 @@ def plugged_in(model: PreTrainedModel, plan: Plan, adapter: TunedAdapter, scale:
 
 @contextmanager
 def tuned_emulator(model: PreTrainedModel, plan: Plan, adapter: TunedAdapter) -> Iterator[None]:
-    """The emulator with what was tuned in it for the length of a block; then it is what it was."""
+    """Have in the emulator what was tuned in it for the length of a block; then it is what it was."""
     if isinstance(adapter, TunedLayers):
         with plugged_in(model, plan, adapter):
             yield

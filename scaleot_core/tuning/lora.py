@@ -32,7 +32,7 @@ class LoraOnFactors(peft_lora.Linear):  # type: ignore[misc]
 
 
 def lora_layers(plan: Plan, form: LoraForm) -> list[int]:
-    """Indices of the decoder layers that LoRA is put into; UserError where there is none."""
+    """Give the indices of the decoder layers that LoRA is put into; UserError where there is none."""
     kinds = ("adapter",) if form.layers == "adapter" else DECODER_KINDS
     found = [i for i, kind in enumerate(plan.kinds) if kind in kinds]
     if not found:
@@ -42,14 +42,14 @@ def lora_layers(plan: Plan, form: LoraForm) -> list[int]:
 
 
 def target_modules(config: PretrainedConfig, form: LoraForm) -> list[str]:
-    """Paths from a decoder layer to the matrices that LoRA is put beside."""
+    """Give the paths from a decoder layer to the matrices that LoRA is put beside."""
     names = family(config)
     projections = [f"{names.attention}.{name}" for name in names.projections]
     return projections + ([*names.feed_forward_in, names.feed_forward_out] if form.modules == "all" else [])
 
 
 def lora_features(model: PreTrainedModel, plan: Plan, form: LoraForm) -> dict[str, tuple[int, int]]:
-    """Numbers of inputs and outputs of every matrix that LoRA is put beside, by its name in the emulator.
+    """Give the numbers of inputs and outputs of every matrix that LoRA is put beside, by its name in the emulator.
 
     Before it is put in; weights aren't needed. UserError for a rank above that of a matrix.
     """
@@ -67,7 +67,7 @@ def lora_features(model: PreTrainedModel, plan: Plan, form: LoraForm) -> dict[st
 
 
 def peft_config(config: PretrainedConfig, layers: list[int], form: LoraForm) -> LoraConfig:
-    """PEFT's configuration of such LoRA for the real model."""
+    """Make PEFT's configuration of such LoRA for the real model."""
     names = family(config)
     return LoraConfig(
         r=form.rank,
