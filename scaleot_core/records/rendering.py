@@ -10,6 +10,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -106,25 +107,27 @@ def in_template(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> Conversation:
 
 
 def _plain_arguments(conversation: Conversation) -> list[Message]:
-    """The messages, with arguments of tool calls as objects where the template would write a text twice quoted.
+    """The messages, with arguments of tool calls as objects where the template needs them so.
 
-    OpenAI's format has them as JSON in a text. Some templates print that as it is, others write any value as JSON, and
-    the model would learn to call with a quoted text. Servers hand objects to these, as transformers documents it.
+    OpenAI's format has them as JSON in a text. Some templates print that as it is; others go through an object, or
+    write any value as JSON, and the model would learn to call with a text that is quoted twice. Servers hand objects to
+    these, as transformers documents it.
     """
     texts = [function["arguments"] for function in _functions(conversation.messages)]
-    if not any(texts):
-        return conversation.messages
-    rendered = conversation.render(conversation.messages)
-    if not any(json.dumps(text, ensure_ascii=False) in rendered for text in texts):
+    if not texts:
         return conversation.messages
     messages = copy.deepcopy(conversation.messages)
     for function in _functions(messages):
-        try:
+        with suppress(ValueError, RecursionError):
             arguments = json.loads(function["arguments"])
-        except (ValueError, RecursionError):
-            continue
-        function["arguments"] = arguments if isinstance(arguments, dict) else function["arguments"]
-    return messages
+            function["arguments"] = arguments if isinstance(arguments, dict) else function["arguments"]
+    try:
+        rendered = conversation.render(conversation.messages)
+    except ValueError:
+        conversation.render(messages)
+        return messages
+    is_quoted = any(json.dumps(text, ensure_ascii=False) in rendered for text in texts)
+    return messages if is_quoted else conversation.messages
 
 
 def _functions(messages: list[Message]) -> Iterable[dict[str, Any]]:

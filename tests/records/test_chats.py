@@ -289,8 +289,12 @@ def test_a_call_of_a_tool_needs_no_content(tmp_path, bos, message):
     assert whole(example) == bos.apply_chat_template(messages, tools=[ADD], return_dict=False)
 
 
-def test_arguments_are_never_quoted_twice(tmp_path, bos):
-    bos.chat_template = TOOLS.replace("c.function.arguments", "c.function.arguments | tojson")
+@pytest.mark.parametrize(
+    "printed",
+    ["c.function.arguments | tojson", "'{' ~ ('\"%s\": %s' | format(*(c.function.arguments | items | first))) ~ '}'"],
+)
+def test_arguments_are_what_the_template_takes_and_never_quoted_twice(tmp_path, bos, printed):
+    bos.chat_template = TOOLS.replace("c.function.arguments", printed)
     for arguments in ('{"a": 1}', {"a": 1}):
         (example,) = made(tmp_path, bos, {"messages": calls(arguments)})
         assert 'CALL add({"a": 1})' in bos.decode(learnt(example))
