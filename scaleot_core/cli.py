@@ -25,6 +25,15 @@ if TYPE_CHECKING:
     from scaleot_core.tuning.examples import Examples
 
 PROGRESS_SECONDS = 60.0  # between two checkpoints of `tune`
+OPTIONS = {  # by the parameter, where names differ
+    "tasks": "--task",
+    "data.questions": "--data",
+    "model": "BASE",
+    "validation_fraction": "--validation",
+    "rank": "--lora-rank",
+    "alpha": "--lora-alpha",
+    "modules": "--lora-modules",
+}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -477,9 +486,15 @@ def _show_changes(found: dict[str, Any], changes: "list[LayerChange]", as_json: 
     Console().print(table)
 
 
+def _option(parameter: str) -> str:
+    """What a person at the command line calls a parameter: its own option or argument, if not by another name."""
+    name = next((part for part in reversed(parameter.split(".")) if not part.isdigit()), parameter)
+    return OPTIONS.get(parameter, f"--{name.replace('_', '-')}")
+
+
 def main() -> None:
     """Run the command line."""
-    run_command(lambda: app(prog_name="scaleot"))
+    run_command(lambda: app(prog_name="scaleot"), _option)
 
 
 if __name__ == "__main__":

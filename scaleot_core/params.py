@@ -318,7 +318,15 @@ def changed(params: Params, values: dict[str, Any]) -> Params:
         if blocks and blocks[0] not in data:
             raise UserError(f"{key} is no parameter; correct its name or delete it")
         (data[blocks[0]] if blocks else data)[name] = value
-    return validate_block(Params, data)
+    return _validated(data)
+
+
+def _validated(data: Any) -> Params:
+    """All parameters; the UserError says key and value itself, since they may come from elsewhere than params.yaml."""
+    try:
+        return validate_block(Params, data)
+    except UserError as error:
+        raise UserError(str(error)) from None
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
@@ -330,7 +338,7 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     try:
-        params = validate_block(Params, data)
+        params = _validated(data)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     if missing := next(_missing(params), None):  # DVC watches the file: what isn't there couldn't be noticed

@@ -44,12 +44,14 @@ def check_sources(params: Params) -> None:
         is_path = value.startswith((".", "/", "~")) or value.endswith(SUFFIXES)
         is_path = is_path or (key == "data.questions" and value not in ("embedded", "hub"))
         if is_path and not Path(value).exists():
-            raise UserError(f"params.yaml: {key} = {value!r}: no such file or folder; correct the path")
+            raise UserError("no such file or folder; correct the path", parameter=key, value=value)
     folder = Path(params.model)
     if folder.is_dir():
         check_model(params, folder)
         if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-            raise UserError(f"params.yaml: model = {params.model!r}: no weights (*.safetensors) are in that folder")
+            raise UserError(
+                "no weights (*.safetensors) are in that folder; fetch it again", parameter="model", value=params.model
+            )
 
 
 def check_tokenizer(folder: Path) -> None:
@@ -66,9 +68,11 @@ def check_model(params: Params, folder: Path) -> None:
     )
     dlr.validate(params.dlr, layers=layers, blocks=params.data.train_blocks)
     if params.data.block_size > config.max_position_embeddings:
+        context = config.max_position_embeddings
         raise UserError(
-            f"params.yaml: data.block_size = {params.data.block_size}: the model's context is "
-            f"{config.max_position_embeddings} tokens; the range is 8 to {config.max_position_embeddings}"
+            f"the model's context is {context} tokens; the range is 8 to {context}",
+            parameter="data.block_size",
+            value=params.data.block_size,
         )
 
 

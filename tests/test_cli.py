@@ -376,8 +376,22 @@ def test_tune_needs_something_to_tune_on(tmp_path, package):
     assert "nothing to tune on" in refused("tune", package, "--out", tmp_path / "out")
     (tmp_path / "empty.jsonl").write_text("")
     assert "no record" in refused("tune", package, "--data", tmp_path / "empty.jsonl", "--out", tmp_path / "out")
-    assert "lr.0 = 5.0" in refused("tune", package, "--data", tmp_path / "x", "--out", tmp_path / "out", "--lr", 5)
+    assert "--lr = 5.0" in refused("tune", package, "--data", tmp_path / "x", "--out", tmp_path / "out", "--lr", 5)
     assert os.listdir(tmp_path) == ["empty.jsonl"]
+
+
+def test_parameter_is_told_as_the_option_that_sets_it(tmp_path, package, base, adapter, records):
+    out = ("--out", tmp_path / "out", *FEW)
+    assert refused("tune", package, "--task", "piqaa", *out).startswith("error: --task: 'piqaa' is no task of lm-eval")
+    assert refused("tune", package, "--data", "x", *out, "--lr", 5).startswith("error: --lr = 5.0: ")
+    told = refused("tune", package, "--data", records, *out, "--epsilon", 8, "--delta", 0.5)
+    assert told.startswith("error: --delta = 0.5: above one over the 20 examples")
+    assert refused("tune", package, "--data", records, *out, "--epsilon", 8, "--patience", 1).startswith(
+        "error: --epsilon: with it held-out examples can't choose"
+    )
+    (tmp_path / "empty").mkdir()
+    told = refused("plug", tmp_path / "empty", adapter, "--package", package, "--out", tmp_path / "out")
+    assert told.startswith(f"error: BASE = '{tmp_path / 'empty'}': ") and not os.listdir(tmp_path / "empty")
 
 
 def test_what_is_there_is_not_written_over(tmp_path, package, adapter, base, project):

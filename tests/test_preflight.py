@@ -45,19 +45,19 @@ def test_sources_that_are_there_or_are_names_pass(params, fitting, folder, tmp_p
 def test_missing_path_is_named_by_its_key(params, tmp_path, monkeypatch, key, path):
     monkeypatch.chdir(tmp_path)
     said = refusal(check_sources, changed(params, {key: path}))
-    assert said.startswith(f"params.yaml: {key} = {path!r}: no such file or folder")
+    assert said.startswith(f"{key} = {path!r}: no such file or folder")
 
 
 @pytest.mark.parametrize(("key", "path"), [("data.questions", "lab"), ("data.corpus", "lab/text.jsonl")])
 def test_missing_path_that_can_be_no_name_is_named_by_its_key(params, tmp_path, monkeypatch, key, path):
     monkeypatch.chdir(tmp_path)
-    assert refusal(check_sources, changed(params, {key: path})).startswith(f"params.yaml: {key} = {path!r}: ")
+    assert refusal(check_sources, changed(params, {key: path})).startswith(f"{key} = {path!r}: ")
 
 
 def test_folder_without_weights_is_named(fitting, folder):
     (folder / "model.safetensors").unlink()
     said = refusal(check_sources, fitting)
-    assert said.startswith(f"params.yaml: model = {str(folder)!r}: no weights") and "safetensors" in said
+    assert said.startswith(f"model = {str(folder)!r}: no weights") and "safetensors" in said
 
 
 @pytest.mark.parametrize("config", [None, "{", "{}"], ids=["none", "half", "empty"])
@@ -92,7 +92,7 @@ def test_parameter_larger_than_the_model_is_named(fitting, tmp_path, name, key, 
     CONFIGS[name].save_pretrained(tmp_path / name)
     check_model(fitting, tmp_path / name)  # one less is the model's own size, and fits
     said = refusal(check_model, changed(fitting, {key: least_wrong}), tmp_path / name)
-    assert said.startswith(f"params.yaml: {key} = {least_wrong}: ") and has in said and limit in said
+    assert said.startswith(f"{key} = {least_wrong}: ") and has in said and limit in said
 
 
 def test_local_model_is_checked_with_the_sources(fitting):

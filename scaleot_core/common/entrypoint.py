@@ -15,11 +15,16 @@ from scaleot_core.common.launch import check_launch, is_main_process
 from scaleot_core.common.progress import console, say
 
 
-def run_command(main: Callable[[], None]) -> None:
+def _in_params_file(parameter: str) -> str:
+    return f"params.yaml: {parameter}"
+
+
+def run_command(main: Callable[[], None], called: Callable[[str], str] = _in_params_file) -> None:
     """Run `main`; a UserError or a failing disk ends in one line and exit code 1, an interruption in 130.
 
-    SIGTERM is an interruption too, so that what is half written is removed. Letters that the terminal has no code for
-    are printed as question marks. Of several processes the first alone speaks.
+    `called` gives the name by which the user knows a parameter. SIGTERM is an interruption too, so that what is half
+    written is removed. Letters that the terminal has no code for are printed as question marks. Of several processes
+    only the first prints.
     """
 
     def interrupt(number: int, frame: object) -> None:
@@ -33,7 +38,7 @@ def run_command(main: Callable[[], None]) -> None:
         console.quiet = not is_main_process()
         main()
     except UserError as error:
-        say(f"error: {error}", style="bold red")
+        say(f"error: {error.line(called)}", style="bold red")
         sys.exit(1)
     except KeyboardInterrupt:
         say("interrupted; the same command goes on from the last checkpoint", style="yellow")

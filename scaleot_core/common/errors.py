@@ -1,8 +1,33 @@
 """The one error that a user can cause, and mend."""
 
+from collections.abc import Callable
+
 
 class UserError(Exception):
-    """Bad input: one line that says what is wrong, where, and what to do. Stages print it and exit with 1."""
+    """Bad input: one line that says what is wrong, where, and what to do. Programs print it and exit with 1.
+
+    An error that a parameter causes knows it by its key, such as `data.eval_questions`, and does not say where it was
+    set: a stage says `params.yaml: data.eval_questions`, the command line `--data`.
+    """
+
+    def __init__(self, message: str, *, parameter: str = "", value: object = ...) -> None:
+        """Take the message, and the parameter behind it, with its value where that is worth showing."""
+        super().__init__(message)
+        self.message, self.parameter, self.value = message, parameter, value
+
+    def line(self, name: Callable[[str], str] = str) -> str:
+        """Return the line that a person reads, with the parameter as `name` calls it."""
+        if not self.parameter:
+            return self.message
+        shown = "" if self.value is ... else f" = {self.value!r}"
+        return f"{name(self.parameter)}{shown}: {self.message}"
+
+    def within(self, where: str) -> "UserError":
+        """Return the same error with what it happened in before its message, such as a task."""
+        return UserError(f"{where}: {self.message}", parameter=self.parameter, value=self.value)
+
+    def __str__(self) -> str:
+        return self.line()
 
 
 def one_line(error: BaseException) -> str:

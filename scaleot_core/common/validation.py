@@ -14,7 +14,7 @@ def check_range(name: str, count: int, layers: int, *, least: int, most: int) ->
     """UserError where a parameter asks for fewer or more layers than a model of `layers` can give."""
     if not least <= count <= most:
         raise UserError(
-            f"params.yaml: {name} = {count}: the model has {layers} decoder layers; the range is {least} to {most}"
+            f"the model has {layers} decoder layers; the range is {least} to {most}", parameter=name, value=count
         )
 
 
@@ -82,4 +82,5 @@ def validate_block(kind: type[B], data: Any) -> B:
         if first["type"] == "missing":
             raise UserError(f"{key} is missing; add it (params.yaml in the repository shows how)") from None
         message = one_line(ValueError(first["msg"])).removeprefix("Value error, ")
-        raise UserError(f"{key} = {first['input']!r}: {message}{_range(_field(kind, first['loc']))}") from None
+        message += _range(_field(kind, first["loc"]))
+        raise UserError(message, parameter=key, value=first["input"]) from None

@@ -86,11 +86,11 @@ def validate(dlr: Dlr, *, layers: int, blocks: int) -> None:
     networks = math.prod(math.comb(len(group), len(group) // 2) for group in groups)
     if networks < dlr.candidates:
         raise UserError(
-            f"params.yaml: dlr.candidates = {dlr.candidates}: groups of this model give {networks} networks"
+            f"groups of this model give {networks} networks", parameter="dlr.candidates", value=dlr.candidates
         )
     if dlr.score_blocks >= blocks:
         raise UserError(
-            f"params.yaml: dlr.score_blocks = {dlr.score_blocks}: none of data.train_blocks = {blocks} is left"
+            f"none of data.train_blocks = {blocks} is left", parameter="dlr.score_blocks", value=dlr.score_blocks
         )
 
 

@@ -91,7 +91,9 @@ def plan_for(params: Params, scores: Sequence[float], model: PreTrainedModel) ->
     )
     if not set(kinds) & set(DECODER_KINDS):
         raise UserError(
-            f"params.yaml: alpha = {params.alpha}: with adapter_layers = 0 it leaves no decoder layer to tune; lower it"
+            "with adapter_layers = 0 it leaves no decoder layer to tune; lower it",
+            parameter="alpha",
+            value=params.alpha,
         )
     decided = Plan(kinds, params.beta, params.harmonizer)
     if not params.channel_pruning.ratio:

@@ -29,7 +29,7 @@ def read_text(source: str, revision: str = "") -> Iterator[str]:
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES))
         if not files:
-            raise UserError(f"params.yaml: data.corpus = {source!r}: no {', '.join(SUFFIXES)} file is in that folder")
+            raise UserError(f"no {', '.join(SUFFIXES)} file is in that folder", parameter="data.corpus", value=source)
         for file in files:
             yield from read_text(str(file))
     elif source.endswith(".txt"):
@@ -44,7 +44,7 @@ def _texts(source: str, rows: Iterable[object]) -> Iterator[str]:
     for number, row in enumerate(rows, start=1):
         text = row.get("text") if isinstance(row, dict) else None
         if not isinstance(text, str):
-            raise UserError(f"{source}, row {number}: the field `text` is missing or no text; data.corpus needs it")
+            raise UserError(f"{source}, row {number}: the field `text` is missing or no text; a corpus needs it")
         yield text
 
 
@@ -56,7 +56,7 @@ def _lines(path: Path) -> Iterator[str]:
         with pyarrow.input_stream(str(path), compression="detect") as stream:
             yield from io.TextIOWrapper(stream, encoding="utf-8", newline="\n")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; correct data.corpus in params.yaml") from None
+        raise UserError("no such file; correct the path", parameter="data.corpus", value=str(path)) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({one_line(error)})") from None
     except OSError as error:  # a damaged archive
@@ -67,7 +67,7 @@ def _read_txt(path: Path) -> list[str]:
     try:
         return re.split(r"\n\s*\n", path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; correct data.corpus in params.yaml") from None
+        raise UserError("no such file; correct the path", parameter="data.corpus", value=str(path)) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({one_line(error)})") from None
 
@@ -79,7 +79,7 @@ def _stream(source: str, revision: str) -> Iterator[object]:
     try:
         yield from load_dataset(source, split="train", streaming=True, revision=revision or None)
     except Exception as error:  # the network, the hub and each file format have their own types
-        raise UserError(f"params.yaml: data.corpus = {source!r}: it can't be loaded ({one_line(error)})") from error
+        raise UserError(f"it can't be loaded ({one_line(error)})", parameter="data.corpus", value=source) from error
 
 
 def _shuffled(passages: Iterable[str], seed: int) -> Iterator[str]:
@@ -110,7 +110,7 @@ def pack(
     too little of it, and for a tokenizer without an end-of-text token.
     """
     if tokenizer.eos_token_id is None:
-        raise UserError("params.yaml: model: its tokenizer has no end-of-text token to join passages with; use another")
+        raise UserError("its tokenizer has no end-of-text token to join passages with; use another", parameter="model")
     wanted = {"data.heldout_blocks": heldout_blocks, "data.train_blocks": train_blocks}
     stream, seen = _shuffled(passages, seed), set[str]()
     parts = []
@@ -131,9 +131,10 @@ def pack(
 
 def _too_little(parameter: str, wanted: int, have: int, block_size: int, *, empty: bool) -> UserError:
     if empty:
-        return UserError("params.yaml: data.corpus: there is no text in it; name a corpus that has some")
+        return UserError("there is no text in it; name a corpus that has some", parameter="data.corpus")
     beside = " beside the held-out ones" if parameter == "data.train_blocks" else ""
     return UserError(
-        f"params.yaml: {parameter} = {wanted}: the corpus gives {have} blocks of {block_size} tokens{beside}; "
-        f"lower {parameter} or give more text"
+        f"the corpus gives {have} blocks of {block_size} tokens{beside}; lower {parameter} or give more text",
+        parameter=parameter,
+        value=wanted,
     )

@@ -223,7 +223,7 @@ def questions(wheel: Path, task: str) -> list[Row]:
     UserError for a task that isn't embedded, a damaged wheel, or a row that is no question with its answer.
     """
     if task not in TASKS:
-        raise UserError(f"params.yaml: tasks: {task!r} is not embedded; embedded are {', '.join(TASKS)}")
+        raise UserError(f"{task!r} is not embedded; embedded are {', '.join(TASKS)}", parameter="tasks")
     source = TASKS[task]
     damaged = DAMAGED.get(source.member, set())
     unique: dict[tuple[str, ...], Question] = {}

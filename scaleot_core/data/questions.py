@@ -45,8 +45,9 @@ def split(rows: list[Row], *, train: int, evaluate: int, seed: int) -> tuple[lis
     shuffled = _shuffled(rows, seed, "split")
     if len(shuffled) <= evaluate:
         raise UserError(
-            f"params.yaml: data.eval_questions = {evaluate}: there are {len(shuffled)} questions, so none is left "
-            "to train on; lower it"
+            f"there are {len(shuffled)} questions, so none is left to train on; lower it",
+            parameter="data.eval_questions",
+            value=evaluate,
         )
     return shuffled[evaluate : evaluate + train], shuffled[:evaluate]
 
@@ -96,7 +97,7 @@ def check(source: str, task: str) -> None:
     """UserError where a task is unknown, can't be tuned and scored, or has no questions to tune on at that source."""
     config = task_config(task)
     if source == "hub" and config["training_split"] is None and task not in HUB_OVERRIDES:
-        raise UserError(f"task {task!r} has no training split, so nothing can be tuned on it")
+        raise UserError(f"{task!r} has no training split, so nothing can be tuned on it", parameter="tasks")
 
 
 def _options(config: Mapping[str, Any], revision: str) -> dict[str, Any]:
@@ -166,10 +167,12 @@ def load(
             filled = [_drop_empty(task, rows) for rows in given]
             parts = cut(*filled, train=train, evaluate=evaluate, seed=seed)
     except UserError as error:
-        raise UserError(f"task {task}: {error}") from error
+        raise error.within(f"task {task}") from error
     for name, rows in zip(("training", "evaluation"), parts, strict=True):
         if not rows:
-            raise UserError(f"task {task}: params.yaml: data.questions = {source!r} has no {name} question")
+            raise UserError(f"task {task}: it has no {name} question", parameter="data.questions", value=source)
     if len(parts[1]) < 2:
-        raise UserError(f"task {task}: a standard error needs two evaluation questions; raise data.eval_questions")
+        raise UserError(
+            f"task {task}: a standard error needs two evaluation questions; give more, or raise data.eval_questions"
+        )
     return parts

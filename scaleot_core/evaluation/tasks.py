@@ -40,7 +40,7 @@ def _manager(name: str) -> "TaskManager":
 
         near = difflib.get_close_matches(name, manager.all_subtasks, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
-        raise UserError(f"params.yaml: tasks: {name!r} is no task of lm-eval; {hint}")
+        raise UserError(f"{name!r} is no task of lm-eval; {hint}", parameter="tasks")
     return manager
 
 
@@ -54,13 +54,13 @@ def task_config(name: str) -> dict[str, Any]:
     config = dict(manager.task_index[name].cfg or {})
     if config.get("output_type", "generate_until") not in OUTPUT_TYPES:
         raise UserError(
-            f"params.yaml: tasks: {name!r} is of type {config['output_type']!r}; use one of {', '.join(OUTPUT_TYPES)}"
+            f"{name!r} is of type {config['output_type']!r}; use one of {', '.join(OUTPUT_TYPES)}", parameter="tasks"
         )
     config["training_split"] = config.get("training_split")
     if not evaluated_split(config):
-        raise UserError(f"params.yaml: tasks: {name!r} has neither a test nor a validation split to evaluate on")
+        raise UserError(f"{name!r} has neither a test nor a validation split to evaluate on", parameter="tasks")
     if config["training_split"] == evaluated_split(config):
-        raise UserError(f"params.yaml: tasks: {name!r} is scored on its training split, which tells nothing")
+        raise UserError(f"{name!r} is scored on its training split, so its score is meaningless", parameter="tasks")
     return config
 
 

@@ -114,8 +114,10 @@ def largest_fitting(owner: ModelOwner, sizes: range, plan: Callable[[int], Plan]
     if not fits(low):
         share = target / model_bytes(owner)
         raise UserError(
-            f"params.yaml: method = {owner.params.method!r}: its least emulator has more than the budget of "
-            f"{share:.0%} of the model's bytes; raise `max_bytes_ratio`, or lower alpha or beta"
+            f"even its smallest emulator exceeds the budget of {share:.0%} of the model's bytes; "
+            "raise `max_bytes_ratio`, or lower alpha or beta",
+            parameter="method",
+            value=owner.params.method,
         )
     while low < high:
         middle = (low + high + 1) // 2

@@ -71,18 +71,18 @@ def read_model(
     UserError for a model that can't be fetched or read, is of an unsupported architecture, or has another's tokenizer.
     """
     if source.startswith((".", "/", "~")) and not Path(source).expanduser().exists():
-        raise UserError(f"model = {source!r}: no such folder; correct the path")
+        raise UserError("no such folder; correct the path", parameter="model", value=source)
     try:
-        at = {"revision": revision or "main", "trust_remote_code": False}
-        config = AutoConfig.from_pretrained(source, **at)
+        at = revision or "main"
+        config = AutoConfig.from_pretrained(source, revision=at, trust_remote_code=False)
         family(config)
-        tokenizer = AutoTokenizer.from_pretrained(source, **at)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=at, trust_remote_code=False)
         check_tokenizer(tokenizer, config)
-        return _pretrained(source, config=config, dtype=dtype or "auto", revision=at["revision"]), tokenizer
+        return _pretrained(source, config=config, dtype=dtype or "auto", revision=at), tokenizer
     except UserError as error:
-        raise UserError(f"model = {source!r}: {error}") from error
+        raise UserError(error.message, parameter="model", value=source) from error
     except Exception as error:
-        raise UserError(f"model = {source!r}: it can't be loaded ({one_line(error)})") from error
+        raise UserError(f"it can't be loaded ({one_line(error)})", parameter="model", value=source) from error
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
@@ -97,10 +97,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
 
 def save_model(source: str, folder: Path, dtype: torch.dtype, revision: str = "") -> None:
     """Copy a model and its tokenizer, as `read_model` gives them, into `folder` as safetensors of one dtype."""
-    try:
-        model, tokenizer = read_model(source, dtype, revision)
-    except UserError as error:
-        raise UserError(f"params.yaml: {error}") from error
+    model, tokenizer = read_model(source, dtype, revision)
     model.save_pretrained(folder, save_original_format=False)  # tensors are named as in the model
     tokenizer.save_pretrained(folder)
 

@@ -34,9 +34,16 @@ def _opacus() -> Any:
 def check(tuning: OffsiteTuning, examples: int) -> None:
     """UserError where a private tuning would look at examples outside its budget, or δ promises nothing."""
     if len(tuning.lr) > 1 or tuning.patience:
-        raise UserError("with `epsilon` held-out examples can't choose: give one learning rate, and patience 0")
+        raise UserError(
+            "with it held-out examples can't choose: give one learning rate, and patience 0",
+            parameter="offsite_tune.epsilon",
+        )
     if tuning.delta * examples > 1:
-        raise UserError(f"delta = {tuning.delta}: above one over the {examples} examples it promises nothing; lower it")
+        raise UserError(
+            f"above one over the {examples} examples it promises nothing; lower it",
+            parameter="offsite_tune.delta",
+            value=tuning.delta,
+        )
 
 
 def noise_multiplier(tuning: OffsiteTuning, *, sample_rate: float, steps: int) -> float:
@@ -53,7 +60,9 @@ def noise_multiplier(tuning: OffsiteTuning, *, sample_rate: float, steps: int) -
             )
         )
     except ValueError as error:
-        raise UserError(f"epsilon = {tuning.epsilon}: no noise keeps to it ({error}); raise it") from None
+        raise UserError(
+            f"no noise keeps to it ({error}); raise it", parameter="offsite_tune.epsilon", value=tuning.epsilon
+        ) from None
 
 
 def spent(tuning: OffsiteTuning, *, noise: float, sample_rate: float, steps: int) -> float:

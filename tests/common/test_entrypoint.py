@@ -1,8 +1,10 @@
 """How a command ends: one line and an exit code for what a user can mend, a traceback for a bug."""
 
+import ast
 import errno
 
 import pytest
+from helpers import ROOT
 
 from scaleot_core.common.entrypoint import run_command
 from scaleot_core.common.errors import UserError
@@ -24,6 +26,27 @@ def ending(capsys, error) -> tuple[int, str]:
 def test_user_error_is_one_line_as_it_was_written(capsys):
     said = "params.yaml: [bold]tasks[/bold] = ['piqa']: " + "far longer than a terminal is wide " * 10 + "; mend it"
     assert ending(capsys, UserError(said)) == (1, f"error: {said}\n")
+
+
+def test_parameter_is_named_as_the_one_who_reads_knows_it(capsys):
+    error = UserError("none is left to train on; lower it", parameter="data.eval_questions", value=9)
+    assert str(error) == "data.eval_questions = 9: none is left to train on; lower it"
+    assert ending(capsys, error)[1] == f"error: params.yaml: {error}\n"
+    within = error.within("task piqa")
+    assert within.line(lambda key: "--data") == "--data = 9: task piqa: none is left to train on; lower it"
+    assert str(UserError("unset", parameter="alpha", value=None)) == "alpha = None: unset"
+    assert str(UserError("'x' is none", parameter="tasks")) == "tasks: 'x' is none"
+
+
+def test_library_never_says_where_a_parameter_is_set():
+    """The data owner has no params.yaml: a stage and the command line each name a parameter in their own terms."""
+    files = [file for file in (ROOT / "scaleot_core").rglob("*.py") if file.name not in ("entrypoint.py", "errors.py")]
+    texts = [node.value for file in files for node in ast.walk(ast.parse(file.read_text())) if string(node)]
+    assert texts and not [text for text in texts if "params.yaml:" in text]
+
+
+def string(node):
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 def test_interruption_exits_with_130(capsys):
