@@ -109,8 +109,10 @@ def run_stage(stage: str, item: Mapping[str, str] | None = None, file: Path = DV
 def item_from_arguments(stage: str) -> dict[str, str]:
     """Read a matrix stage's item from the command line; UserError for one that params.yaml doesn't have."""
     names, given, params = matrix_of(stage), sys.argv[1:], load_params()
-    choices = [getattr(params, _stages(DVC_YAML)[stage]["matrix"][name].strip("${}")) for name in names]
+    keys = [_stages(DVC_YAML)[stage]["matrix"][name].strip("${}") for name in names]
+    choices = [getattr(params, key) for key in keys]
     if len(given) != len(names) or any(value not in known for value, known in zip(given, choices, strict=True)):
         wanted = " ".join("|".join(known) for known in choices)
-        raise UserError(f"name one of params.yaml's {', '.join(names)}: python {sys.argv[0]} {wanted}")
+        what = " and ".join(f"one of the {key}" for key in keys)
+        raise UserError(f"name {what} in params.yaml: python {sys.argv[0]} {wanted}")
     return dict(zip(names, given, strict=True))

@@ -22,7 +22,6 @@ def test_every_estimator_ranks_an_identity_layer_lowest(model, blocks):
     assert block_influence(model, blocks)[2] == pytest.approx(0, abs=1e-6)
     assert taylor(model, blocks)[2] == pytest.approx(0, abs=1e-6)
     assert estimate("sensitivity", model, harmonizers, blocks)[2] == pytest.approx(0, abs=1e-6)
-    assert estimate("zero", model, harmonizers, blocks) == [0.0] * 4
 
 
 def test_prior_scores_keep_the_order_and_are_finite():

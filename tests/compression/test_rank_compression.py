@@ -17,10 +17,10 @@ def cut(model, index, beta):
 
 
 def test_kept_rank():
-    assert target_rank(576, 0.8, "removed") == 115
-    assert target_rank(576, 0.8, "kept") == 461
-    assert target_rank(10, 1.0, "removed") == 1
-    assert target_rank(10, 0.0, "removed") == 10
+    assert target_rank(576, 0.8) == 115
+    assert target_rank(576, 0.2) == 461
+    assert target_rank(10, 1.0) == 1
+    assert target_rank(10, 0.0) == 10
 
 
 def dense(module: torch.nn.Module, size: int) -> torch.Tensor:
@@ -50,7 +50,7 @@ def test_every_projection_is_cut_and_its_error_is_the_tail(family, beta):
         after = dense(getattr(block, name), width)
         parts = (apart(family, name, matrix) for matrix in (before[name], after))
         for old, new, rank in zip(*parts, ranks[name], strict=True):
-            assert rank == target_rank(min(old.shape), beta, "removed")
+            assert rank == target_rank(min(old.shape), beta)
             tail = torch.linalg.svdvals(old)[rank:].square().sum().sqrt()
             assert (old - new).norm() == pytest.approx(tail.item(), rel=1e-4)
         torch.testing.assert_close(getattr(block, name)(torch.zeros(1, width)), zero[name])  # the bias is kept

@@ -119,7 +119,7 @@ def test_generated_answers_are_matched_by_every_filter_and_their_likelihood_is_t
 def test_model_that_learnt_the_answers_by_heart_matches_them(tokenizer):
     model = long_model()
     data = from_task(model, tokenizer, "gsm8k", GSM8K, block_size=16)
-    settings = load_params(ROOT / "params.yaml").tuning.model_copy(update={"epochs": 300, "warmup": 0.0})
+    settings = load_params(ROOT / "params.yaml").offsite_tune.model_copy(update={"epochs": 300, "warmup_ratio": 0.0})
     train(model, dict(model.named_parameters()), data, settings, lr=1e-2, seed=0, label="test")
     figures = evaluate(model, tokenizer, {"gsm8k": GSM8K}, batch_size=2, label="test")["gsm8k"]
     assert figures["exact_match_strict-match"] == 1 and figures["answer_nll"] < 0.5
