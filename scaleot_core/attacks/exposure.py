@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 @torch.no_grad()
 def overlap(whole: Tensor, given: Tensor, rank: int) -> float:
-    """How much of a matrix's first `rank` left singular vectors lies in the span of what was given, 0 to 1.
+    """Measure how much of a matrix's first `rank` left singular vectors lies in the span of what was given, 0 to 1.
 
     The mean squared cosine of the principal angles: 1 where the leading subspace is there whole.
     """
@@ -36,7 +36,7 @@ def _vectors(matrix: Tensor) -> set[bytes]:
 
 
 def _channel_rows(model: PreTrainedModel, emulator: PreTrainedModel, index: int) -> list[Row]:
-    """Rows of one layer's feed-forward matrices, of whose channels a share is given: as they are, or refitted."""
+    """List one layer's feed-forward matrices, of whose channels a share is given: as they are, or refitted."""
     names, rows = family(model.config), []
     share = channels_of(emulator, index) / channels_of(model, index)
     for inner in (*names.feed_forward_in, names.feed_forward_out):
@@ -55,7 +55,7 @@ def _channel_rows(model: PreTrainedModel, emulator: PreTrainedModel, index: int)
 
 
 def exposure(model: PreTrainedModel, emulator: PreTrainedModel, plan: Plan) -> list[Row]:
-    """Of every tensor of the model: whether the package has it `exact`, at a `rank` or `none` of it, and its bytes.
+    """List every tensor of the model: whether the package has it `exact`, at a `rank` or `none` of it, and its bytes.
 
     Matrices at a rank have their relative error in Frobenius norm and the `overlap` of their leading subspaces. Of a
     feed-forward matrix with fewer channels the kept share counts as exact, or, where it was refitted to them, as at the
@@ -95,6 +95,6 @@ def exposure(model: PreTrainedModel, emulator: PreTrainedModel, plan: Plan) -> l
 
 
 def shares(rows: list[Row]) -> dict[str, float]:
-    """Share of the model's bytes that are given exactly, at a rank, and not at all."""
+    """Sum up the share of the model's bytes that are given exactly, at a rank, and not at all."""
     total = sum(row["bytes"] for row in rows)
     return {kind: sum(r["bytes"] for r in rows if r["given"] == kind) / total for kind in ("exact", "rank", "none")}

@@ -26,7 +26,7 @@ FALSE_POSITIVES = 0.01  # at which true positives are reported
 
 @torch.no_grad()
 def losses(model: PreTrainedModel, data: Sequence[Example]) -> list[float]:
-    """Each example's mean answer loss (nats a token)."""
+    """Compute each example's mean answer loss (nats per token)."""
     found = []
     for example in data:
         inputs, targets = collate([example])
@@ -49,7 +49,7 @@ class Roc:
 
 
 def roc(members: Sequence[float], others: Sequence[float]) -> Roc:
-    """The ROC of a score that is higher for members."""
+    """Compute the ROC of a score that is higher for members."""
     truth = [1] * len(members) + [0] * len(others)
     score = [*members, *others]
     auc = float(roc_auc_score(truth, score))
@@ -64,7 +64,7 @@ def roc(members: Sequence[float], others: Sequence[float]) -> Roc:
 def inference(
     base: tuple[Sequence[float], Sequence[float]], plugged: tuple[Sequence[float], Sequence[float]]
 ) -> dict[str, Roc]:
-    """Both attacks, from the losses of members and others under the base model and the plug-in."""
+    """Run both attacks on the losses of members and others under the base model and the plug-in."""
     calibrated = [
         [b - p for b, p in zip(before, after, strict=True)] for before, after in zip(base, plugged, strict=True)
     ]
@@ -76,7 +76,7 @@ def inference(
 
 @torch.no_grad()
 def extracted(model: PreTrainedModel, data: Sequence[Example]) -> float:
-    """Share of examples whose whole answer the model says by itself, greedily, from the prompt."""
+    """Measure the share of examples whose whole answer the model says by itself, greedily, from the prompt."""
     found = 0
     for example in data:
         inputs, targets = collate([example])
@@ -99,5 +99,5 @@ def attack(
 
 
 def without_curve(figures: dict[str, Any]) -> dict[str, Any]:
-    """An attack's figures without its curve."""
+    """Drop the curve from an attack's figures."""
     return {name: value for name, value in figures.items() if name != "curve"}

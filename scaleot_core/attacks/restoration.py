@@ -98,7 +98,7 @@ def restore(
     label: str,
     checkpoint: Checkpoint,
 ) -> list[dict[str, Any]]:
-    """Train every weight in place on blocks (N, T) by cross-entropy; the loss on held-out ones by tokens seen.
+    """Train every weight in place on blocks (N, T) by cross-entropy; return the held-out loss by tokens seen.
 
     `attack.eval_points` measurements lie at even distances behind that of the start.
     """
@@ -127,7 +127,7 @@ def restore(
 
 
 def curves(found: Mapping[str, Sequence[Mapping[str, float]]], whole: float) -> list[dict[str, Any]]:
-    """Rows of all targets' curves: perplexity, and the share of the way from the package to the model that it is.
+    """Make rows of all targets' curves: perplexity, and the share of the gap to the model that is closed.
 
     `whole` is the model's loss (nats); the way is that from the first target's first loss, in log-perplexity. Where
     nothing was cut there is none, and the share is None.

@@ -17,7 +17,7 @@ Target = Callable[[], PreTrainedModel]
 
 
 def targets(package: Package, owner: ModelOwner) -> dict[str, Target]:
-    """The package and what `attack.references` names, by name, each to be loaded when its turn comes.
+    """Name the package and what `attack.references` lists, each loaded when its turn comes.
 
     `widened` is the package with what it can hold, `without_weights` the same shapes with all but the adapter layers
     drawn anew, and `uniform` another method's emulator of equal bytes, by the same owner.

@@ -31,11 +31,11 @@ class UserError(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """First line of an error's text, or its type where it has none: what another library said, kept short."""
+    """Return the first line of an error's text, or the error's type where it has no text."""
     text = str(error).strip()
     return printable(text.splitlines()[0]) if text else type(error).__name__
 
 
 def printable(text: str) -> str:
-    """A text from elsewhere without what would steer a terminal."""
+    """Drop from a foreign text the characters that would steer a terminal."""
     return "".join(letter for letter in text if letter.isprintable())

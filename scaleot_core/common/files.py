@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and tensors and JSON that are checked when they are read back."""
+"""Write files that appear whole or not at all, and read JSON, JSON lines and CSV back with checks."""
 
 import csv
 import hashlib
@@ -89,7 +89,7 @@ def read_json(path: Path) -> Any:
 
 
 def cached_json(file: Path, measure: Callable[[], Any]) -> Any:
-    """What `measure` gives, as JSON in `file`: measured if the file isn't there yet, else read back."""
+    """Return what `measure` gives, from `file` (JSON) where it exists; otherwise measure, and write it there."""
     if file.exists():
         return read_json(file)
     value = measure()
@@ -167,13 +167,13 @@ def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file, read in pieces."""
+    """Compute the hex SHA-256 of a file, read in pieces."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def fingerprint(*parts: Any) -> str:
-    """A short hash of JSON-able values and, for a Path, of the content of that file or of all files in that folder."""
+    """Hash JSON-able values and, for a Path, the content of that file or of all files in that folder; 16 hex digits."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
@@ -190,7 +190,7 @@ def fingerprint(*parts: Any) -> str:
 
 
 def folder_bytes(folder: Path, suffix: str) -> int:
-    """Bytes of the files in a folder whose names end in `suffix`."""
+    """Count the bytes of the files in a folder whose names end in `suffix`."""
     return sum(file.stat().st_size for file in folder.glob(f"*{suffix}"))
 
 

@@ -25,7 +25,7 @@ def say(text: str, style: str | None = None) -> None:
 
 @contextmanager
 def progress(label: str, total: int, done: int = 0) -> Iterator[Tick]:
-    """A bar of `total` steps, `done` of them behind us, with figures, tokens/s and the time left."""
+    """Show a bar of `total` steps, `done` of them finished before, with figures, tokens/s and the time left."""
     start = last = time.monotonic()
     seen = done
     tokens_seen = 0

@@ -63,7 +63,7 @@ class TensorWriter:
         path.write_bytes(struct.pack("<Q", len(text)) + text)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put a tensor in its place; ValueError for one that isn't as it was announced, or is there already."""
+        """Write a tensor in its place; ValueError for one that wasn't announced so, or a second time."""
         if name not in self.missing or self.expected[name] != (tuple(tensor.shape), tensor.dtype):
             raise ValueError(f"{self.path}: no tensor {name!r} of shape {tuple(tensor.shape)} is to be written")
         self.missing.remove(name)
@@ -72,7 +72,7 @@ class TensorWriter:
             stream.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
     def check_whole(self) -> None:
-        """ValueError where a tensor wasn't written."""
+        """Raise ValueError if a tensor wasn't written."""
         if self.missing:
             raise ValueError(f"{self.path}: tensor {min(self.missing)!r} was not written")
 
@@ -89,5 +89,5 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
 
 
 def tensor_hash(tensor: torch.Tensor) -> str:
-    """Hex SHA-256 of a tensor's bytes."""
+    """Compute the hex SHA-256 of a tensor's bytes."""
     return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -11,7 +11,7 @@ from scaleot_core.common.errors import UserError, one_line
 
 
 def check_range(name: str, count: int, layers: int, *, least: int, most: int) -> None:
-    """UserError where a parameter asks for fewer or more layers than a model of `layers` can give."""
+    """Raise UserError if a parameter asks for fewer or more layers than a model of `layers` can give."""
     if not least <= count <= most:
         raise UserError(
             f"the model has {layers} decoder layers; the range is {least} to {most}", parameter=name, value=count
@@ -24,7 +24,7 @@ class Block(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML reads `no` as false, which would count as 0."""
+        """Refuse a truth value for a number: YAML reads `no` as false, which would count as 0."""
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError("Input should not be true or false")
         return value
@@ -34,12 +34,12 @@ B = TypeVar("B", bound=Block)
 
 
 def _at(data: Any, location: tuple[int | str, ...]) -> Any:
-    """The value at an error's location."""
+    """Return the value at an error's location."""
     return reduce(operator.getitem, location, data)
 
 
 def _field(block: Any, location: tuple[int | str, ...]) -> FieldInfo | None:
-    """The declaration behind an error's location in a block, or None where no field has that name."""
+    """Find the field behind an error's location in a block; None where no field has that name."""
     found = None
     for part in location:
         if isinstance(part, int) and get_origin(block) is list:
@@ -54,7 +54,7 @@ def _field(block: Any, location: tuple[int | str, ...]) -> FieldInfo | None:
 
 
 def _range(field: FieldInfo | None) -> str:
-    """The range of a numeric field in words, such as `; the range is 0 to 1`, or nothing."""
+    """Say the range of a numeric field, such as `; the range is 0 to 1`; an empty text without one."""
     low = high = None
     for bound in field.metadata if field else ():
         low = getattr(bound, "ge", getattr(bound, "gt", low))
@@ -65,7 +65,7 @@ def _range(field: FieldInfo | None) -> str:
 
 
 def validate_block(kind: type[B], data: Any) -> B:
-    """Values as a block of parameters, or as all; UserError names the first key that is wrong, its value and range."""
+    """Validate values as a block of parameters; UserError names the first key that is wrong, its value and range."""
     try:
         return kind.model_validate(data)
     except ValidationError as error:

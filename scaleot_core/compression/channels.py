@@ -10,12 +10,12 @@ from scaleot_core.models.families import decoder_layers, family
 
 
 def channels_of(model: PreTrainedModel, index: int) -> int:
-    """How many channels one layer's feed-forward part has."""
+    """Count the channels of one layer's feed-forward part."""
     return len(weight_of(decoder_layers(model)[index].get_submodule(family(model.config).feed_forward_in[0]))[0])
 
 
 def select_channels(weight: Tensor, covariance: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` channels that carry most of what a matrix (D, f) gives out, ascending, and what takes its place.
+    """Select the `count` channels that carry most of a down-projection's output, and refit it (D, f) to them.
 
     Of channels with the covariance C (f, f) those of the largest C_cc · ‖w_c‖², as in Wanda (Sun et al., ICLR 2024),
     by channel; the matrix (D, count) makes up for the others by least squares, as in channel pruning (He et al., ICCV
@@ -31,7 +31,7 @@ def select_channels(weight: Tensor, covariance: Tensor, count: int) -> tuple[Ten
 
 @torch.no_grad()
 def prune_channels(model: PreTrainedModel, index: int, kept: Tensor, refitted: Tensor | None = None) -> None:
-    """Leave some channels of one layer's feed-forward part, in place; `kept` are their numbers, ascending.
+    """Prune one layer's feed-forward part in place to the channels `kept`, numbers in ascending order.
 
     `refitted` (D, number of them) takes the place of what the matrix that takes the channels has for them. Works on the
     meta device too.

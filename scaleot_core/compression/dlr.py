@@ -42,7 +42,7 @@ def sample_kept(scores: Tensor, group_size: int, keep_threshold: float, draw: to
 def distinct_candidates(
     scores: Tensor, group_size: int, keep_threshold: float, count: int, draw: torch.Generator
 ) -> list[Tensor]:
-    """`count` networks of which no two are the same, or fewer where the scores hardly leave others to draw."""
+    """Draw `count` distinct networks, or fewer where the scores hardly leave others to draw."""
     candidates: list[Tensor] = []
     for _ in range(DISTINCT_DRAWS):
         kept = sample_kept(scores, group_size, keep_threshold, draw)
@@ -54,7 +54,7 @@ def distinct_candidates(
 
 
 def updated_scores(scores: Tensor, candidates: list[Tensor], losses: Tensor, score_lr: float) -> Tensor:
-    """One score update: s_i + η · Σ_j r_j · p_i (1 − p_i) over the candidates j that kept layer i.
+    """Update the scores: s_i + η · Σ_j r_j · p_i (1 − p_i) over the candidates j that kept layer i.
 
     r_j = exp(−ℓ_j) − mean_k exp(−ℓ_k). IST, where the rule comes from, credits the suppressed layers instead.
     """
@@ -80,7 +80,7 @@ class DlrState:
 
 
 def validate(dlr: Dlr, *, layers: int, blocks: int) -> None:
-    """UserError where a parameter asks for more than a model of `layers` or a corpus of `blocks` can give."""
+    """Raise UserError if a parameter asks for more than a model of `layers` or a corpus of `blocks` can give."""
     check_range("dlr.group_size", dlr.group_size, layers, least=2, most=layers)
     groups = torch.arange(layers).split(dlr.group_size)
     networks = math.prod(math.comb(len(group), len(group) // 2) for group in groups)
@@ -161,7 +161,7 @@ def finetune_after_src(
     seed: int,
     checkpoint: Checkpoint | None = None,
 ) -> None:
-    """Train the harmonizers in a finished emulator, in place, to make up for what the truncation beside them costs.
+    """Train the harmonizers in a finished emulator, in place, to make up for the truncation of the other layers.
 
     `after_src.steps` updates by cross-entropy on `blocks` (N, T); nothing but `harmonizers`, by their names, moves.
     """

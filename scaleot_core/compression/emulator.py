@@ -26,7 +26,7 @@ from scaleot_core.models.families import attention, decoder_layers, family
 def apply_plan(
     model: PreTrainedModel, plan: Plan, decompose: Decompose, channels: Mapping[int, Tensor] | None = None
 ) -> None:
-    """Give a model's layers the modules that the plan asks for, in place and frozen: [A, E*].
+    """Replace a model's layers by the modules that the plan asks for, in place and frozen: [A, E*].
 
     `channels` are the feed-forward channels that a layer keeps, where it is cut there. ValueError for a cut that the
     model has no room for.
@@ -66,14 +66,14 @@ class Removed(nn.Module):
 
 
 def part_of(name: str, layers_path: str, plan: Plan) -> str:
-    """The file that a tensor belongs in: by the kind of its layer, or `base` for embeddings, norm and head."""
+    """Name the file that a tensor belongs in: the kind of its layer, or `base` for embeddings, norm and head."""
     if not name.startswith(f"{layers_path}."):
         return "base"
     return plan.kinds[int(name.removeprefix(f"{layers_path}.").split(".")[0])]
 
 
 def layer_parameters(model: PreTrainedModel, plan: Plan, kind: LayerKind) -> dict[str, nn.Parameter]:
-    """The parameters of the layers of one kind, by their names in the model. Offsite tuning trains the adapters'."""
+    """Collect the parameters of the layers of one kind, by name. Offsite tuning trains the adapter layers'."""
     path = family(model.config).layers
     return {name: p for name, p in model.named_parameters() if part_of(name, path, plan) == kind}
 
@@ -99,13 +99,13 @@ PARTS = ("base", "adapter", "harmonizer", "compressed")  # a package's files of 
 
 
 def package_tensors(model: PreTrainedModel, plan: Plan) -> Iterator[tuple[str, Tensor]]:
-    """What a package has of an emulator, by its names: a tied head once, and a shared layer where it comes from."""
+    """Yield the (name, tensor) pairs that a package stores; tied heads and shared layers appear once."""
     path, tied = family(model.config).layers, set(model.all_tied_weights_keys)
     return ((n, t) for n, t in model.state_dict().items() if n not in tied and part_of(n, path, plan) in PARTS)
 
 
 def meta_emulator(config: PretrainedConfig, plan: Plan, *, buffers_too: bool) -> PreTrainedModel:
-    """An emulator without weights; buffers are computed, unless they too are to take no memory."""
+    """Build an emulator without weights; buffers are computed, unless they too are to take no memory."""
     with init_empty_weights(include_buffers=buffers_too):
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
         apply_plan(model, plan, empty_factors)
@@ -113,7 +113,7 @@ def meta_emulator(config: PretrainedConfig, plan: Plan, *, buffers_too: bool) ->
 
 
 def tensor_shapes(model: PreTrainedModel, plan: Plan) -> dict[str, Shapes]:
-    """What each file of a package has of an emulator: names, shapes and dtypes of its tensors."""
+    """List the names, shapes and dtypes of the tensors in each file of a package."""
     path = family(model.config).layers
     found: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {}
     for name, tensor in package_tensors(model, plan):
@@ -122,7 +122,7 @@ def tensor_shapes(model: PreTrainedModel, plan: Plan) -> dict[str, Shapes]:
 
 
 def plan_bytes(config: PretrainedConfig, plan: Plan) -> int:
-    """Bytes of the tensors that a package of a model with this plan has."""
+    """Count the bytes of the tensors in a package with this plan."""
     parts = tensor_shapes(meta_emulator(config, plan, buffers_too=True), plan).values()
     return sum(math.prod(shape) * dtype.itemsize for part in parts for shape, dtype in part.values())
 
@@ -130,7 +130,7 @@ def plan_bytes(config: PretrainedConfig, plan: Plan) -> int:
 def assemble(
     config: PretrainedConfig, plan: Plan, tensors: Iterable[tuple[str, Tensor]], *, device: torch.device
 ) -> PreTrainedModel:
-    """An emulator, frozen, from its tensors, which are all that a package has."""
+    """Put an emulator together, frozen, from the tensors of a package."""
     model, found = meta_emulator(config, plan, buffers_too=False), dict(tensors)
     path = family(config).layers
     for other in set(plan.like.values()):  # one copy for all that share it: an adapter layer's own will move

@@ -26,7 +26,7 @@ from scaleot_core.training.optimizer import Optimizer, linear_warmup_decay
 
 
 def new_harmonizers(model: PreTrainedModel, form: HarmonizerForm, seed: int) -> Harmonizers:
-    """One fresh float32 harmonizer a decoder layer, on the model's device."""
+    """Make one fresh float32 harmonizer per decoder layer, on the model's device."""
     draw = generator(seed, "harmonizers")
     harmonizers = Harmonizers()
     for _ in decoder_layers(model):
@@ -37,7 +37,7 @@ def new_harmonizers(model: PreTrainedModel, form: HarmonizerForm, seed: int) -> 
 
 
 def read_scores(path: Path, layers: int) -> list[float]:
-    """The scores of a model's decoder layers; UserError where one is missing or not finite."""
+    """Read the scores of a model's decoder layers; UserError where one is missing or not finite."""
     scores = read_json(path).get("scores", [])
     if len(scores) != layers:
         raise UserError(f"{path}: {len(scores)} scores, and the model has {layers} decoder layers; make it again")
@@ -98,7 +98,7 @@ class LocalFit:
         self.weights = {name: nn.Parameter(value.detach().clone()) for name, value in stack.items()}
 
     def loss(self, rows: Tensor) -> Tensor:
-        """Error relative to what each layer adds, summed over layers, at token positions `rows` (n,)."""
+        """Compute the error relative to what each layer adds, summed over layers, at token positions `rows` (n,)."""
         states = torch.stack([state[rows] for state in self.states])  # (L + 1, n, D)
         before, after = states[:-1].float(), states[1:].float()
         x, target = (before - self.mean) / self.deviation, after - before
@@ -154,7 +154,7 @@ def fit_locally(
 
 @torch.no_grad()
 def sensitivity(model: PreTrainedModel, harmonizers: Harmonizers, blocks: Tensor) -> list[float]:
-    """The loss (nats) that it costs to replace one layer alone by its harmonizer, for every layer, on `blocks`."""
+    """Measure the loss (nats) that replacing one layer alone by its harmonizer costs, for every layer, on `blocks`."""
     whole = mean_loss(model, blocks)
     costs = []
     with progress("sensitivity", len(harmonizers)) as tick:
@@ -167,14 +167,14 @@ def sensitivity(model: PreTrainedModel, harmonizers: Harmonizers, blocks: Tensor
 
 @torch.no_grad()
 def block_influence(model: PreTrainedModel, blocks: Tensor) -> list[float]:
-    """1 − cosine of a layer's input and output, averaged over tokens (ShortGPT, Men et al. 2024, equation 1)."""
+    """Average 1 − cosine of a layer's input and output over tokens (ShortGPT, Men et al. 2024, equation 1)."""
     states = hidden_states(model, blocks)
     pairs = pairwise(states)
     return [1 - nn.functional.cosine_similarity(a.float(), b.float(), dim=-1).mean().item() for a, b in pairs]
 
 
 def taylor(model: PreTrainedModel, blocks: Tensor) -> list[float]:
-    """First-order estimate of the loss that dropping a layer costs: |⟨∂ℓ/∂x_out, x_out − x_in⟩|, summed over tokens.
+    """Estimate to first order what dropping a layer costs: |⟨∂ℓ/∂x_out, x_out − x_in⟩|, summed over tokens.
 
     Gradients are taken of the hidden states alone; the model's weights stay frozen.
     """
@@ -203,7 +203,7 @@ def taylor(model: PreTrainedModel, blocks: Tensor) -> list[float]:
 
 
 def estimate(name: str, model: PreTrainedModel, harmonizers: Harmonizers, blocks: Tensor) -> list[float]:
-    """Every layer's cost by the named estimator, one of params.yaml's `layer_importance.estimator`."""
+    """Estimate every layer's cost by the named estimator, one of `layer_importance.estimator`."""
     if name == "sensitivity":
         return sensitivity(model, harmonizers, blocks)
     if name == "block_influence":
@@ -212,7 +212,7 @@ def estimate(name: str, model: PreTrainedModel, harmonizers: Harmonizers, blocks
 
 
 def prior_scores(costs: list[float]) -> list[float]:
-    """Scores from an estimator's costs: their logarithms, standardised to mean 0 and standard deviation 2.
+    """Turn an estimator's costs into scores: their logarithms, standardised to mean 0 and standard deviation 2.
 
     Costs span orders of magnitude, and s_i is a log-odds (p_i = sigmoid(s_i)), so the logarithm is its natural
     scale; the spread lets p reach from about 0.02 to 0.98. A cost at or below zero counts as the least positive one.

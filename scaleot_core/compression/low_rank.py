@@ -46,17 +46,17 @@ def features(module: nn.Module) -> tuple[int, int]:
 
 
 def dense(module: LowRankLinear) -> nn.Linear:
-    """The same map as one matrix."""
+    """Multiply the two factors out into one matrix."""
     return linear(module.left @ module.right, module.bias)
 
 
 def part_rows(out: int, fused: int, runs: int) -> list[Tensor]:
-    """Which of a fused projection's outputs are each matrix's."""
+    """Find which outputs of a fused projection belong to each matrix."""
     return [part.flatten() for part in torch.arange(out).unflatten(0, (runs, fused, -1)).unbind(1)]
 
 
 def split_projection(module: nn.Linear | Conv1D, fused: int, runs: int) -> list[tuple[Tensor, Tensor | None]]:
-    """A projection's matrices (out, in) and biases, cut apart where several are fused."""
+    """Cut a projection into its matrices (out, in) and biases, where several are fused."""
     weight, bias = weight_of(module)
     if fused == 1:
         return [(weight, bias)]
@@ -76,6 +76,6 @@ def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def weight_of(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """A matrix (out, in) and its bias."""
+    """Return a projection's matrix (out, in) and bias, whatever its type."""
     assert isinstance(module, nn.Linear | Conv1D)
     return module.weight.T if isinstance(module, Conv1D) else module.weight, module.bias

@@ -42,7 +42,7 @@ class Plan:
     """Of compressed layers that aren't cut by β."""
 
     def __post_init__(self) -> None:
-        """ValueError for a plan that makes no sense."""
+        """Raise ValueError for a plan that contradicts itself."""
         for what, found, kind in (("like", self.like, "shared"), ("cuts", self.cuts, "compressed")):
             for i in found:
                 if not (0 <= i < len(self.kinds) and self.kinds[i] == kind):
@@ -52,11 +52,11 @@ class Plan:
                 raise ValueError(f"layer {i} is shared with no layer that is there")
 
     def layers(self, kind: LayerKind) -> list[int]:
-        """Indices of the layers of one kind, ascending."""
+        """List the indices of the layers of one kind, ascending."""
         return [i for i, k in enumerate(self.kinds) if k == kind]
 
     def ranks(self, model: PreTrainedModel, index: int) -> Mapping[str, Sequence[int]]:
-        """The ranks that one compressed layer's attention projections are cut to, by the projection's name."""
+        """Give the ranks that one compressed layer's attention projections are cut to, by the projection's name."""
         cut = self.cuts.get(index)
         return cut.ranks if cut else target_ranks(model, index, beta=self.beta)
 
@@ -64,7 +64,7 @@ class Plan:
 def choose_layers(
     scores: Sequence[float], *, adapter_layers: int, alpha: float, placement: str
 ) -> tuple[LayerKind, ...]:
-    """Every layer's kind from its score: N_a adapter layers, then a share α of the others as harmonizers.
+    """Choose every layer's kind by its score: N_a adapter layers, then a share α of the others as harmonizers.
 
     Placement "importance" takes the layers of highest score, "ends" the two bottom and two top ones of N_a = 4 (the
     bottom has the odd one). Harmonizers replace the other layers of lowest score; their number is rounded half up.
@@ -85,7 +85,7 @@ def choose_layers(
 
 
 def plan_for(params: Params, scores: Sequence[float], model: PreTrainedModel) -> Plan:
-    """What the parameters make of a model's layers, by their scores. The model needs no weights."""
+    """Plan a model's layers from the parameters and the layers' scores. The model needs no weights."""
     kinds = choose_layers(
         scores, adapter_layers=params.adapter_layers, alpha=params.alpha, placement=params.adapter_placement
     )

@@ -27,7 +27,7 @@ def target_rank(full: int, beta: float) -> int:
 
 
 def _truncated(weight: Tensor, bias: Tensor | None, rank: int, factors: Callable[[Tensor], Factors]) -> nn.Module:
-    """One matrix at a rank: as it is where nothing is cut, two factors where that is smaller, else dense."""
+    """Truncate one matrix to a rank: unchanged where nothing is cut, two factors where that is smaller, else dense."""
     if rank >= min(weight.shape):
         return linear(weight, bias)
     left, right = factors(weight.detach())
@@ -38,7 +38,7 @@ def _truncated(weight: Tensor, bias: Tensor | None, rank: int, factors: Callable
 
 
 def matrix_shapes(model: PreTrainedModel, index: int) -> dict[str, list[tuple[int, int]]]:
-    """Shapes (out, in) of the matrices in one layer's attention projections, by the projection's name."""
+    """List the shapes (out, in) of the matrices in one layer's attention projections, by the projection's name."""
     block, shapes = attention(model.config, decoder_layers(model)[index]), {}
     for name, fused in family(model.config).projections.items():
         out, into = weight_of(block.get_submodule(name))[0].shape
@@ -47,7 +47,7 @@ def matrix_shapes(model: PreTrainedModel, index: int) -> dict[str, list[tuple[in
 
 
 def target_ranks(model: PreTrainedModel, index: int, *, beta: float) -> dict[str, list[int]]:
-    """The ranks that β leaves of the matrices in one layer's attention projections, by the projection's name."""
+    """Give the ranks that β leaves of the matrices in one layer's attention projections, by the projection's name."""
     return {
         name: [target_rank(min(shape), beta) for shape in shapes]
         for name, shapes in matrix_shapes(model, index).items()

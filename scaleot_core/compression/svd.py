@@ -25,7 +25,7 @@ Decompose = Callable[[str, int, Tensor], Factors]
 
 
 def decompose(weight: Tensor, covariance: Tensor | None = None) -> Factors:
-    """Factors left (out, k) and right (k, in) of a matrix (out, in), k = min(out, in), in float32.
+    """Factor a matrix (out, in) into left (out, k) and right (k, in), k = min(out, in), in float32.
 
     Their first r columns and rows are the best approximation of rank r: of W in Frobenius norm (Eckart-Young), or with
     a `covariance` C (in, in) of W · C^½, so of the outputs. The error then is the tail of the singular values of W, or
@@ -41,18 +41,18 @@ def decompose(weight: Tensor, covariance: Tensor | None = None) -> Factors:
 
 
 def svd_factors(name: str, part: int, weight: Tensor) -> Factors:
-    """`decompose` of the matrix alone."""
+    """Decompose the matrix alone, without a covariance."""
     return decompose(weight)
 
 
 def empty_factors(name: str, part: int, weight: Tensor) -> Factors:
-    """Factors with nothing in them, to give a model its shapes before a package's tensors are read."""
+    """Make factors without values, to give a model its shapes before a package's tensors are read."""
     rank = min(weight.shape)
     return weight.new_empty(weight.shape[0], rank), weight.new_empty(rank, weight.shape[1])
 
 
 def damped(covariance: Tensor) -> Tensor:
-    """A covariance (in, in) in float64, scaled to mean variance 1 and made positive definite."""
+    """Scale a covariance (in, in), in float64, to mean variance 1, and make it positive definite."""
     covariance = covariance.double()
     scaled = covariance / covariance.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
     return scaled + DAMPING * torch.eye(len(covariance), dtype=torch.float64, device=covariance.device)
@@ -62,7 +62,7 @@ def damped(covariance: Tensor) -> Tensor:
 def input_covariances(
     config: PretrainedConfig, index: int, layer: nn.Module, *, channels: bool = False
 ) -> Iterator[dict[str, Tensor]]:
-    """Sum up, in the block, x · xᵀ (in, in) of what goes into a decoder layer's projections, over all tokens that pass.
+    """Sum x · xᵀ (in, in) of the inputs of a decoder layer's projections over all tokens that pass in the block.
 
     In float64, by the projection's name in the model: over the number of tokens they are the uncentred covariances.
     Projections that read the same input share one tensor. With `channels` that of the feed-forward channels is there
@@ -92,7 +92,7 @@ def input_covariances(
 
 
 def cached_factors(folder: Path, covariances: Mapping[str, Tensor] | None = None) -> Decompose:
-    """`decompose` that keeps what it made in `folder`, by the content of the matrix and of its inputs' covariance."""
+    """Make a `decompose` that caches its factors in `folder`, by the content of the matrix and of its covariance."""
 
     def factors(name: str, part: int, weight: Tensor) -> Factors:
         covariance = None if covariances is None else covariances[name]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 1, label: str = "") -> "HFLM":
-    """lm-eval's view of a model in memory: it encodes, batches and scores, with our progress in place of its own."""
+    """Wrap a model in memory for lm-eval, which encodes, batches and scores; progress is shown our way."""
     from lm_eval.models.huggingface import HFLM
 
     class View(HFLM):
@@ -66,7 +66,7 @@ def evaluate(
     batch_size: int,
     label: str,
 ) -> dict[str, dict[str, Any]]:
-    """Zero-shot figures of a model on each task's questions.
+    """Measure a model zero-shot on each task's questions.
 
     Per task: lm-eval's own metrics, such as `acc`, `exact_match` or `word_perplexity`, each with its `_stderr`;
     `answer_nll`, the mean negative log-likelihood (nats) of the right answer (the likeliest, where several are right),
@@ -109,7 +109,7 @@ def _figures(results: dict[str, Any], name: str, task: "Task", view: "HFLM") -> 
 
 
 def _nll(samples: list[dict[str, Any]], task: "Task", view: "HFLM") -> dict[str, float]:
-    """The right answers' negative log-likelihood: from the choices that were scored, else scored now."""
+    """Collect the right answers' negative log-likelihood: from the choices that were scored, else scored now."""
     if task.OUTPUT_TYPE == "multiple_choice":
         nll = [
             -max(float(sample["filtered_resps"][choice][0]) for choice in right_choices(task, sample["doc"]))
@@ -132,7 +132,7 @@ def _check_finite(task: "Task", values: list[float]) -> None:
 
 
 def _of_texts(samples: list[dict[str, Any]], task: "Task", view: "HFLM") -> dict[str, float]:
-    """Perplexity per token, and the standard errors, which lm-eval doesn't give, of all figures of texts.
+    """Compute the perplexity per token, and the standard errors of all figures of texts, which lm-eval doesn't give.
 
     Each is a ratio of two sums over texts, nll by words, bytes or tokens, with a ratio estimator's error.
     """

@@ -23,7 +23,7 @@ Rows = Sequence[dict[str, Any]]
 
 
 def _manager(name: str) -> "TaskManager":
-    """A task manager that knows `name`; UserError if lm-eval doesn't.
+    """Make a task manager that knows `name`; UserError if lm-eval doesn't.
 
     Indexing all of lm-eval's folders takes ten seconds, so those named like the task come first.
     """
@@ -45,7 +45,7 @@ def _manager(name: str) -> "TaskManager":
 
 
 def task_config(name: str) -> dict[str, Any]:
-    """A task's definition as lm-eval reads it: dataset_path, dataset_name, the splits, the prompts.
+    """Read a task's definition as lm-eval does: dataset_path, dataset_name, the splits, the prompts.
 
     `training_split` is None where it names none, as some do whose data has one: lm-eval needs it only for examples in
     the prompt. UserError for an unknown task, or one that can't be tuned and scored here.
@@ -65,12 +65,12 @@ def task_config(name: str) -> dict[str, Any]:
 
 
 def evaluated_split(config: Mapping[str, Any]) -> str | None:
-    """The split that a definition scores."""
+    """Name the split that a definition scores."""
     return config.get("test_split") or config.get("validation_split")
 
 
 def load_task(name: str, train: Rows, evaluation: Rows | None = None) -> "Task":
-    """lm-eval's own task on our rows, which have the fields of its hub data set.
+    """Load lm-eval's own task on our rows, which have the fields of its hub data set.
 
     Without `evaluation`, as on the data owner's side, the evaluated split is the training rows.
     """
@@ -95,7 +95,7 @@ def load_task(name: str, train: Rows, evaluation: Rows | None = None) -> "Task":
 
 
 def metrics(task: "Task") -> dict[str, bool]:
-    """What a task is scored by, the most telling first, and whether more of it is better.
+    """List a task's metrics, the main one first, each with whether higher is better.
 
     lm-eval's metrics, by the names that they have in our results; where a definition has several filters, with the
     filter's name. Then ours: `answer_nll`, or for a text `token_perplexity`.
@@ -110,12 +110,12 @@ def metrics(task: "Task") -> dict[str, bool]:
 
 
 def metric_name(metric: str, filter_name: str) -> str:
-    """The name of a metric in our results."""
+    """Name a metric as our results do."""
     return metric if filter_name == "none" else f"{metric}_{filter_name}"
 
 
 def right_choices(task: "Task", doc: dict[str, Any]) -> list[int]:
-    """Which of a multiple-choice question's choices are right, as lm-eval reads it; what isn't among them is none."""
+    """List the right choices of a multiple-choice question, as lm-eval reads it; unknown ones are left out."""
     answer: Any = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     if isinstance(answer, str):
         answer = task.doc_to_choice(doc).index(answer)
@@ -127,7 +127,7 @@ def right_choices(task: "Task", doc: dict[str, Any]) -> list[int]:
 def answer_pairs(
     task: "Task", tokenizer: PreTrainedTokenizerBase, *, context_length: int, part: str = "training"
 ) -> list[tuple[str, str]]:
-    """(context, continuation) of every training question's right answer, to the letter as lm-eval scores it.
+    """Give (context, continuation) of every training question's right answer, to the letter as lm-eval scores it.
 
     Of several right answers the first. `part` is what the rows are called in messages. UserError names the first row
     whose answer is missing or not among its choices, or of which a choice is empty or has more tokens than the model's
@@ -176,7 +176,7 @@ def check_rows(name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase, *, con
 
 
 def texts(task: "Task", *, part: str = "training") -> list[str]:
-    """Every training text of a task that scores whole texts, as lm-eval scores it; UserError names an empty row."""
+    """List the training texts of a task that scores whole texts; UserError names an empty row."""
     found = []
     for row, doc in enumerate(task.training_docs(), start=1):
         try:
@@ -190,7 +190,7 @@ def texts(task: "Task", *, part: str = "training") -> list[str]:
 
 
 def _target(task: "Task", doc: dict[str, Any]) -> str | None:
-    """What a question is answered with, or a text; None where a template prints a field that isn't set."""
+    """Give a question's answer, or a text; None where a template prints a field that isn't set."""
     target: Any = task.doc_to_target(doc)
     if isinstance(target, list):
         target = target[0]

@@ -1,4 +1,4 @@
-"""What crosses between the two parties: a folder, or one archive of it, with a manifest that is checked before use.
+"""The manifest of what crosses between the parties: which files, of what size and hash; checked before use.
 
 Everything that comes from the other side is hostile until it was checked: only listed files of known names, no links,
 no pickle, JSON within bounds, hashes before content, shapes before memory, finite numbers. A refusal is a UserError.

@@ -64,13 +64,13 @@ class ModelOwner:
             return AutoModelForCausalLM.from_config(self.config)
 
     def load(self) -> PreTrainedModel:
-        """The real model, frozen and whole."""
+        """Load the real model, frozen."""
         model = load_model(self.folder, device=self.runtime.device, dtype=self.runtime.dtype)
         self.count(model)
         return model
 
     def stream(self) -> StreamedModel:
-        """The real model, its layers left on disk."""
+        """Open the real model with its layers left on disk."""
         streamed = StreamedModel(self.folder, self.config, device=self.runtime.device, dtype=self.runtime.dtype)
         self.count(streamed.model)
         return streamed
@@ -84,24 +84,24 @@ class ModelOwner:
         return read_scores(self.harmonizers / "scores.json", self.config.num_hidden_layers)
 
     def plan(self, kinds: tuple[LayerKind, ...], **cuts: object) -> Plan:
-        """A plan with these kinds, and nothing cut but what `cuts` say."""
+        """Make a plan with these kinds, in which only `cuts` are cut."""
         return Plan(kinds, 0.0, self.params.harmonizer, **cuts)  # type: ignore[arg-type]
 
 
 def model_bytes(owner: ModelOwner) -> int:
-    """Bytes of the whole model's weights."""
+    """Count the bytes of the whole model's weights."""
     return emulator.plan_bytes(owner.config, owner.plan(("compressed",) * owner.config.num_hidden_layers))
 
 
 def target_bytes(owner: ModelOwner) -> int:
-    """Most bytes that an emulator may have: `max_bytes_ratio`, or, where that is 0, those of ScaleOT's at α and β."""
+    """Give the most bytes an emulator may have: by `max_bytes_ratio`, or, where that is 0, ScaleOT's at α and β."""
     if owner.params.max_bytes_ratio:
         return int(owner.params.max_bytes_ratio * model_bytes(owner))
     return emulator.plan_bytes(owner.config, plan_for(owner.params, owner.scores(), owner.outline))
 
 
 def largest_fitting(owner: ModelOwner, sizes: range, plan: Callable[[int], Plan]) -> int:
-    """The largest size whose plan keeps to the target; UserError where the least one doesn't.
+    """Find the largest size whose plan keeps to the target; UserError where the smallest one doesn't.
 
     Larger sizes have more bytes.
     """

@@ -26,7 +26,7 @@ from scaleot_core.models.forward import hooks, last_hidden_state
 
 @torch.no_grad()
 def representations(model: PreTrainedModel, blocks: Tensor, batch_blocks: int = 8) -> list[Tensor]:
-    """Each decoder layer's output, pooled over the tokens of a block with weights 1, 2, …: L tensors (N, D)."""
+    """Pool each decoder layer's output over the tokens of a block with weights 1, 2, …: L tensors (N, D)."""
     weights = torch.arange(1, blocks.shape[1] + 1, device=model.device).float()
     weights /= weights.sum()
     layers = decoder_layers(model)
@@ -42,13 +42,13 @@ def representations(model: PreTrainedModel, blocks: Tensor, batch_blocks: int = 
 
 
 def cka(x: Tensor, y: Tensor) -> float:
-    """Linear centred kernel alignment of two representations (N, D) of the same samples, 0 to 1."""
+    """Compute the linear centred kernel alignment of two representations (N, D) of the same samples, 0 to 1."""
     x, y = (part.double() - part.double().mean(0) for part in (x, y))
     return float((x.T @ y).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm()))
 
 
 def centres(similarities: list[float], count: int) -> list[int]:
-    """The layers that stay of `count` clusters, from the similarity of each layer to the next.
+    """Choose the layers that stay of `count` clusters, from the similarity of each layer to the next.
 
     Merging the most similar neighbours until `count` clusters are left is cutting at the least similar ones.
     """
@@ -58,19 +58,19 @@ def centres(similarities: list[float], count: int) -> list[int]:
 
 
 def adapters(kept: list[int], count: int) -> list[int]:
-    """Which of the layers that stay are adapter layers: at even distances among them, first and last included."""
+    """Choose the adapter layers among those that stay, at even distances, first and last included."""
     if count == 1:
         return kept[:1]
     return [kept[math.ceil(i * (len(kept) - 1) / (count - 1))] for i in range(count)]
 
 
 def nearest(kept: list[int], layer: int) -> int:
-    """The layer that stands in for a removed one: the nearest that stays, of two the right one."""
+    """Find the layer to use in place of a removed one: the nearest that stays, of two the right one."""
     return min(kept, key=lambda i: (abs(i - layer), -i))
 
 
 def build(owner: ModelOwner) -> BuiltEmulator:
-    """The emulator: the centres of clusters, shared where others were."""
+    """Build the emulator: the centres of clusters, shared in place of the others."""
     model = owner.load()
     blocks = owner.blocks[: owner.params.crash.calibration_blocks]
     similarities = [cka(x, y) for x, y in pairwise(representations(model, blocks))]

@@ -27,7 +27,7 @@ from scaleot_core.training.optimizer import Optimizer, linear_warmup_decay
 
 
 def _forward(model: PreTrainedModel, blocks: Tensor, middle: int) -> tuple[Tensor, Tensor]:
-    """Last hidden states, and those that leave decoder layer `middle`, both (B, T, D)."""
+    """Compute the last hidden states and those after decoder layer `middle`, both (B, T, D)."""
     left: list[Tensor] = []
     layer = decoder_layers(model)[middle]
     with hooks(layer.register_forward_hook(lambda module, args, out: left.append(out))):
@@ -36,7 +36,7 @@ def _forward(model: PreTrainedModel, blocks: Tensor, middle: int) -> tuple[Tenso
 
 
 def loss(model: PreTrainedModel, blocks: Tensor, teacher: Tensor, middle: int, weight: float) -> Tensor:
-    """Cross-entropy (nats) + weight · the normalised error against the teacher's states (B, T, D) after a layer."""
+    """Add to the cross-entropy (nats) weight · the normalised error of states (B, T, D) after a layer."""
     last, student = _forward(model, blocks, middle)
     logits = model.get_output_embeddings()(last[:, :-1]).float()
     targets = blocks[:, 1:].to(model.device).long()
@@ -46,7 +46,7 @@ def loss(model: PreTrainedModel, blocks: Tensor, teacher: Tensor, middle: int, w
 
 
 def build(owner: ModelOwner) -> BuiltEmulator:
-    """The emulator, with what is left of its middle trained."""
+    """Build the emulator, and train the middle layers that it keeps."""
     kept, distill, seed = uniform.plan(owner), owner.params.distill, owner.params.seed
     model = owner.load()
     originals: dict[int, nn.Module] = {}

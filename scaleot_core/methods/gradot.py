@@ -40,14 +40,14 @@ class Statistics:
     bias_gradient: Tensor
 
     def part(self, rows: Tensor) -> "Statistics":
-        """Those of some rows of W."""
+        """Select the statistics of some rows of W."""
         return Statistics(self.inputs, self.outputs[rows][:, rows], self.gradient[rows], self.bias_gradient[rows])
 
 
 def statistics(
     model: PreTrainedModel, names: list[str], blocks: Tensor, batch_blocks: int = 4
 ) -> dict[str, Statistics]:
-    """Statistics of some linear maps, by their names in the model, over blocks (N, T), from one backward pass each.
+    """Collect statistics of linear maps, by their names, over blocks (N, T), from one backward pass each.
 
     g is the gradient of the sum of the token losses, so that the means over tokens have one scale.
     """
@@ -82,7 +82,7 @@ def statistics(
 
 
 def component_scores(factors: Factors, found: Statistics, weight: float) -> Tensor:
-    """Cost of removing each singular component, from factors left (out, k) and right (k, in) of W: (k,)."""
+    """Score the cost of removing each singular component, from factors left (out, k) and right (k, in) of W: (k,)."""
     left, right = factors
     curvature = (found.outputs @ left).abs().sum(0) * (right @ found.inputs).abs().sum(1)
     return curvature + weight * torch.einsum("ok,oi,ki->k", left, found.gradient, right)
@@ -91,7 +91,7 @@ def component_scores(factors: Factors, found: Statistics, weight: float) -> Tens
 def channel_scores(
     into: list[tuple[Tensor, Tensor | None, Statistics]], out: tuple[Tensor, Statistics], weight: float
 ) -> Tensor:
-    """Cost of removing each feed-forward channel: (f,). `into` are matrices (f, D), biases (f,); `out` is (D, f)."""
+    """Score the cost of removing each channel: (f,). `into` are matrices (f, D) with biases (f,); `out` is (D, f)."""
     total = torch.zeros(len(into[0][0]), device=into[0][0].device)
     for matrix, bias, found in into:
         total += found.outputs.abs().sum(0) * (matrix @ found.inputs).abs().sum(1)
@@ -104,7 +104,7 @@ def channel_scores(
 
 
 def in_order(scores: Tensor) -> Tensor:
-    """Components from the one that stays longest: the largest singular values, then by falling score."""
+    """Order components from the one that stays longest: the largest singular values, then by falling score."""
     first = max(1, -(-len(scores) * int(ALWAYS * 100) // 100))
     return torch.cat([torch.arange(first), first + scores[first:].cpu().argsort(descending=True, stable=True)])
 
@@ -133,7 +133,7 @@ def plan(owner: ModelOwner) -> Plan:
 
 
 def build(owner: ModelOwner) -> BuiltEmulator:
-    """The emulator: components and channels go by their scores."""
+    """Build the emulator: components and channels are removed by their scores."""
     cut_down, settings, model = plan(owner), owner.params.gradot, owner.load()
     config, names = model.config, family(model.config)
     prefix = {i: f"{names.layers}.{i}." for i in cut_down.cuts}

@@ -24,7 +24,7 @@ from scaleot_core.params import changed
 
 
 def plan(owner: ModelOwner) -> Plan:
-    """What α and β make of the layers; with a `max_bytes_ratio` the least α that keeps to it."""
+    """Plan the layers from α and β; with a `max_bytes_ratio`, from the smallest α that keeps to it."""
     params, scores, model = owner.params, owner.scores(), owner.outline
     if not params.max_bytes_ratio:
         return plan_for(params, scores, model)
@@ -37,7 +37,7 @@ def plan(owner: ModelOwner) -> Plan:
 
 
 def build(owner: ModelOwner) -> BuiltEmulator:
-    """ScaleOT's emulator, made layer by layer. With `after_src.steps` the harmonizers are trained once more in it."""
+    """Build ScaleOT's emulator layer by layer. With `after_src.steps` its harmonizers are trained once more in it."""
     params, decided = owner.params, plan(owner)
     if not decided.layers("compressed"):
         say(f"alpha = {params.alpha} leaves no layer to compress, so beta = {params.beta} does nothing", "yellow")
@@ -89,7 +89,7 @@ def layer_by_layer(owner: ModelOwner, decided: Plan, channels: dict[int, Tensor]
 
 
 def covariances(owner: ModelOwner, streamed: StreamedModel) -> Callable[[int], dict[str, Tensor]]:
-    """Each layer's input covariances on the corpus, by the names of its projections.
+    """Compute each layer's input covariances on the corpus, by the names of its projections.
 
     With `channel_pruning.ratio` those of the down-projection too. Computed once for a model and its calibration blocks,
     and cached in one file per layer; a covariance that several projections share is stored once, under all their names.

@@ -11,7 +11,7 @@ from scaleot_core.methods.base import BuiltEmulator, ModelOwner, largest_fitting
 
 
 def evenly(layers: list[int], count: int) -> list[int]:
-    """`count` of some layers at even distances, first and last among them: of m the round(i · (m − 1) / (n − 1))-th."""
+    """Choose `count` layers at even distances, first and last included: of m the round(i · (m − 1) / (n − 1))-th."""
     if count == 1:
         return layers[:1]
     return [layers[round(i * (len(layers) - 1) / (count - 1))] for i in range(count)]
@@ -34,7 +34,7 @@ def plan(owner: ModelOwner) -> Plan:
 
 
 def build(owner: ModelOwner) -> BuiltEmulator:
-    """The emulator: layers go, nothing else changes."""
+    """Build the emulator: layers are removed, nothing else changes."""
     kept, model = plan(owner), owner.load()
     emulator.apply_plan(model, kept, svd_factors)
     return BuiltEmulator(kept, package_tensors(model, kept))

@@ -65,7 +65,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family(config: PretrainedConfig) -> Family:
-    """The family of a model's configuration; UserError names the supported ones."""
+    """Look up the family of a model's configuration; UserError names the supported ones."""
     try:
         return FAMILIES[config.model_type]
     except KeyError:
@@ -74,27 +74,27 @@ def family(config: PretrainedConfig) -> Family:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder layers itself, so that assigning to an entry replaces that layer in the model."""
+    """Return the list of decoder layers itself: assigning to an entry replaces that layer in the model."""
     layers = model.get_submodule(family(model.config).layers)
     assert isinstance(layers, nn.ModuleList)
     return layers
 
 
 def projection_name(config: PretrainedConfig, layer: int, name: str) -> str:
-    """The name in the model of one layer's attention projection."""
+    """Name one layer's attention projection as the model does."""
     return f"{family(config).layers}.{layer}.{family(config).attention}.{name}"
 
 
 def feed_forward_name(config: PretrainedConfig, layer: int) -> str:
-    """The name in the model of the matrix that takes one layer's feed-forward channels."""
+    """Name one layer's down-projection as the model does."""
     return f"{family(config).layers}.{layer}.{family(config).feed_forward_out}"
 
 
 def attention(config: PretrainedConfig, layer: nn.Module) -> nn.Module:
-    """The attention of one decoder layer."""
+    """Return the attention of one decoder layer."""
     return layer.get_submodule(family(config).attention)
 
 
 def fused_runs(config: PretrainedConfig) -> int:
-    """In how many runs the outputs of each matrix in a fused projection come: one, or one a head."""
+    """Count the runs in which each matrix's outputs come in a fused projection: one, or one per head."""
     return int(config.num_attention_heads) if family(config).by_head else 1

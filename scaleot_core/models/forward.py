@@ -17,7 +17,7 @@ from scaleot_core.models.families import decoder_layers
 
 @contextmanager
 def hooks(*handles: RemovableHandle) -> Iterator[None]:
-    """Hooks that are registered for the length of a block."""
+    """Remove these hooks when the block ends."""
     try:
         yield
     finally:
@@ -27,7 +27,7 @@ def hooks(*handles: RemovableHandle) -> Iterator[None]:
 
 @contextmanager
 def swapped_layers(model: PreTrainedModel, stand_ins: Mapping[int, nn.Module]) -> Iterator[None]:
-    """Put stand-ins in the place of some decoder layers, by index, for the length of a block."""
+    """Replace some decoder layers, by index, for the length of a block."""
     layers = decoder_layers(model)
     originals = {i: layers[i] for i in stand_ins}
     try:
@@ -40,13 +40,13 @@ def swapped_layers(model: PreTrainedModel, stand_ins: Mapping[int, nn.Module]) -
 
 
 def last_hidden_state(model: PreTrainedModel, blocks: Tensor) -> Tensor:
-    """The last hidden states (B, T, D) of blocks (B, T), without the head and without a key-value cache."""
+    """Compute the last hidden states (B, T, D) of blocks (B, T), without the head and without a key-value cache."""
     output: Tensor = model.base_model(input_ids=blocks.to(model.device).long(), use_cache=False).last_hidden_state
     return output
 
 
 def next_token_loss(model: PreTrainedModel, blocks: Tensor) -> Tensor:
-    """Mean next-token cross-entropy (nats) of blocks (B, T), without a key-value cache."""
+    """Compute the mean next-token cross-entropy (nats) of blocks (B, T), without a key-value cache."""
     blocks = blocks.to(model.device).long()
     logits = model(input_ids=blocks, use_cache=False).logits[:, :-1].float()
     return nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten())
@@ -54,7 +54,7 @@ def next_token_loss(model: PreTrainedModel, blocks: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mean_loss(model: PreTrainedModel, blocks: Tensor, batch_blocks: int = 8) -> float:
-    """Mean next-token cross-entropy (nats) over blocks (N, T); its exponential is the perplexity."""
+    """Compute the mean next-token cross-entropy (nats) over blocks (N, T); its exponential is the perplexity."""
     total = 0.0
     for batch in blocks.split(batch_blocks):
         total += next_token_loss(model, batch).item() * len(batch)
@@ -65,7 +65,7 @@ def mean_loss(model: PreTrainedModel, blocks: Tensor, batch_blocks: int = 8) -> 
 
 @torch.no_grad()
 def hidden_states(model: PreTrainedModel, blocks: Tensor, batch_blocks: int = 8) -> list[Tensor]:
-    """Inputs of all decoder layers and the output of the last: L + 1 tensors (N·T, D) in the model's dtype.
+    """Collect the inputs of all decoder layers and the output of the last: L + 1 tensors (N·T, D), the model's dtype.
 
     Read by hooks, since `output_hidden_states` knows only a family's own layers. The model's head is not run.
     """

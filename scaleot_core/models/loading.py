@@ -1,4 +1,4 @@
-"""Loading a model and its tokenizer from a local folder, and what the stages ask of every model."""
+"""Load models, configurations and tokenizers, from a local folder or the hub, safely."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ logging.disable_progress_bar()
 
 
 def _pretrained(source: str | Path, **options: Any) -> PreTrainedModel:
-    """A model with all of its weights; ValueError where transformers would draw a missing tensor at random."""
+    """Load a model with all of its weights; ValueError where transformers would draw a missing tensor at random."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         source, output_loading_info=True, trust_remote_code=False, **options
     )
@@ -32,7 +32,7 @@ def _pretrained(source: str | Path, **options: Any) -> PreTrainedModel:
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The configuration in a transformers folder; UserError for none, or an unsupported architecture."""
+    """Read the configuration in a transformers folder; UserError for none, or an unsupported architecture."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each library below has its own type
@@ -42,7 +42,7 @@ def read_config(folder: Path) -> PretrainedConfig:
 
 
 def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model in a transformers folder, frozen and in evaluation mode.
+    """Load the causal language model in a transformers folder, frozen and in evaluation mode.
 
     Safetensors only, and no code from the folder is run. UserError for a missing folder, missing weights, a damaged
     file or an unsupported architecture.
@@ -86,7 +86,7 @@ def read_model(
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
-    """UserError where a tokenizer has tokens that the model has no embedding of."""
+    """Raise UserError if a tokenizer has tokens that the model has no embedding of."""
     tokens = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
     if tokens > config.vocab_size:
         raise UserError(
@@ -103,7 +103,7 @@ def save_model(source: str, folder: Path, dtype: torch.dtype, revision: str = ""
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a transformers folder; UserError where there is none."""
+    """Load the tokenizer in a transformers folder; UserError where there is none."""
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:

@@ -60,7 +60,7 @@ class StreamedModel:
             raise UserError(f"{file}: the model can't be loaded ({one_line(error)}); fetch it again") from error
 
     def read(self, name: str) -> Tensor:
-        """One tensor, a copy: what safetensors gives is a window on the file, which would keep it in memory."""
+        """Read one tensor as a copy: what safetensors gives is a window on the file, which would keep it in memory."""
         file = self.files.get(name, self.folder)
         with self._sound(file):
             if file == self.folder:
@@ -86,7 +86,7 @@ class StreamedModel:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """A decoder layer with its weights, for the length of the block; whatever it then has is dropped behind it."""
+        """Yield a decoder layer with its weights, which are dropped when the block ends."""
         with self._filled(*self._part(index)):
             yield self._layers[index]
 
@@ -95,7 +95,7 @@ class StreamedModel:
         return layer, prefix, [f"{prefix}{name}" for name in layer.state_dict()]
 
     def load(self) -> PreTrainedModel:
-        """The model with its weights; of layers that are split, this process's part: one at a time is there whole."""
+        """Load the model's weights; of layers that are split only this process's part stays."""
         self._fill(self.model, "", self.outside)
         self.model.tie_weights()
         for index, layer in enumerate(self._layers):
@@ -105,7 +105,7 @@ class StreamedModel:
 
     @torch.no_grad()
     def run(self, blocks: Tensor, around: LayerHook, batch_blocks: int = 8) -> None:
-        """Run blocks (N, T) through the stack: all of them through a layer, `batch_blocks` at once, before the next.
+        """Run blocks (N, T) through the stack: all, `batch_blocks` at once, through a layer before the next.
 
         Memory: embeddings and twice the N · T · D numbers of the hidden states, beside a layer.
         """
@@ -123,7 +123,7 @@ class StreamedModel:
 
 
 def load_sharded(folder: Path, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """`load_model`; where processes split the layers, without the whole model in any one's memory."""
+    """Load a model as `load_model` does; where processes split its layers, no process holds the whole model."""
     if not distributed.fsdp_enabled():
         return load_model(folder, device=device, dtype=dtype)
     return StreamedModel(folder, read_config(folder), device=device, dtype=dtype).load()

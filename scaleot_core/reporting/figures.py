@@ -48,7 +48,7 @@ def save_png(figure: Figure, path: Path) -> None:
 
 
 def svg(figure: Figure) -> str:
-    """A figure as an SVG element."""
+    """Render a figure as an SVG element."""
     text = StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     element = "<svg" + text.getvalue().partition("<svg")[2]  # without XML's declaration, which HTML has no place for
@@ -78,7 +78,7 @@ def measurements(tasks: Mapping[str, Measured]) -> Figure:
 
 
 def layers(scores: Mapping[str, Any]) -> Figure:
-    """Every layer's score over depth, coloured by what became of it; `scores` has `prior`, `scores` and `kinds`."""
+    """Draw every layer's score over depth, coloured by its kind; `scores` has `prior`, `scores` and `kinds`."""
     figure = Figure(figsize=(8.4, 3.2))
     axis = figure.subplots()
     for kind, colour in KIND_COLOURS.items():
@@ -94,7 +94,7 @@ def layers(scores: Mapping[str, Any]) -> Figure:
 
 
 def curves(histories: Mapping[str, Sequence[Row]]) -> Figure:
-    """The loss of every step, a panel a stage."""
+    """Draw the loss of every step, one panel per stage."""
     columns = min(3, len(histories))
     count = math.ceil(len(histories) / columns)
     figure = Figure(figsize=(4 * columns, 2.6 * count))
@@ -121,7 +121,7 @@ class Panel:
 
 
 def gap_panel(metric: str, title: str) -> Panel:
-    """Gap against recovery in one metric."""
+    """Make the panel of gap against recovery in one metric."""
     return Panel(f"recovery {metric}", f"gap {metric}", title, "gap: plug-in minus tuned emulator")
 
 
@@ -138,7 +138,7 @@ LACKING = Panel(
 
 
 def by_line(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
-    """Lines of a frontier: rows of one `line` in their order; what stands beside a point is its `label`, if any."""
+    """Group a frontier's rows by their `line`, in order; a point is labelled with its row's `label`, if any."""
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         label = f"{row['label']:g}" if isinstance(row["label"], int | float) else ""
@@ -147,18 +147,18 @@ def by_line(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
 
 
 def line_of(beta: float) -> str:
-    """The name of the line that one β makes along α."""
+    """Name the line that one β makes along α."""
     return f"β = {beta:g}, over α"
 
 
 def by_beta(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
-    """Lines of a frontier: the settings of one β along α."""
+    """Group a frontier's rows into one line per β, along α."""
     dial = sorted(rows, key=lambda row: row["beta"])
     return by_line([{**row, "line": line_of(row["beta"]), "label": row["alpha"]} for row in dial])
 
 
 def frontier(lines: Mapping[str, Sequence[Row]], panels: Sequence[Panel]) -> Figure:
-    """Privacy against utility, one line a name of `lines`; a point has its panels' figures, and `label` beside it.
+    """Draw privacy against utility, one line per name of `lines`; a row has its panels' figures and a `label`.
 
     A point is left out where a figure is undefined (None or NaN).
     """
@@ -185,7 +185,7 @@ def frontier(lines: Mapping[str, Sequence[Row]], panels: Sequence[Panel]) -> Fig
 
 
 def recovered(curves: Mapping[str, Sequence[Row]]) -> Figure:
-    """Attacks' curves: perplexity over tokens seen, a line a target; a point has `tokens` and `perplexity`."""
+    """Draw attacks: perplexity over tokens seen, one line per target; a row has `tokens` and `perplexity`."""
     figure = Figure(figsize=(6.4, 3.8))
     axis = figure.subplots()
     for name, points in curves.items():

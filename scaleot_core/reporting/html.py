@@ -31,7 +31,7 @@ def _number(value: Any) -> str:
 
 
 def table(rows: Iterable[Row]) -> list[list[str]]:
-    """Rows of one shape as cells under their names."""
+    """Turn rows of one shape into cells under their names."""
     rows = list(rows)
     return [list(rows[0]), *([_number(value) for value in row.values()] for row in rows)] if rows else []
 
@@ -111,7 +111,7 @@ def sections(
     attacks: Sequence[Row] = (),
     attack: tuple[Mapping[str, Any], Sequence[Row]] | None = None,
 ) -> list[Section]:
-    """The page's parts.
+    """Put the page's sections together.
 
     `sweep`, `compared` and `attacks` are the tables of `make sweep`, `make compare` and `make attacks`, if there are
     any; `attack` is what `make attack` left: attack.json and its curves.
@@ -152,7 +152,7 @@ def sections(
 
 
 def _renamed(row: Row) -> dict[str, Any]:
-    """A row of the comparison under the sweep's names of its metrics."""
+    """Rename a row of the comparison to the sweep's metric names."""
     return {
         f"{figure} {metric}{error}": row[f"{figure} {short}{error}"]
         for figure in ("recovery", "gap")

@@ -1,4 +1,4 @@
-"""The five measurements put together: gap and recovery, the table a person reads, CSV for DVC's plots."""
+"""Gap and recovery from the five measurements, means over seeds, and whether their order is the promised one."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -31,13 +31,13 @@ def by_row(measured: Measured) -> dict[str, Mapping[str, Any]]:
 
 
 def _values(measured: Five, metric: str) -> dict[str, float]:
-    """The five measurements in one metric, with the sign turned where less is better, as in a perplexity."""
+    """Give the five measurements in one metric, with the sign turned where lower is better, as in a perplexity."""
     sign = -1 if metric in measured["lower_is_better"] else 1
     return {name: sign * measured[name][metric] for name in MEASUREMENTS}
 
 
 def utility(measured: Five) -> dict[str, dict[str, float | None]]:
-    """Gap and recovery of one task (method, "The two parties"), in each of its `metrics`.
+    """Compute gap and recovery of one task (method, "The two parties"), in each of its `metrics`.
 
     Gap = plug_in − emulator_finetune; recovery = (plug_in − zero_shot) / (full_finetune − zero_shot), None where full
     fine-tuning gained nothing. More is better in both, whatever the metric.
@@ -52,13 +52,13 @@ def utility(measured: Five) -> dict[str, dict[str, float | None]]:
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """Their mean, None where there is none or one is undefined, as a recovery may be."""
+    """Average values; None where there is none or one is undefined, as a recovery may be."""
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known and len(known) == len(values) else None
 
 
 def over_seeds(values: Sequence[float | None]) -> tuple[float, float | None] | None:
-    """Mean and, of several, its standard error; None where a seed has no figure, as an undefined recovery."""
+    """Give the mean over seeds and, of several, its standard error; None where a seed has no figure."""
     known, middle = [value for value in values if value is not None], mean(values)
     if middle is None:
         return None
@@ -66,12 +66,12 @@ def over_seeds(values: Sequence[float | None]) -> tuple[float, float | None] | N
 
 
 def judged_by(measured: Measured) -> list[str]:
-    """The metrics that a task is judged by: its first, and the last, which is the least noisy."""
+    """Name the metrics that a task is judged by: its first, and its last, which is the least noisy."""
     return list(dict.fromkeys([measured["metrics"][0], measured["metrics"][-1]]))
 
 
 def misordered(measured: Five) -> list[str]:
-    """What is not as the method promises, in the metrics that count; an empty list is the promise kept."""
+    """List what is not as the method promises, in the metrics that count; an empty list means that all is."""
     wrong = []
     for metric in judged_by(measured):
         value = _values(measured, metric)

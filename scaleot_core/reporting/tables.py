@@ -12,7 +12,7 @@ from scaleot_core.reporting.measurements import Measured, by_row, five, misorder
 
 
 def measurement_table(tasks: Mapping[str, Measured]) -> Table:
-    """The five measurements of every task, each with its standard error."""
+    """Build the table of the five measurements of every task, each with its standard error."""
     table = Table(title="The five measurements (our own splits, not the official ones)")
     table.add_column("", no_wrap=True)
     metrics = list(dict.fromkeys(metric for measured in tasks.values() for metric in measured["metrics"]))
@@ -49,13 +49,13 @@ def show(metrics: Mapping[str, Any]) -> None:
 
 
 def write_curves(folder: Path, histories: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
-    """Loss curves as one CSV a stage, `<folder>/<stage>.csv`: step, loss."""
+    """Write loss curves as one CSV per stage, `<folder>/<stage>.csv`: step, loss."""
     for stage, history in histories.items():
         write_csv(folder / f"{stage}.csv", history, ["step", "loss"])
 
 
 def write_layers(path: Path, prior: Sequence[float], scores: Sequence[float], kinds: Sequence[str]) -> None:
-    """Per-layer scores as one CSV: layer, prior, score, kind."""
+    """Write per-layer scores as one CSV: layer, prior, score, kind."""
     rows = zip(range(len(scores)), prior, scores, kinds, strict=True)
     columns = ("layer", "prior", "score", "kind")
     write_csv(path, [dict(zip(columns, row, strict=True)) for row in rows], columns)

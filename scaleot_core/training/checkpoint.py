@@ -61,15 +61,15 @@ class Checkpoint:
         distributed.barrier()
 
     def within(self, name: str) -> "Checkpoint":
-        """A checkpoint for a smaller loop that is part of the same work, removed with this one."""
+        """Make a checkpoint for a loop inside this one's work, removed with this one."""
         return Checkpoint(self.folder / name, self.seconds)
 
     def remove(self) -> None:
-        """Forget the checkpoint, once the stage's outputs stand."""
+        """Delete the checkpoint, once the stage's outputs are written."""
         distributed.barrier()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def scratch_dir(key: str) -> Path:
-    """Scratch folder of one stage and one set of inputs, in the main repository also during `dvc exp run --temp`."""
+    """Return the scratch folder of one stage and set of inputs, in the main repository also in `dvc exp run --temp`."""
     return Path(os.environ.get("DVC_ROOT", ".")) / ".scaleot" / "scratch" / key

@@ -45,7 +45,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> None:
 
 
 def backward(batch: Batch, loss: Callable[[Batch], Tensor], weigh: Callable[[Batch], float] = len) -> float:
-    """Backpropagate the mean loss of a batch, each process that of its share; the loss of the whole.
+    """Backpropagate the mean loss of a batch, each process that of its part; return the loss of the whole batch.
 
     `loss` gives the mean over what it is called with, and `weigh` over how many that is.
     """

@@ -29,7 +29,7 @@ class Optimizer:
         self.adamw = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
 
     def step(self, lr: float) -> None:
-        """One update from the gradients at hand, clipped by their common norm; then they are dropped."""
+        """Update once from the parameters' gradients, clipped by their common norm; then drop them."""
         self.gather()
         gradients.sum_gradients(self.masters.values())
         gradients.clip_gradients(self.masters.values(), self.clip)
@@ -44,7 +44,7 @@ class Optimizer:
                 parameter.grad = None
 
     def update(self, rule: torch.optim.Optimizer, lr: float) -> None:
-        """One update of the masters by `rule`, AdamW or what wraps it; then gradients are dropped."""
+        """Update the masters once by `rule`, AdamW or what wraps it; then drop the gradients."""
         for group in self.adamw.param_groups:
             group["lr"] = lr
         rule.step()
@@ -55,7 +55,7 @@ class Optimizer:
                     parameter.copy_(self.masters[name])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Masters and moments by name."""
+        """Return masters and moments by name."""
         state = {f"master/{name}": master.detach() for name, master in self.masters.items()}
         for name, master in self.masters.items():
             for key, value in self.adamw.state.get(master, {}).items():
@@ -63,7 +63,7 @@ class Optimizer:
         return state
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take `tensors()` back."""
+        """Restore what `tensors()` returned."""
         with torch.no_grad():
             for name, master in self.masters.items():
                 master.copy_(distributed.distribute_like(tensors[f"master/{name}"], master))
@@ -77,6 +77,6 @@ class Optimizer:
 
 
 def linear_warmup_decay(step: int, steps: int, warmup: float) -> float:
-    """Share of the peak rate at a step: up over the first `warmup` share of the steps, then down to zero."""
+    """Give the factor of the peak rate at a step: up over the first `warmup` share of the steps, then down to zero."""
     rise = max(1, round(warmup * steps))
     return (step + 1) / rise if step < rise else (steps - step) / max(1, steps - rise + 1)

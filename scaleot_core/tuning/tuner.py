@@ -1,4 +1,4 @@
-"""Tuning: the adapter layers offsite, or every weight for full fine-tuning (method section 5)."""
+"""Train parameters on examples: the adapters offsite, or every weight for full fine-tuning (method section 5)."""
 
 import math
 from collections.abc import Callable
