@@ -6,11 +6,12 @@ PARALLEL := --numprocesses=2 --dist=loadscope --no-loadscope-reorder
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: attack attacks bench demo help repro test test-quick lint check-default studies ablations sweep compare report table
+.PHONY: ablations attack attack-study bench check-default compare demo harmonizer-studies help lint report repro sweep \
+	table test test-quick
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
 
 # Ends here, before anything is downloaded, where Python is of another version than pyproject.toml asks for.
 .venv/ready: pyproject.toml constraints.txt
@@ -24,10 +25,10 @@ help:  ## list the targets
 repro: .venv/ready  ## set up, then run the whole pipeline on the embedded model
 	dvc repro
 
-test: .venv/ready  ## set up, then run the tests: about six minutes on 2 cores
+test: .venv/ready  ## set up, then run the tests
 	python -m pytest $(PARALLEL)
 
-test-quick: .venv/ready  ## what to run after an edit: the tests that take no whole pipeline, within a minute
+test-quick: .venv/ready  ## what to run after an edit: the tests that take no whole pipeline
 	python -m pytest $(PARALLEL) -m "not slow"
 
 test test-quick: export OMP_NUM_THREADS := 1
@@ -38,7 +39,7 @@ lint: .venv/ready  ## format check, linter, type checker and spelling
 	mypy
 	codespell
 
-studies: repro  ## what the defaults were chosen by: about an hour and a half on 2 cores, beside the default run
+harmonizer-studies: repro  ## what the defaults were chosen by: about an hour and a half on 2 cores, beside the default run
 	dvc repro studies/dvc.yaml:harmonizers studies/dvc.yaml:scores
 
 ablations: repro  ## the open questions of the method, one run each; hours
@@ -50,10 +51,10 @@ sweep: repro  ## the dial: alpha by beta, a table and a picture; an hour and a h
 demo: repro  ## two parties, sixteen invented facts, and what the real model says of them: about five minutes
 	python -m studies.demo
 
-attack: repro  ## what an attacker makes of the package and of the adapters: recovery, weights, membership
+attack: repro  ## what an attacker makes of the package and of the adapters: restoration, weights, membership
 	dvc repro studies/dvc.yaml:attack
 
-attacks: repro  ## the recovery attack over alpha, beta and src.channels, three seeds: about three hours on 2 cores
+attack-study: repro  ## the restoration attack over alpha, beta and channel_pruning.ratio, three seeds: about three hours on 2 cores
 	python -m studies.attacks
 
 bench: repro  ## ratios against the plain ways, appended to docs/benchmarks.md

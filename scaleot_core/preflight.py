@@ -25,6 +25,7 @@ CHOICES = 4  # scored for a typical question
 OVERHEAD_SECONDS = 15  # of one stage: imports and loading
 SMALL = 256  # rows and columns of the matrix that a decomposition is timed on
 EFFICIENCY = 0.4  # of a large matrix product's rate that a small model reaches
+SLOW = 1.5  # times that float32 may be faster before it is said
 
 
 def located(params: Params) -> Params:
@@ -106,9 +107,9 @@ def forward_tokens(params: Params) -> dict[str, float]:
     }
 
 
-def _rate(runtime: Runtime) -> float:
-    """Measured floating-point operations a second of a matrix product on this device."""
-    a = torch.randn(1024, 1024).to(runtime.device, runtime.dtype)
+def _rate(runtime: Runtime, dtype: torch.dtype) -> float:
+    """Measure the floating-point operations a second of a matrix product on this device."""
+    a = torch.randn(1024, 1024).to(runtime.device, dtype)
     for warm in (True, False):
         start, count = time.perf_counter(), 2 if warm else 20
         for _ in range(count):
@@ -137,7 +138,7 @@ def show(params: Params, model: Path, runtime: Runtime) -> None:
     config = read_config(model)
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(config).num_parameters()
-    rate = _rate(runtime) * EFFICIENCY
+    rate = _rate(runtime, runtime.dtype) * EFFICIENCY
     table = Table(
         title=f"What will run: α = {params.alpha}, β = {params.beta}, {params.model}, {', '.join(params.tasks)}"
     )
@@ -155,3 +156,8 @@ def show(params: Params, model: Path, runtime: Runtime) -> None:
     console.print(table)
     where = f"{runtime.device.type} in {params.dtype}, {torch.get_num_threads()} threads"
     console.print(f"{parameters / 1e6:.0f} M parameters on {where}")
+    if params.dtype != "float32" and (faster := _rate(runtime, torch.float32) * EFFICIENCY / rate) > SLOW:
+        console.print(
+            f"{params.dtype} is slow on this device: with dtype = float32 matrix products are {faster:.1f} times as fast",
+            style="yellow",
+        )

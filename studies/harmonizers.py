@@ -1,7 +1,7 @@
 """Study harmonizers: ways to train them, and forms of them, by the perplexity of what they replace, at β = 0.
 
 The layers replaced are those that α = 0.25, 0.5 and 0.75 take by the prior, the same for every variant. Each variant
-and seed is kept when it is done, so that a stopped study goes on. `make studies` runs it.
+and seed is kept when it is done, so that a stopped study goes on. `make harmonizer-studies` runs it.
 """
 
 import copy

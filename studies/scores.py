@@ -3,7 +3,7 @@
 Ground truth is measured with the harmonizers of `train_harmonizers`, on held-out text that no estimator has seen. An
 estimator says of a set the sum over its layers: of scores, and, where it has costs in nats, of those; scores that began
 at the prior are turned back into costs as the prior was made of them. Each finished part is kept, so that a stopped
-study goes on. `make studies` runs it.
+study goes on. `make harmonizer-studies` runs it.
 """
 
 import math

@@ -168,7 +168,7 @@ def test_step_limit_bounds_the_tokens_of_tuning(params):
 def test_preview_has_a_line_a_stage_with_minutes_and_their_sum(fitting, folder, monkeypatch):
     printed = io.StringIO()
     monkeypatch.setattr(preflight, "console", Console(file=printed, width=200))
-    monkeypatch.setattr(preflight, "_rate", lambda runtime: 1e6)
+    monkeypatch.setattr(preflight, "_rate", lambda runtime, dtype: 1e6)
     monkeypatch.setattr(preflight, "_decomposition_seconds", lambda config: 600)
     preflight.show(fitting, folder, Runtime(torch.device("cpu"), torch.float32))
     minutes = {}
@@ -196,4 +196,13 @@ def test_decompositions_are_foreseen_from_a_small_one(monkeypatch):
 def test_rate_is_measured_in_operations_a_second(monkeypatch):
     clock = iter([0.0, 10.0, 12.0])  # a warm-up that doesn't count, then 20 products of 1024 × 1024 matrices
     monkeypatch.setattr(preflight.time, "perf_counter", lambda: next(clock))
-    assert preflight._rate(Runtime(torch.device("cpu"), torch.float32)) == 20 * 2 * 1024**3 / 2.0
+    assert preflight._rate(Runtime(torch.device("cpu"), torch.float32), torch.float32) == 20 * 2 * 1024**3 / 2.0
+
+
+@pytest.mark.parametrize(("rate", "is_said"), [(6e6, True), (1e6, False)])
+def test_dtype_that_the_device_has_no_instructions_for_is_said(fitting, folder, monkeypatch, rate, is_said):
+    printed = io.StringIO()
+    monkeypatch.setattr(preflight, "console", Console(file=printed, width=200))
+    monkeypatch.setattr(preflight, "_rate", lambda runtime, dtype: rate if dtype == torch.float32 else 1e6)
+    preflight.show(changed(fitting, {"dtype": "bfloat16"}), folder, Runtime(torch.device("cpu"), torch.bfloat16))
+    assert ("with dtype = float32 matrix products are 6.0 times as fast" in printed.getvalue()) == is_said

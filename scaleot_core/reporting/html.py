@@ -113,7 +113,7 @@ def sections(
 ) -> list[Section]:
     """Put the page's sections together.
 
-    `sweep`, `compared` and `attacks` are the tables of `make sweep`, `make compare` and `make attacks`, if there are
+    `sweep`, `compared` and `attacks` are the tables of `make sweep`, `make compare` and `make attack-study`, if there are
     any; `attack` is what `make attack` left: attack.json and its curves.
     """
     found = []
