@@ -114,5 +114,5 @@ def item_from_arguments(stage: str) -> dict[str, str]:
     if len(given) != len(names) or any(value not in known for value, known in zip(given, choices, strict=True)):
         wanted = " ".join("|".join(known) for known in choices)
         what = " and ".join(f"one of the {key}" for key in keys)
-        raise UserError(f"name {what} in params.yaml: python {sys.argv[0]} {wanted}")
+        raise UserError(f"name {what} that params.yaml has, as in `python {sys.argv[0]} {wanted}`")
     return dict(zip(names, given, strict=True))

@@ -158,6 +158,6 @@ def show(params: Params, model: Path, runtime: Runtime) -> None:
     console.print(f"{parameters / 1e6:.0f} M parameters on {where}")
     if params.dtype != "float32" and (faster := _rate(runtime, torch.float32) * EFFICIENCY / rate) > SLOW:
         console.print(
-            f"{params.dtype} is slow on this device: with dtype = float32 matrix products are {faster:.1f} times as fast",
+            f"{params.dtype} is slow here: with dtype = float32 matrix products are {faster:.1f} times as fast",
             style="yellow",
         )

@@ -513,7 +513,7 @@ def test_limits_refuse_an_adapter_that_moved_too_far(tmp_path, base, adapter, pa
 
 
 def test_outlier_that_is_too_large_for_its_square_is_refused(tmp_path, base, adapter, package):
-    from test_emulator import list_again
+    from helpers import list_again
 
     shutil.copytree(adapter, tmp_path / "poison")
     tensors = read_tensors(tmp_path / "poison" / "adapter.safetensors")
@@ -531,7 +531,7 @@ def test_license_that_no_one_could_read_back(project):
 
 
 def test_one_poisoned_weight_is_an_outlier(tmp_path, adapter, package):
-    from test_emulator import list_again
+    from helpers import list_again
 
     shutil.copytree(adapter, tmp_path / "poison")
     tensors = read_tensors(tmp_path / "poison" / "adapter.safetensors")

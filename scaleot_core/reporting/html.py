@@ -113,8 +113,8 @@ def sections(
 ) -> list[Section]:
     """Put the page's sections together.
 
-    `sweep`, `compared` and `attacks` are the tables of `make sweep`, `make compare` and `make attack-study`, if there are
-    any; `attack` is what `make attack` left: attack.json and its curves.
+    `sweep`, `compared` and `attacks` are the tables of `make sweep`, `make compare` and `make attack-study`, where they
+    exist; `attack` is what `make attack` left: attack.json and its curves.
     """
     found = []
     if compared:

@@ -105,8 +105,8 @@ def test_folder_with_a_test_split_alone(tmp_path: Path) -> None:
     [
         ({"validation": rows(5)}, r"^task piqa: .*train\.jsonl: no such file"),
         ({"train": rows(5)}, r"^task piqa: .*validation\.jsonl: no such file"),
-        ({"train": rows(5), "validation": []}, "^data.source = '.*': task piqa: it has no evaluation question"),
-        ({"train": rows(5), "validation": rows(5)}, "^data.source = '.*': task piqa: it has no training question"),
+        ({"train": rows(5), "validation": []}, "^data.questions = '.*': task piqa: it has no evaluation question"),
+        ({"train": rows(5), "validation": rows(5)}, "^data.questions = '.*': task piqa: it has no training question"),
     ],
 )
 def test_folder_that_lacks_a_part(tmp_path: Path, splits: dict[str, list[Row]], said: str) -> None:

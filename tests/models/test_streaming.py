@@ -98,12 +98,12 @@ PEAK = """
 import json, sys
 from pathlib import Path
 import torch
-from scaleot_core import package
-from scaleot_core.methods import METHODS, Owner
-from scaleot_core.models import load_tokenizer
+from scaleot_core.common.runtime import Runtime
+from scaleot_core.exchange import package
+from scaleot_core.methods import METHODS, ModelOwner
+from scaleot_core.models.loading import load_tokenizer
 from scaleot_core.params import load_params
-from scaleot_core.runtime import Runtime
-from scaleot_core.training import Checkpoint
+from scaleot_core.training.checkpoint import Checkpoint
 
 status = lambda: dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
 mib = lambda name: int(status()[name].split()[0]) / 1024
@@ -112,7 +112,7 @@ for folder in map(Path, sys.argv[1:]):
     params = load_params(folder / "params.yaml")
     blocks = torch.randint(0, 299, (8, 32), dtype=torch.int32)
     runtime = Runtime(torch.device("cpu"), torch.float32)
-    owner = Owner(folder, runtime, blocks, params, folder, folder / "scratch", Checkpoint(folder, 1e9))
+    owner = ModelOwner(folder, runtime, blocks, params, folder, folder / "scratch", Checkpoint(folder, 1e9))
     (folder / "package").mkdir()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew here
     before = mib("VmRSS")

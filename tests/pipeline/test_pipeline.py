@@ -394,7 +394,7 @@ def test_two_clones_share_finished_stages_and_experiments(sweep: Sweep, tmp_path
     call(two, "git", "config", "user.name", "other")
     call(two, "git", "config", "user.email", "other@example.com")
     call(two, "dvc", "pull", "--run-cache")
-    assert not stages_that("ran", call(two, "dvc", "repro"))
+    assert stages_that("ran", call(two, "dvc", "repro")) == [SOURCES]
     call(two, "dvc", "exp", "pull", "origin", "shared-alpha")
     assert "shared-alpha" in call(two, "dvc", "exp", "list")
     again = call(two, "dvc", "exp", "run", "--set-param", "alpha=0.5")
@@ -406,7 +406,9 @@ def test_two_clones_share_finished_stages_and_experiments(sweep: Sweep, tmp_path
 @pytest.mark.usefixtures("inside")
 def test_attacks_over_the_dial(sweep: Sweep) -> None:
     """The pipeline and the attack in one experiment a setting; the last here, since it changes the repository."""
-    shutil.copytree(ROOT / "studies", sweep.folder / "studies", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "studies", sweep.folder / "studies", ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True
+    )
     settings = yaml.safe_load((sweep.folder / "studies/attacks.yaml").read_text())
     small = {"tasks": ["piqa"], "attack.steps": 4, "attack.eval_points": 1, "attack.membership_records": 10}
     settings |= {"alphas": [0.5], "betas": [0.8], "channels": [], "variants": {}, "seeds": [0, 1]}
@@ -416,8 +418,11 @@ def test_attacks_over_the_dial(sweep: Sweep) -> None:
         subprocess.run(["git", *command], check=True)
     done = subprocess.run(["python", "studies/attacks.py"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    (row,) = read_csv(sweep.folder / "docs/studies/attacks.csv")
-    assert (row["line"], row["alpha"], row["beta"], row["channels"]) == ("β = 0.8, over α", 0.5, 0.8, 0.0)
-    assert all(isinstance(row[name], float) for name in ("lacking", "lacking ±", "gap acc", "membership AUC"))
-    assert 0 < row["bytes exact"] < 1 and row["bytes exact ±"] == 0
+    rows = read_csv(sweep.folder / "docs/studies/attacks.csv")
+    assert [row["adapters"] for row in rows] == ["layers", "lora"]
+    assert rows[0]["line"] == "β = 0.8, over α" != rows[1]["line"]
+    for row in rows:
+        assert (row["alpha"], row["beta"], row["channels"]) == (0.5, 0.8, 0.0)
+        assert all(isinstance(row[name], float) for name in ("lacking", "lacking ±", "gap acc", "membership AUC"))
+        assert 0 < row["bytes exact"] < 1 and row["bytes exact ±"] == 0
     assert (sweep.folder / "docs/studies/attacks.png").stat().st_size > 10_000

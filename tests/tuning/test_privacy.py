@@ -182,7 +182,6 @@ def test_killed_private_tuning_goes_on_to_the_same_bytes(data, settings, tmp_pat
     [
         ({"lr": [1e-3, 1e-4]}, "can't choose"),
         ({"patience": 1}, "can't choose"),
-        ({"harmonizers": "tuned"}, "stay frozen"),
         ({"delta": 0.06}, "above one over the 20 examples"),
         ({"epsilon": 1e-4, "delta": 1e-5}, "no noise keeps to it"),
     ],
