@@ -19,7 +19,7 @@ from scaleot_core.common.files import write_json
 from scaleot_core.common.tensors import write_tensors
 from scaleot_core.compression.emulator import layer_parameters
 from scaleot_core.compression.plan import Plan
-from scaleot_core.exchange.manifest import Hash, Manifest, read_checked, write_manifest
+from scaleot_core.exchange.manifest import MOST_LAYERS, Hash, Manifest, read_checked, write_manifest
 from scaleot_core.exchange.package import Package
 from scaleot_core.exchange.untrusted import read_untrusted_json, read_untrusted_tensors
 from scaleot_core.models.families import family
@@ -60,7 +60,7 @@ class AdapterManifest(Manifest):
     format_version: Literal[2] = FORMAT_VERSION
     package: Hash
     """The package that it was tuned on (`manifest_sha256`)."""
-    layers: Annotated[tuple[int, ...], Field(min_length=1, max_length=1024)]
+    layers: Annotated[tuple[int, ...], Field(min_length=1, max_length=MOST_LAYERS)]
     """The decoder layers that were tuned."""
     lora: LoraForm | None
     """LoRA's form, or null where every weight of those layers was tuned."""

@@ -16,6 +16,7 @@ from scaleot_core.common.files import sha256, write_json
 from scaleot_core.exchange.untrusted import read_untrusted_json
 
 MANIFEST = "manifest.json"
+MOST_LAYERS = 256  # twice as many as the deepest supported models have
 LARGEST_TOKENIZER = 2**26  # bytes of one of the tokenizer's files
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

@@ -29,6 +29,7 @@ from scaleot_core.compression.emulator import PARTS, assemble, meta_emulator, pa
 from scaleot_core.compression.plan import DECODER_KINDS, Cut, LayerKind, Plan
 from scaleot_core.exchange.manifest import (
     MANIFEST,
+    MOST_LAYERS,
     TOKENIZER_FILES,
     Manifest,
     manifest_sha256,
@@ -64,14 +65,14 @@ class PackageManifest(Manifest):
     """The model's configuration, as transformers has it."""
     dtype: Literal["float32", "bfloat16", "float16"]
     """Of every tensor."""
-    layers: Annotated[tuple[LayerKind, ...], Field(min_length=1, max_length=1024)]
+    layers: Annotated[tuple[LayerKind, ...], Field(min_length=1, max_length=MOST_LAYERS)]
     """What became of each decoder layer."""
     beta: Fraction
     """β, which says the ranks of the compressed layers."""
     harmonizer: HarmonizerForm
-    like: Annotated[dict[int, int], Field(max_length=1024, default_factory=dict)]
+    like: Annotated[dict[int, int], Field(max_length=MOST_LAYERS, default_factory=dict)]
     """Whose weights each shared layer has."""
-    cuts: Annotated[dict[int, Cut], Field(max_length=1024, default_factory=dict)]
+    cuts: Annotated[dict[int, Cut], Field(max_length=MOST_LAYERS, default_factory=dict)]
     """How far layers are cut that β doesn't cut."""
     figures: Annotated[dict[Label, dict[AdapterKind, Recovery]], Field(max_length=64, default_factory=dict)]
     """The model owner's own measured recovery, by task, adapters and metric, if it chose to tell."""

@@ -317,6 +317,10 @@ PACKAGES = {
         states(layers=["adapter"] * 1024)(folder),
         architecture(num_hidden_layers=1024)(folder),
     ),
+    "as many layers as there may be": lambda folder: (
+        states(layers=["adapter"] * 256)(folder),
+        architecture(num_hidden_layers=256)(folder),
+    ),
     "layer too many": states(layers=["harmonizer", "adapter", "compressed", "compressed", "adapter"]),
     "β above one": states(beta=1.5),
     "shared with nothing": states(layers=["harmonizer", "adapter", "compressed", "shared"]),
