@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from scaleot_core.common.tensors import read_tensors
 from scaleot_core.compression.plan import LayerKind
+from scaleot_core.params import load_params
 from scaleot_core.reporting.measurements import five
 
 OUTPUTS = {
@@ -343,8 +344,9 @@ def test_attack_tells_recovery_weights_and_membership(project: Path) -> None:
     for row in told["restoration"].values():
         assert row["tokens"] == 8 * 4 * 32 and math.isfinite(row["recovered"]) and 0 <= row["tasks"]["piqa"]["acc"] <= 1
     assert sum(told["weights"].values()) == pytest.approx(1) and all(told["weights"].values())
-    member = told["membership"]["piqa"]
-    assert all(0 <= member[name]["auc"] <= 1 for name in ("loss", "calibrated")) and "curve" not in member["loss"]
+    assert told["membership"]["piqa"].keys() == {*load_params(project / "params.yaml").adapters}
+    for member in told["membership"]["piqa"].values():
+        assert all(0 <= member[name]["auc"] <= 1 for name in ("loss", "calibrated")) and "curve" not in member["loss"]
     after = files(project / "artifacts")
     assert before.items() <= after.items()
     assert {name for name in after if name not in before} == {
