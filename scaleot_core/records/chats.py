@@ -96,10 +96,13 @@ def _parts(whole: Conversation, answers: list[int]) -> Iterator[Part]:
         return
     groups: list[list[int]] = []
     for i in reversed(answers):  # a group's last answer comes first; its rendering has those of the others in it
-        if not whole.answered(i).startswith(whole.asked(i)):
+        asked, answered = whole.asked(i), whole.answered(i)
+        if not answered.startswith(asked):
+            same = next((k for k, (a, b) in enumerate(zip(asked, answered, strict=False)) if a != b), len(answered))
+            lost = asked[same:][:40]
             raise ValueError(
                 f"{name_of(i + 1, whole.messages[i])}: the model's chat template doesn't keep what was said before an "
-                "answer as it is when the model is asked for it; write it as `prompt` and `completion`"
+                f"answer as it is when the model is asked for it ({lost!r} goes); write it as `prompt` and `completion`"
             )
         if groups and whole.answered(groups[-1][0]).startswith(whole.answered(i)):
             groups[-1].append(i)

@@ -227,7 +227,10 @@ def test_privacy_takes_one_example_a_record_and_says_what_that_costs(tmp_path, b
 def test_template_that_asks_otherwise_than_it_renders_is_refused(tmp_path, bos):
     bos.chat_template = STABLE["chatml"].replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
     found = refusal(made, tmp_path, bos, {"messages": said("hi", "hello")})
-    assert "line 1: message 2 (assistant): the model's chat template doesn't keep" in found and "`completion`" in found
+    assert (
+        "line 1: message 2 (assistant): the model's chat template doesn't keep" in found
+        and r"'<think>\n' goes" in found
+    )
 
 
 # --- what a record says beside its messages --------------------------------------------------------------
