@@ -356,8 +356,6 @@ def write_project(folder: Path, tokenizer: PreTrainedTokenizerFast, family: str 
         source = ROOT / name
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(source, folder / name, ignore=ignore) if source.is_dir() else shutil.copy(source, folder / name)
-    (folder / "studies").mkdir()
-    shutil.copy(ROOT / "studies/dvc.yaml", folder / "studies")
     tiny_model(family).save_pretrained(folder / "tiny-model")
     tokenizer.save_pretrained(folder / "tiny-model")
     (folder / "tiny-data" / "piqa").mkdir(parents=True)

@@ -336,6 +336,8 @@ def test_every_way_goes_through_the_rest_of_the_pipeline(made: Path, project: Pa
 
 
 def test_attack_tells_recovery_weights_and_membership(project: Path) -> None:
+    (project / "studies").mkdir()
+    shutil.copy(ROOT / "studies/dvc.yaml", project / "studies")
     change(project, attack={"steps": 8, "eval_points": 2, "membership_records": 20})
     before = files(project / "artifacts")
     succeed(project, "attack")
