@@ -16,7 +16,20 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from helpers import CONFIGS, GSM8K, PAGES, PER_TASK, Ended, change, command, run, succeed, tiny_model, write_project
+from helpers import (
+    CONFIGS,
+    GSM8K,
+    PAGES,
+    PER_TASK,
+    ROOT,
+    Ended,
+    change,
+    command,
+    run,
+    succeed,
+    tiny_model,
+    write_project,
+)
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
