@@ -1,4 +1,4 @@
-"""Our figures of a saved plug-in model are those of the `lm_eval` command line, to the last digit: the real model."""
+"""Our figures of a saved plug-in model are those of the `lm_eval` command line: the real model."""
 
 import json
 import os
@@ -83,7 +83,8 @@ def check(model: Path, rows: Mapping[str, Rows], folder: Path) -> None:
         theirs = {key.partition(",")[0]: value for key, value in printed[task].items() if "," in key}
         theirs = {metric: value for metric, value in theirs.items() if isinstance(value, float)}
         assert theirs.keys() <= ours[task].keys() and len(theirs) >= 2
-        assert theirs == {metric: ours[task][metric] for metric in theirs}, task
+        # a text's float32 sums depend in their last digits on the batch and the threads: 4e-7 was seen
+        assert theirs == pytest.approx({metric: ours[task][metric] for metric in theirs}, rel=1e-6), task
 
 
 def test_on_embedded_questions(plugged: Path, wheels: dict[str, Path], tmp_path: Path) -> None:
