@@ -14,6 +14,12 @@ from warm_python import warm_python
 from scaleot_core.params import Params, load_params
 
 
+@pytest.hookimpl(trylast=True)  # once the folders have marked theirs
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let slow tests go first, so that of several processes none is left with them at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(params=sorted(CONFIGS))
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return tiny_model(request.param)
