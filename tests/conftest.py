@@ -3,21 +3,58 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import CONFIGS, ROOT, VOCABULARY, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils import collect_env
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
-from warm_python import warm_python
+from warm_python import no_packages, warm_python
 
-from scaleot_core.params import Params, load_params
+from scaleot_core.params import OffsiteTuning, Params, load_params
+from scaleot_core.tuning import privacy
 
 
 @pytest.hookimpl(trylast=True)  # once the folders have marked theirs
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let slow tests go first, so that of several processes none is left with them at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def once() -> Iterator[None]:
+    """What takes seconds, and is the same whoever asks, is computed once a process, or not where nobody reads it."""
+    search, found = privacy.noise_multiplier, dict[tuple[float, ...], float]()
+
+    def noise_multiplier(tuning: OffsiteTuning, *, sample_rate: float, steps: int) -> float:
+        asked = (tuning.epsilon, tuning.delta, sample_rate, steps)
+        if asked not in found:
+            found[asked] = search(tuning, sample_rate=sample_rate, steps=steps)
+        return found[asked]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(privacy, "noise_multiplier", noise_multiplier)
+        patch.setattr(collect_env, "get_pip_packages", no_packages)
+        yield
+
+
+@pytest.fixture(scope="session")
+def task_index() -> Iterator[None]:
+    """Lm-eval reads the definitions in its folders once a process: ten seconds."""
+    from lm_eval.tasks import _index
+
+    build, found = _index.TaskIndex.build, dict[tuple[Path, ...], dict[str, Any]]()
+
+    def remembered(paths: list[Path], **options: Any) -> dict[str, Any]:
+        if tuple(paths) not in found:
+            found[tuple(paths)] = build(paths, **options)
+        return dict(found[tuple(paths)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_index.TaskIndex, "build", staticmethod(remembered))
+        yield
 
 
 @pytest.fixture(params=sorted(CONFIGS))

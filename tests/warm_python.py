@@ -184,6 +184,11 @@ def run(request: dict[str, Any]) -> NoReturn:
     os._exit(code)
 
 
+def no_packages(run: Any) -> tuple[str, str]:
+    """Stand in for `torch.utils.collect_env.get_pip_packages`, which lm-eval calls after each evaluation: a second."""
+    return "pip", ""
+
+
 def main() -> None:
     """Import everything, then serve at the address that the command line has."""
     with socket.socket(socket.AF_UNIX) as listener:
@@ -194,6 +199,7 @@ def main() -> None:
             importlib.import_module(name)
         for name in [name for name in sys.modules if name.partition(".")[0] == "scaleot_core"]:
             del sys.modules[name]  # what it imports stays; itself each program imports, in its own environment
+        importlib.import_module("torch.utils.collect_env").get_pip_packages = no_packages  # type: ignore[attr-defined]
         gc.collect()
         gc.freeze()  # a fork that looks for garbage would copy all that was imported
         request = serve(listener)

@@ -239,6 +239,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.usefixtures("task_index")
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistake_in_params_is_told_before_anything_is_written(fresh: Path, mistake: str) -> None:
     changes, parts = MISTAKES[mistake]
