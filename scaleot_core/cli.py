@@ -414,7 +414,7 @@ def plug(
             tokenizer.save_pretrained(target)
     told: dict[str, Any] = {"model": out and str(out), "lora": as_lora and str(as_lora), "scale": strength}
     if measured:
-        told |= {"effect on the package": measured.emulator, "effect on the model": list(measured.model.values())[-1]}
+        told |= {"effect on the package": measured.emulator, "effect on the model": measured.model[strength]}
     _show_changes(told, found.layer_changes, as_json)
 
 

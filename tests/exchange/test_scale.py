@@ -48,7 +48,7 @@ def test_scale_makes_both_effects_equal(name, kind, blocks):
     found = measure_scale(real, plan, fitted, target, blocks)
     assert found.emulator == target and found.scale in found.model
     if scales.LEAST < found.scale < scales.MOST:
-        assert found.model[found.scale] == pytest.approx(target, rel=0.05)
+        assert found.model[found.scale] == pytest.approx(target, rel=0.06)
     assert found.model[1.0] == pytest.approx(effect(real, plugged_in(real, plan, fitted), blocks))
 
 
@@ -59,7 +59,7 @@ def test_scale_is_found_within_what_was_measured(blocks, times, expected):
     real, tuned = tiny_model("llama"), layers("llama")
     own = effect(real, plugged_in(real, PLAN, tuned), blocks)
     found = measure_scale(real, PLAN, tuned, own * times, blocks)
-    assert found.scale == pytest.approx(expected, rel=0.1) and len(found.model) <= scales.STEPS
+    assert found.scale == pytest.approx(expected, rel=0.15) and len(found.model) <= scales.STEPS
 
 
 def test_adapter_that_changes_nothing_keeps_its_scale(blocks):
