@@ -30,10 +30,11 @@ ASCII = (
 
 
 def python(folder: Path, *arguments: str, **environment: str) -> str:
-    """Start Python, which must end well; return its standard output, which must be ASCII."""
-    own = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment}
-    clean = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=clean | own, capture_output=True, timeout=300)
+    """Run Python, which must end well; return its standard output, which must be ASCII."""
+    own = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=os.environ | own, capture_output=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr.decode(errors="replace")
     assert b"Traceback" not in done.stderr
     return done.stdout.decode("ascii")
