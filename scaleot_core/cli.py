@@ -28,6 +28,7 @@ PROGRESS_SECONDS = 60.0  # between two checkpoints of `tune`
 OPTIONS = {  # by the parameter, where names differ
     "tasks": "--task",
     "data.questions": "--data",
+    "data.corpus": "--public",
     "model": "BASE",
     "validation_fraction": "--validation",
     "rank": "--lora-rank",
@@ -214,8 +215,7 @@ def tune(
     from scaleot_core.common.files import fingerprint, write_json
     from scaleot_core.common.runtime import setup
     from scaleot_core.common.validation import validate_block
-    from scaleot_core.data.questions import training
-    from scaleot_core.data.rows import read_rows
+    from scaleot_core.data import questions
     from scaleot_core.evaluation.tasks import check_rows
     from scaleot_core.exchange import adapter
     from scaleot_core.exchange.archive import new_output, unpacked
@@ -251,7 +251,7 @@ def tune(
             assert data is not None
             made = examples.from_file(model, tokenizer, data, block_size=block_size, packed=not epsilon)
         else:
-            rows = training(task) if data is None else [row for _, row in read_rows(data)]
+            rows = questions.private(task, data)
             check_rows(task, rows, tokenizer, context_length=model.config.max_position_embeddings, part="training")
             made = examples.from_task(model, tokenizer, task, rows, block_size=block_size, packed=not epsilon)
         _check_enough(f"{data or task}", made, settings, min(block_size, made.tally.context_length))

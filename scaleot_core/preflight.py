@@ -14,7 +14,8 @@ from scaleot_core.common.runtime import Runtime
 from scaleot_core.common.validation import check_range
 from scaleot_core.compression import dlr
 from scaleot_core.compression.svd import decompose
-from scaleot_core.data.corpus import SUFFIXES
+from scaleot_core.data.corpus import local_files
+from scaleot_core.data.local_files import ROWS, TEXTS, has_suffix
 from scaleot_core.exchange.tokenizer import check_shippable
 from scaleot_core.models.families import family
 from scaleot_core.models.loading import load_tokenizer, read_config
@@ -32,7 +33,8 @@ def located(params: Params) -> Params:
     """Parameters whose local files are found in the project's folder, also from the folder of an experiment."""
     root = Path(os.environ.get("DVC_ROOT", "."))
     given = {"model": params.model, "data.questions": params.data.questions, "data.corpus": params.data.corpus}
-    return changed(params, {key: str(root / path) for key, path in given.items() if (root / path).exists()})
+    paths = {key: root / Path(path).expanduser() for key, path in given.items()}
+    return changed(params, {key: str(path) for key, path in paths.items() if path.exists()})
 
 
 def check_sources(params: Params) -> None:
@@ -42,10 +44,12 @@ def check_sources(params: Params) -> None:
         ("data.questions", params.data.questions),
         ("data.corpus", params.data.corpus),
     ):
-        is_path = value.startswith((".", "/", "~")) or value.endswith(SUFFIXES)
+        is_path = value.startswith((".", "/", "~")) or has_suffix(value, (*ROWS, *TEXTS))
         is_path = is_path or (key == "data.questions" and value not in ("embedded", "hub"))
         if is_path and not Path(value).exists():
             raise UserError("no such file or folder; correct the path", parameter=key, value=value)
+    if params.data.corpus != "embedded":
+        local_files(params.data.corpus)
     folder = Path(params.model)
     if folder.is_dir():
         check_model(params, folder)

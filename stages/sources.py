@@ -16,7 +16,7 @@ def question_sources(params: Params) -> dict[str, object]:
     data = params.data
     if data.questions != "hub":
         return source_fingerprint(data.questions, "", "dataset", ROOT)
-    from scaleot_core.evaluation.tasks import task_config  # takes seconds
+    from scaleot_core.evaluation.definitions import task_config  # takes seconds
 
     names = {task: task_config(task)["dataset_path"] for task in params.tasks}
     return {task: hub_fingerprint(name, data.questions_revision, "dataset") for task, name in names.items()}

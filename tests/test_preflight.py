@@ -54,6 +54,18 @@ def test_missing_path_that_can_be_no_name_is_named_by_its_key(params, tmp_path, 
     assert refusal(check_sources, changed(params, {key: path})).startswith(f"{key} = {path!r}: ")
 
 
+def test_corpus_of_no_kind_that_is_read_is_named_before_the_model_is_fetched(params, tmp_path):
+    (tmp_path / "corpus.md").write_text("some text")
+    said = refusal(check_sources, changed(params, {"data.corpus": str(tmp_path / "corpus.md")}))
+    assert said.startswith(f"data.corpus = '{tmp_path / 'corpus.md'}': of no kind that is read")
+
+
+def test_home_folder_is_known(params, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "text.TXT").write_text("a")
+    assert preflight.located(changed(params, {"data.corpus": "~/text.TXT"})).data.corpus == str(tmp_path / "text.TXT")
+
+
 def test_folder_without_weights_is_named(fitting, folder):
     (folder / "model.safetensors").unlink()
     said = refusal(check_sources, fitting)

@@ -98,10 +98,10 @@ def cached_json(file: Path, measure: Callable[[], Any]) -> Any:
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line."""
+    """Write one JSON object a line; what JSON has no word for, such as a date of a Parquet file, as text."""
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
         for row in rows:
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            stream.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -1,75 +1,69 @@
 """Public text packed into blocks of tokens, some of them held out for perplexity."""
 
-import io
 import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from scaleot_core.common.errors import UserError, one_line
-from scaleot_core.common.files import parse_jsonl
 from scaleot_core.common.runtime import generator
+from scaleot_core.data.local_files import READ, ROWS, TEXTS, has_suffix
+from scaleot_core.data.rows import read_rows, read_text_file
 
-SUFFIXES = (".jsonl", ".jsonl.zst", ".txt")
 SHUFFLED = 10_000  # passages that are held to draw the next one from: a stream is never read whole
 
 
 def read_text(source: str, revision: str = "") -> Iterator[str]:
-    """Passages of a file, of all such files in a folder, or of a hub data set, streamed.
+    """Yield the passages of a file, of all such files in a folder, or of a hub data set, streamed.
 
-    `revision` is a commit, tag or branch on the hub, empty for the newest.
-    Files are .jsonl or .jsonl.zst (field `text`), as the Pile's shards are, and .txt (parted by blank lines).
-    UserError for a file or data set that can't be read, and for a row without text.
+    A file has rows with the field `text`, as the Pile's shards have (.jsonl, .json, .parquet), or is plain text, parted
+    by blank lines (.txt); either may be compressed. `revision` is a commit, tag or branch on the hub, empty for the
+    newest. UserError for a file or data set that can't be read, and for a row without text.
     """
-    path = Path(source)
+    files = local_files(source)
+    if files is None:
+        rows = enumerate(_stream(source, revision), start=1)
+        yield from _texts((f"{source}, row {number}", row) for number, row in rows)
+        return
+    for file in files:
+        if has_suffix(file.name, TEXTS):
+            yield from re.split(r"\n\s*\n", read_text_file(file))
+        else:
+            yield from _texts(read_rows(file))
+
+
+def local_files(source: str) -> list[Path] | None:
+    """Return the files of a corpus that lies here, or None for one on the hub; UserError where there is none to read.
+
+    What has a file's suffix is meant as a file, and what is there is never looked for on the hub.
+    """
+    path, known = Path(source), (*ROWS, *TEXTS)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES))
+        seen = (file for file in path.iterdir() if not file.name.startswith("."))
+        files = sorted(file for file in seen if has_suffix(file.name, known))
         if not files:
-            raise UserError(f"no {', '.join(SUFFIXES)} file is in that folder", parameter="data.corpus", value=source)
-        for file in files:
-            yield from read_text(str(file))
-    elif source.endswith(".txt"):
-        yield from _read_txt(path)
-    elif source.endswith(SUFFIXES):
-        yield from _texts(source, (row for _, row in parse_jsonl(source, _lines(path))))
-    else:
-        yield from _texts(source, _stream(source, revision))
+            raise UserError(f"no {READ} or .txt file is in that folder", parameter="data.corpus", value=source)
+        return files
+    if not path.exists():
+        if has_suffix(source, known):
+            raise UserError("no such file; correct the path", parameter="data.corpus", value=source)
+        return None
+    if not has_suffix(source, known):
+        raise UserError(f"of no kind that is read: {READ} or .txt", parameter="data.corpus", value=source)
+    return [path]
 
 
-def _texts(source: str, rows: Iterable[object]) -> Iterator[str]:
-    for number, row in enumerate(rows, start=1):
+def _texts(rows: Iterable[tuple[str, Any]]) -> Iterator[str]:
+    for where, row in rows:
         text = row.get("text") if isinstance(row, dict) else None
         if not isinstance(text, str):
-            raise UserError(f"{source}, row {number}: the field `text` is missing or no text; a corpus needs it")
+            raise UserError(f"{where}: the field `text` is missing or no text; a corpus needs it")
         yield text
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """The lines of a file that may be compressed, as they are read."""
-    import pyarrow
-
-    try:
-        with pyarrow.input_stream(str(path), compression="detect") as stream:
-            yield from io.TextIOWrapper(stream, encoding="utf-8", newline="\n")
-    except FileNotFoundError:
-        raise UserError("no such file; correct the path", parameter="data.corpus", value=str(path)) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({one_line(error)})") from None
-    except OSError as error:  # a damaged archive
-        raise UserError(f"{path}: it can't be read to its end ({one_line(error)}); fetch it again") from error
-
-
-def _read_txt(path: Path) -> list[str]:
-    try:
-        return re.split(r"\n\s*\n", path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError("no such file; correct the path", parameter="data.corpus", value=str(path)) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({one_line(error)})") from None
 
 
 def _stream(source: str, revision: str) -> Iterator[object]:

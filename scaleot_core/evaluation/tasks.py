@@ -4,76 +4,52 @@ Tuning takes its prompts from the same definition that evaluation scores, so tha
 lm-eval is imported where it is used: it takes seconds.
 """
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
 from scaleot_core.common.errors import UserError, one_line
+from scaleot_core.evaluation.definitions import task_config, task_manager
+from scaleot_core.evaluation.rows import Rows, as_columns, check_filled, described, label_fields, place, unfit
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
-    from lm_eval.tasks import TaskManager
 
-OWN_TASKS = Path(__file__).parent / "lm_tasks"
-OUTPUT_TYPES = ("multiple_choice", "generate_until", "loglikelihood_rolling")
 MAX_GENERATED = 256  # tokens, where a definition doesn't say: lm-eval's own default
-Rows = Sequence[dict[str, Any]]
-
-
-def _manager(name: str) -> "TaskManager":
-    """Make a task manager that knows `name`; UserError if lm-eval doesn't.
-
-    Indexing all of lm-eval's folders takes ten seconds, so those named like the task come first.
-    """
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-
-    packaged = Path(lm_eval.__file__).parent / "tasks"
-    likely = [str(folder) for folder in packaged.iterdir() if folder.is_dir() and name.startswith(folder.name)]
-    manager = TaskManager(include_path=[*likely, str(OWN_TASKS)], include_defaults=False)
-    if name not in manager.all_subtasks:
-        manager = TaskManager(include_path=str(OWN_TASKS))
-    if name not in manager.all_subtasks:
-        import difflib
-
-        near = difflib.get_close_matches(name, manager.all_subtasks, n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
-        raise UserError(f"{name!r} is no task of lm-eval; {hint}", parameter="tasks")
-    return manager
-
-
-def task_config(name: str) -> dict[str, Any]:
-    """Read a task's definition as lm-eval does: dataset_path, dataset_name, the splits, the prompts.
-
-    `training_split` is None where it names none, as some do whose data has one: lm-eval needs it only for examples in
-    the prompt. UserError for an unknown task, or one that can't be tuned and scored here.
-    """
-    manager = _manager(name)
-    config = dict(manager.task_index[name].cfg or {})
-    if config.get("output_type", "generate_until") not in OUTPUT_TYPES:
-        raise UserError(
-            f"{name!r} is of type {config['output_type']!r}; use one of {', '.join(OUTPUT_TYPES)}", parameter="tasks"
-        )
-    config["training_split"] = config.get("training_split")
-    if not evaluated_split(config):
-        raise UserError(f"{name!r} has neither a test nor a validation split to evaluate on", parameter="tasks")
-    if config["training_split"] == evaluated_split(config):
-        raise UserError(f"{name!r} is scored on its training split, so its score is meaningless", parameter="tasks")
-    return config
-
-
-def evaluated_split(config: Mapping[str, Any]) -> str | None:
-    """Name the split that a definition scores."""
-    return config.get("test_split") or config.get("validation_split")
 
 
 def load_task(name: str, train: Rows, evaluation: Rows | None = None) -> "Task":
     """Load lm-eval's own task on our rows, which have the fields of its hub data set.
 
-    Without `evaluation`, as on the data owner's side, the evaluated split is the training rows.
+    Without `evaluation`, as on the data owner's side, the evaluated split is the training rows. UserError names the
+    first row that the definition can't use, and the field in it.
     """
+    parts = {"training": train}
+    if evaluation is not None and evaluation is not train:
+        parts["evaluation"] = evaluation
+    tasks = [_fitting(name, rows, part) for part, rows in parts.items()]
+    return tasks[0] if len(tasks) == 1 else _build(name, train, evaluation)
+
+
+def _fitting(name: str, rows: Rows, part: str) -> "Task":
+    """Make a task on one part's rows; UserError where they don't fit its definition."""
+    if not rows:
+        raise UserError(f"task {name}: there are no {part} questions")
+    build = partial(_build, name)
+    try:
+        task = build(rows)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a definition does with a row that it can't use
+        raise unfit(f"task {name}", rows, build, error, part=part) from error
+    check_filled(task, f"task {name}", rows, build, part=part)
+    return task
+
+
+def _build(name: str, train: Rows, evaluation: Rows | None = None) -> "Task":
+    """Make lm-eval's task on some rows; whatever the definition raises."""
     from datasets import Dataset, DatasetDict
 
     config = task_config(name)
@@ -84,13 +60,10 @@ def load_task(name: str, train: Rows, evaluation: Rows | None = None) -> "Task":
             splits[split] = evaluation if evaluation is not None else train
 
     def rows_on_disk(**kwargs: Any) -> DatasetDict:
-        return DatasetDict({split: Dataset.from_list(list(rows)) for split, rows in splits.items()})
+        return DatasetDict({split: Dataset.from_dict(as_columns(rows)) for split, rows in splits.items()})
 
     ours = {"custom_dataset": rows_on_disk, "training_split": training}
-    try:
-        (task,) = _manager(name).load([{"group": "local", "task": [{"task": name, **ours}]}])["tasks"].values()
-    except Exception as error:  # whatever a definition does with a row that lacks its fields
-        raise UserError(f"task {name}: its rows don't fit lm-eval's definition ({one_line(error)})") from error
+    (task,) = task_manager(name).load([{"group": "local", "task": [{"task": name, **ours}]}])["tasks"].values()
     return task
 
 
@@ -117,25 +90,36 @@ def metric_name(metric: str, filter_name: str) -> str:
 def right_choices(task: "Task", doc: dict[str, Any]) -> list[int]:
     """List the right choices of a multiple-choice question, as lm-eval reads it; unknown ones are left out."""
     answer: Any = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    choices = task.doc_to_choice(doc)
     if isinstance(answer, str):
-        answer = task.doc_to_choice(doc).index(answer)
+        answer = choices.index(answer) if answer in choices else None
     found = answer if isinstance(answer, list) else [answer]
-    count = len(task.doc_to_choice(doc))
-    return [choice for choice in found if type(choice) is int and 0 <= choice < count]
+    return [int(choice) for choice in found if _whole(choice) and 0 <= choice < len(choices)]
+
+
+def _whole(value: Any) -> bool:
+    """Tell whether a value counts choices: lm-eval takes true for 1, and 1.0, which pandas makes of 1, for 1 too."""
+    return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
 
 
 def answer_pairs(
-    task: "Task", tokenizer: PreTrainedTokenizerBase, *, context_length: int, part: str = "training"
+    task: "Task",
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context_length: int,
+    rows: Rows = (),
+    part: str = "training",
 ) -> list[tuple[str, str]]:
     """Give (context, continuation) of every training question's right answer, to the letter as lm-eval scores it.
 
-    Of several right answers the first. `part` is what the rows are called in messages. UserError names the first row
-    whose answer is missing or not among its choices, or of which a choice is empty or has more tokens than the model's
-    context.
+    Of several right answers the first. `rows` are those that the task was made of, if they know where they lie; `part`
+    is what they are called in messages otherwise. UserError names the first row whose answer is missing or not among
+    its choices, or of which a choice is empty or has more tokens than the model's context.
     """
     pairs = []
-    for row, doc in enumerate(task.training_docs(), start=1):
-        where = f"task {task.config.task}, {part} row {row}"
+    docs = list(task.training_docs())
+    for row, doc in enumerate(docs, start=1):
+        where = _where(task, docs, row, rows, part)
         try:
             context = task.fewshot_context(doc, 0)
             if task.OUTPUT_TYPE == "multiple_choice":
@@ -146,9 +130,9 @@ def answer_pairs(
                 choices, right = [_target(task, doc)], [0]
                 continued = [(context, f"{task.config.target_delimiter}{choices[0]}")]
         except Exception as error:
-            raise UserError(f"{where}: no answer ({one_line(error)})") from error
+            raise UserError(f"{where}: no answer ({_stated(task, doc)}{one_line(error)})") from error
         if not right:
-            raise UserError(f"{where}: its answer is none of its choices")
+            raise UserError(f"{where}: its answer is none of its choices{_needed(task, doc, len(choices))}")
         for number, (choice, (_, continuation)) in enumerate(zip(choices, continued, strict=False), start=1):
             what = f"choice {number}" if len(choices) > 1 else "the answer"
             if choice is None or not continuation.strip():  # a template prints a field that isn't set as None
@@ -158,6 +142,29 @@ def answer_pairs(
                 raise UserError(f"{where}: {what} has {tokens} tokens, and the model's context is {context_length}")
         pairs.append(continued[right[0]])
     return pairs
+
+
+def _where(task: "Task", docs: Sequence[Any], row: int, rows: Rows, part: str) -> str:
+    """Say where a question comes from: its own place, unless the definition has left some questions out."""
+    otherwise = f"{part} row {row}"
+    return f"task {task.config.task}, {place(rows[row - 1], otherwise) if len(rows) == len(docs) else otherwise}"
+
+
+def _stated(task: "Task", doc: dict[str, Any]) -> str:
+    """Say what a question's label is, where that is what its definition fails for."""
+    try:
+        right_choices(task, doc) if task.OUTPUT_TYPE == "multiple_choice" else _target(task, doc)
+    except Exception:
+        fields = label_fields(task, doc)
+        return f"{described(doc, fields[0])}; " if fields else ""
+    return ""
+
+
+def _needed(task: "Task", doc: dict[str, Any], count: int) -> str:
+    """Say what a question's label is, and what it should be where the field counts its choices."""
+    fields = label_fields(task, doc)
+    needed = f"; a number from 0 to {count - 1} is needed" if task.config.doc_to_target in fields else ""
+    return f": {described(doc, fields[0])}{needed}" if fields else ""
 
 
 def check_rows(name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase, *, context_length: int, part: str) -> None:
@@ -170,21 +177,23 @@ def check_rows(name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase, *, con
             "use another task or model"
         )
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
-        texts(task, part=part)
+        texts(task, rows=rows, part=part)
     else:
-        answer_pairs(task, tokenizer, context_length=context_length, part=part)
+        answer_pairs(task, tokenizer, context_length=context_length, rows=rows, part=part)
 
 
-def texts(task: "Task", *, part: str = "training") -> list[str]:
+def texts(task: "Task", *, rows: Rows = (), part: str = "training") -> list[str]:
     """List the training texts of a task that scores whole texts; UserError names an empty row."""
     found = []
-    for row, doc in enumerate(task.training_docs(), start=1):
+    docs = list(task.training_docs())
+    for row, doc in enumerate(docs, start=1):
+        where = _where(task, docs, row, rows, part)
         try:
             text = _target(task, doc)
         except Exception as error:
-            raise UserError(f"task {task.config.task}, {part} row {row}: no text ({one_line(error)})") from error
+            raise UserError(f"{where}: no text ({one_line(error)})") from error
         if not text or not text.strip():
-            raise UserError(f"task {task.config.task}, {part} row {row}: its text is empty")
+            raise UserError(f"{where}: its text is empty")
         found.append(text)
     return found
 

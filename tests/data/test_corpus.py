@@ -1,5 +1,6 @@
 """Public text: what is read, and how it is packed into blocks."""
 
+import gzip
 import json
 import sys
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from helpers import TEST_DATA
@@ -111,9 +113,10 @@ def test_reads_jsonl(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("row", [{"page": "x"}, {"text": 3}, {"text": None}])
 def test_row_without_text_is_named(tmp_path: Path, row: dict[str, object]) -> None:
+    """By the line of one's own file, in which a blank one counts."""
     file = tmp_path / "a.jsonl"
-    file.write_text(json.dumps({"text": "fine"}) + "\n" + json.dumps(row))
-    with pytest.raises(UserError, match=r"a\.jsonl, row 2: the field `text`"):
+    file.write_text(json.dumps({"text": "fine"}) + "\n\n" + json.dumps(row))
+    with pytest.raises(UserError, match=r"a\.jsonl, line 3: the field `text`"):
         list(corpus.read_text(str(file)))
 
 
@@ -152,26 +155,76 @@ def test_shard_is_not_read_to_its_end_before_it_is_needed(tmp_path: Path) -> Non
 
 
 def test_damaged_shard(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl.zst").write_bytes(b"nothing of the kind")
+    """What a file is its content says: the first is compressed and damaged, the second isn't compressed at all."""
+    (tmp_path / "a.jsonl.zst").write_bytes(compressed("x")[:4] + b"nothing of the kind")
     with pytest.raises(UserError, match=r"a\.jsonl\.zst: it can't be read"):
         list(corpus.read_text(str(tmp_path / "a.jsonl.zst")))
+    (tmp_path / "b.jsonl.zst").write_bytes(b"nothing of the kind")
+    with pytest.raises(UserError, match=r"b\.jsonl\.zst, line 1: not valid JSON"):
+        list(corpus.read_text(str(tmp_path / "b.jsonl.zst")))
 
 
 def test_folder_without_text(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no \.jsonl, \.jsonl\.zst, \.txt file"):
+    with pytest.raises(UserError, match=r"no \.jsonl, \.json, \.csv, \.parquet or \.txt file is in that folder"):
         list(corpus.read_text(str(tmp_path)))
 
 
-@pytest.mark.parametrize("name", ["none.jsonl", "none.jsonl.zst", "none.txt"])
+@pytest.mark.parametrize("name", ["none.jsonl", "none.jsonl.zst", "none.txt", "none.TXT", "none.parquet"])
 def test_missing_file(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="no such file"):
         list(corpus.read_text(str(tmp_path / name)))
 
 
 def test_text_that_is_not_utf8(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="not UTF-8"):
+    (tmp_path / "a.txt").write_bytes(b"one\n\ncaf\xe9")
+    with pytest.raises(UserError, match=r"a\.txt, line 3: not UTF-8"):
         list(corpus.read_text(str(tmp_path / "a.txt")))
+
+
+ROWS = [{"text": "one"}, {"text": "two\nlines"}]
+LINES = "\n".join(map(json.dumps, ROWS))
+PLAIN = "one\n\ntwo\nlines"
+FILES: dict[str, bytes] = {
+    "a.jsonl.gz": gzip.compress(LINES.encode()),
+    "a.JSONL": LINES.encode(),
+    "a.json": json.dumps(ROWS).encode(),
+    "a.Json.GZ": gzip.compress(json.dumps(ROWS, indent=2).encode()),
+    "bom.jsonl": b"\xef\xbb\xbf" + LINES.replace("\n", "\r\n").encode(),
+    "bom.txt": b"\xef\xbb\xbf" + PLAIN.replace("\n", "\r\n").encode(),
+    "a.TXT": PLAIN.encode(),
+    "a.txt.gz": gzip.compress(PLAIN.encode()),
+    "a.txt.zst": compressed(PLAIN),
+    "windows.txt": b"\xff\xfe" + PLAIN.encode("utf-16-le"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_file_is_read_as_others_write_it_and_never_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(corpus, "_stream", lambda *args: pytest.fail("it was looked for on the hub"))
+    (tmp_path / name).write_bytes(FILES[name])
+    assert list(corpus.read_text(str(tmp_path / name))) == ["one", "two\nlines"]
+    (tmp_path / f"._{name}").write_bytes(b"what macOS puts beside it")
+    assert list(corpus.read_text(str(tmp_path))) == ["one", "two\nlines"]
+
+
+def test_parquet_is_read_and_its_row_named(tmp_path: Path) -> None:
+    for name, rows in (("a", ROWS), ("b", [*ROWS, {"text": None}])):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+    assert list(corpus.read_text(str(tmp_path / "a.parquet"))) == ["one", "two\nlines"]
+    with pytest.raises(UserError, match=r"b\.parquet, row 3: the field `text`"):
+        list(corpus.read_text(str(tmp_path / "b.parquet")))
+
+
+@pytest.mark.parametrize("name", ["a.md", "corpus"])
+def test_file_of_no_known_kind_is_told_and_never_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(corpus, "_stream", lambda *args: pytest.fail("it was looked for on the hub"))
+    (tmp_path / name).write_text("some text")
+    with pytest.raises(UserError, match=rf"^data\.corpus = '.*{name}': of no kind that is read: .*\.txt"):
+        list(corpus.read_text(str(tmp_path / name)))
 
 
 def fake_datasets(monkeypatch: pytest.MonkeyPatch, rows: Any) -> None:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers import TEST_DATA
+from helpers import TEST_DATA, refusal
 
 from scaleot_core.common.errors import UserError
 from scaleot_core.data import embedded, questions
@@ -115,12 +115,20 @@ def test_folder_that_lacks_a_part(tmp_path: Path, splits: dict[str, list[Row]], 
         questions.load(str(folder), "piqa", wheel=None, train=20, evaluate=5, seed=0)
 
 
+def test_folder_that_lacks_a_part_is_told_before_the_model_is_fetched(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, "piqa", train=rows(5), test=rows(5))
+    questions.check(str(folder), "piqa")
+    (folder / "piqa" / "train.jsonl").unlink()
+    said = refusal(questions.check, str(folder), "piqa")
+    assert said == f"data.questions = '{folder}': task piqa: {folder}/piqa/train.jsonl: no such file"
+
+
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_row_of_a_folder_that_lacks_a_field_is_named(tmp_path: Path, split: str) -> None:
     splits = {"train": rows(30), "validation": rows(10, start=30)}
     del splits[split][6]["goal"]
     folder = write_folder(tmp_path, "piqa", **splits)
-    with pytest.raises(UserError, match=rf"^task piqa: .*{split}\.jsonl, row 7: the field `goal` is missing"):
+    with pytest.raises(UserError, match=rf"^task piqa, .*{split}\.jsonl, line 7: the field `goal` is missing"):
         questions.load(str(folder), "piqa", wheel=None, train=20, evaluate=5, seed=0)
 
 

@@ -19,8 +19,9 @@ from scaleot_core.common.runtime import generator
 from scaleot_core.compression.emulator import layer_parameters, plug_in
 from scaleot_core.compression.plan import Plan
 from scaleot_core.data import embedded, questions
+from scaleot_core.evaluation.definitions import task_config
 from scaleot_core.evaluation.harness import evaluate
-from scaleot_core.evaluation.tasks import Rows, task_config
+from scaleot_core.evaluation.tasks import Rows
 from scaleot_core.models.loading import load_model, load_tokenizer
 
 pytestmark = pytest.mark.timeout(1800)  # the real model, twice, on whatever CPU

@@ -1,20 +1,14 @@
 """Tasks are lm-eval's own, on our rows; a task or a row that can't be used is named."""
 
+from copy import deepcopy
 from functools import partial
 
 import lm_eval.tasks
 import pytest
 from helpers import CLOZE, GSM8K, WEBQS, piqa_rows, refusal
 
-from scaleot_core.evaluation.tasks import (
-    answer_pairs,
-    check_rows,
-    load_task,
-    metrics,
-    right_choices,
-    task_config,
-    texts,
-)
+from scaleot_core.evaluation.definitions import task_config
+from scaleot_core.evaluation.tasks import answer_pairs, check_rows, load_task, metrics, right_choices, texts
 
 
 @pytest.fixture
@@ -90,7 +84,8 @@ WINOGRANDE = [
 def test_generated_answer_is_what_the_definition_gives(pairs):
     assert pairs("gsm8k", GSM8K)[2] == ("Question: 2 + 1?\nAnswer:", " it is 3 #### 3")
     assert "training row 2: the answer is empty" in refusal(pairs, "gsm8k", [GSM8K[0], {**GSM8K[1], "answer": " "}])
-    assert "training row 2: the answer is empty" in refusal(pairs, "gsm8k", [GSM8K[0], {**GSM8K[1], "answer": None}])
+    said = refusal(pairs, "gsm8k", [GSM8K[0], {**GSM8K[1], "answer": None}])
+    assert "training row 2: the field `answer` is null" in said
 
 
 def test_context_too_short_to_generate_is_told(tokenizer):
@@ -101,7 +96,8 @@ def test_context_too_short_to_generate_is_told(tokenizer):
 
 def test_first_of_several_right_answers_is_tuned_on(pairs):
     assert pairs("webqs", WEBQS)[1] == ("Question: where is 1?\nAnswer:", " city 1")  # lm-eval sorts them
-    assert right_choices(load_task("webqs", WEBQS), {**WEBQS[1]}) == [0, 1]  # the third begins as the first
+    doc = deepcopy(WEBQS[1])  # whose answers lm-eval sorts in place
+    assert right_choices(load_task("webqs", WEBQS), doc) == [0, 1]  # the third begins as the first
     assert "training row 2" in refusal(pairs, "webqs", [WEBQS[0], {**WEBQS[1], "answers": []}])
 
 

@@ -288,13 +288,20 @@ def test_empty_corpus(fresh: Path, text: str) -> None:
 @pytest.mark.parametrize("part", ["train", "validation"])
 def test_question_without_its_answer_is_told_at_once(fresh: Path, part: str) -> None:
     rewrite(fresh / "tiny-data" / "piqa" / f"{part}.jsonl", lambda rows: rows[3].pop("label"))
-    refused(fresh, "prepare_data", f"{part}.jsonl, row 4", "label")
+    refused(fresh, "prepare_data", f"{part}.jsonl, line 4: the field `label` is missing")
+    assert not (fresh / "artifacts" / "tasks").exists()
+
+
+def test_label_that_is_none_is_told_by_its_line_in_ones_own_file(fresh: Path) -> None:
+    """Not by its number among the rows that were shuffled and cut."""
+    rewrite(fresh / "tiny-data" / "piqa" / "train.jsonl", lambda rows: rows[2].update(label=7))
+    refused(fresh, "prepare_data", "train.jsonl, line 3: its answer is none of its choices: `label` is 7")
     assert not (fresh / "artifacts" / "tasks").exists()
 
 
 def test_private_question_without_its_answer(owners: Path) -> None:
     rewrite(owners / "artifacts/tasks/piqa/train.jsonl", lambda rows: rows[3].pop("label"))
-    refused(owners, "offsite_tune", "task piqa, training row 4", "answer")
+    refused(owners, "offsite_tune", "task piqa, training row 4: the field `label` is missing")
 
 
 def test_alpha_that_leaves_no_layer_to_compress_is_told(project: Path) -> None:
