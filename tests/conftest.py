@@ -17,6 +17,11 @@ from scaleot_core.params import OffsiteTuning, Params, load_params
 from scaleot_core.tuning import privacy
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name bytes by their argument: as they stand they may differ between two processes (an archive has its time)."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.hookimpl(trylast=True)  # once the folders have marked theirs
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let slow tests go first, so that of several processes none is left with them at the end."""
