@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scaleot_core.common.files import cached_json
-from scaleot_core.common.runtime import generator, keep_freed_memory
+from scaleot_core.common.runtime import generator
 from scaleot_core.compression.emulator import Removed, number_attention
 from scaleot_core.compression.harmonizer import Harmonizer
 from scaleot_core.compression.low_rank import FusedProjection, LowRankLinear, dense
@@ -24,10 +24,8 @@ from scaleot_core.compression.plan import DECODER_KINDS, Plan
 from scaleot_core.models.families import attention, decoder_layers, family
 from scaleot_core.models.forward import mean_loss, next_token_loss
 from scaleot_core.params import Attack
-from scaleot_core.training import gradients
+from scaleot_core.training.blocks import BlockTrainer
 from scaleot_core.training.checkpoint import Checkpoint
-from scaleot_core.training.loop import run_steps
-from scaleot_core.training.optimizer import Optimizer, linear_warmup_decay
 
 
 class Widened(nn.Module):
@@ -102,26 +100,20 @@ def restore(
 
     `attack.eval_points` measurements lie at even distances behind that of the start.
     """
-    keep_freed_memory()
-    parameters = dict(model.requires_grad_(True).named_parameters())
-    optimizer = Optimizer(parameters)
-
-    def step(i: int) -> dict[str, Any]:
-        at = torch.randint(len(blocks), (attack.batch_blocks,), generator=generator(seed, "attack", i))
-        loss = gradients.backward(blocks[at], lambda part: next_token_loss(model, part))
-        optimizer.step(attack.lr * linear_warmup_decay(i, attack.steps, 0.1))
-        return {"loss": loss, "tokens": at.numel() * blocks.shape[1]}
-
-    checkpoint.resume(optimizer)  # also where nothing is left to train
+    parameters, loss = dict(model.named_parameters()), partial(next_token_loss, model)
+    trainer = BlockTrainer(
+        parameters, blocks, loss, attack, seed=seed, name="attack", label=label, checkpoint=checkpoint
+    )
+    checkpoint.resume(trainer.optimizer)  # also where nothing is left to train
     curve = []
     for point in range(attack.eval_points + 1):
         end = round(attack.steps * point / attack.eval_points)
         file = checkpoint.folder / f"loss-{end}.json"
         if end and not file.exists():
-            run_steps(step, optimizer, label=label, steps=end, checkpoint=checkpoint)
-            checkpoint.save(optimizer, end)
-        loss = cached_json(file, partial(mean_loss, model, heldout))
-        curve.append({"tokens": end * attack.batch_blocks * blocks.shape[1], "loss": loss})
+            trainer.run(until=end)
+            checkpoint.save(trainer.optimizer, end)
+        measured = cached_json(file, partial(mean_loss, model, heldout))
+        curve.append({"tokens": end * attack.batch_blocks * blocks.shape[1], "loss": measured})
     model.requires_grad_(False)
     return curve
 

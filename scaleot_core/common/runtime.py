@@ -1,16 +1,20 @@
-"""Set up what every stage computes with: device, dtype, CPU threads, the allocator, random draws."""
+"""Set up what every stage computes with: device, dtype, kernels, CPU threads, the allocator, random draws."""
 
 import ctypes
 import hashlib
 import logging
 import math
 import os
+import warnings
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.library import Library
 from transformers.utils import logging as transformers_logging
 
 from scaleot_core.common.distributed import init_process_group
@@ -20,6 +24,7 @@ from scaleot_core.common.progress import say
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h has them
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FEW_TOKENS = 512  # in a sequence; up to here torch's plain attention is the faster one in training on a CPU
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,46 @@ class Settings(Protocol):
 
     @property
     def threads(self) -> int: ...
+
+
+def choose_attention(device: torch.device, tokens: int) -> None:
+    """Choose the attention kernel, for the rest of the process, by the device and the longest sequence's tokens.
+
+    On a CPU the backward pass of the flash kernel takes as long as all matrix products of a step on short sequences;
+    plain attention has none such, but keeps the weights of attention, which grow with the square of the length.
+    """
+    torch.backends.cuda.enable_flash_sdp(device.type != "cpu" or tokens > FEW_TOKENS)
+
+
+@cache
+def multiply_in_float32(dtype: torch.dtype) -> Library:
+    """Have a CPU multiply matrices of a 16-bit dtype in float32, and round the product, for the rest of the process.
+
+    That is what its instructions for the dtype would do. A CPU without them (AVX2 alone, for instance) takes torch's
+    loop over single numbers, 6 to 70 times slower. The kernels last as long as the object that is returned and kept.
+    """
+
+    def product(out: torch._ops.OpOverload, *operands: Tensor, **factors: float) -> Tensor:
+        target = operands[-1].dtype
+        if target == dtype:
+            operands = tuple(operand.float() for operand in operands)
+        *batch, rows, _ = operands[-2].shape
+        result = operands[-1].new_empty(*batch, rows, operands[-1].shape[-1])
+        return out(*operands, **factors, out=result).to(target)
+
+    aten, kernels = torch.ops.aten, Library("aten", "IMPL")
+    with warnings.catch_warnings():  # that kernels are replaced is what is wanted here
+        warnings.simplefilter("ignore", UserWarning)
+        for out in (aten.mm.out, aten.addmm.out, aten.bmm.out, aten.baddbmm.out):
+            kernels.impl(out.overloadpacket.__name__, partial(product, out), "CPU")
+    return kernels
+
+
+def _has_instructions(dtype: torch.dtype) -> bool:
+    """Say whether torch has fast matrix products of a dtype on this CPU."""
+    supported = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}
+    name = supported.get(str(dtype).removeprefix("torch."))
+    return name is None or (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, name)())
 
 
 def keep_freed_memory() -> None:
@@ -132,12 +177,17 @@ def setup(settings: Settings, label: str) -> Runtime:
     torch.set_num_threads(settings.threads or thread_count())
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU
     torch.use_deterministic_algorithms(True)
+    # It takes 2 % of a training step, and nothing here reads such memory.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    dtype = DTYPES[settings.dtype]
+    if device.type == "cpu" and not _has_instructions(dtype):
+        multiply_in_float32(dtype)
     transformers_logging.set_verbosity_error()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     processes = f"{world_size()} processes, each with " if world_size() > 1 else ""
     threads = torch.get_num_threads()
     say(f"{label}: on {device.type} in {settings.dtype}, {processes}{threads} threads", style="bold")
-    return Runtime(device, DTYPES[settings.dtype])
+    return Runtime(device, dtype)
 
 
 def generator(seed: int, *names: str | int) -> torch.Generator:

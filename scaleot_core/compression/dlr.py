@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scaleot_core.common.errors import UserError
-from scaleot_core.common.runtime import generator, keep_freed_memory
+from scaleot_core.common.runtime import generator
 from scaleot_core.common.validation import check_range
 from scaleot_core.compression.harmonizer import Harmonizers
 from scaleot_core.models.forward import mean_loss, next_token_loss, swapped_layers
 from scaleot_core.params import AfterSrc, Dlr
-from scaleot_core.training import gradients
+from scaleot_core.training.blocks import BlockTrainer, draw_blocks, prepare, update
 from scaleot_core.training.checkpoint import Checkpoint
 from scaleot_core.training.loop import run_steps
-from scaleot_core.training.optimizer import Optimizer, linear_warmup_decay
+from scaleot_core.training.optimizer import Optimizer
 
 DISTINCT_DRAWS = 100  # before the draw counts as settled
 
@@ -94,10 +94,6 @@ def validate(dlr: Dlr, *, layers: int, blocks: int) -> None:
         )
 
 
-def _batch(blocks: Tensor, count: int, draw: torch.Generator) -> Tensor:
-    return blocks[torch.randint(len(blocks), (count,), generator=draw)]
-
-
 def train(
     model: PreTrainedModel,
     harmonizers: Harmonizers,
@@ -115,7 +111,7 @@ def train(
     the best and worst candidate's loss and every layer's score as `score_00` and so on.
     """
     validate(dlr, layers=len(harmonizers), blocks=len(blocks))
-    keep_freed_memory()
+    prepare(blocks, model.device)
     blocks, score_blocks = blocks[: -dlr.score_blocks], blocks[-dlr.score_blocks :]
     parameters = {name: p for name, p in harmonizers.named_parameters()}
     state = DlrState(Optimizer(parameters), scores.double().clone())
@@ -126,7 +122,7 @@ def train(
     def update_scores(i: int) -> dict[str, float]:
         draw = generator(seed, "dlr scores", i)
         candidates = distinct_candidates(state.scores, dlr.group_size, dlr.keep_threshold, dlr.candidates, draw)
-        heldout = _batch(score_blocks, dlr.batch_blocks, draw)
+        heldout = draw_blocks(score_blocks, dlr.batch_blocks, draw)
         losses = []
         for kept in candidates:
             with swapped_layers(model, network(kept)):
@@ -138,14 +134,13 @@ def train(
     def step(i: int) -> dict[str, float]:
         draw = generator(seed, "dlr", i)
         kept = sample_kept(state.scores, dlr.group_size, dlr.keep_threshold, draw)
-        sampled = _batch(blocks, dlr.batch_blocks, draw)
+        sampled = draw_blocks(blocks, dlr.batch_blocks, draw)
 
         def loss(part: Tensor) -> Tensor:
             with swapped_layers(model, network(kept)):
                 return next_token_loss(model, part)
 
-        figures = {"loss": gradients.backward(sampled, loss), "tokens": sampled.numel()}
-        state.optimizer.step(dlr.lr * linear_warmup_decay(i, dlr.steps, 0.1))
+        figures = update(state.optimizer, sampled, loss, dlr, i)
         return figures | (update_scores(i) if (i + 1) % dlr.score_interval == 0 else {})
 
     history = run_steps(step, state, label="DLR", steps=dlr.steps, checkpoint=checkpoint)
@@ -165,16 +160,8 @@ def finetune_after_src(
 
     `after_src.steps` updates by cross-entropy on `blocks` (N, T); nothing but `harmonizers`, by their names, moves.
     """
-    keep_freed_memory()
-    for parameter in harmonizers.values():
-        parameter.requires_grad_(True)
-    optimizer = Optimizer(harmonizers)
-
-    def step(i: int) -> dict[str, float]:
-        sampled = _batch(blocks, after_src.batch_blocks, generator(seed, "after src", i))
-        loss = gradients.backward(sampled, partial(next_token_loss, emulator))
-        optimizer.step(after_src.lr * linear_warmup_decay(i, after_src.steps, 0.1))
-        return {"loss": loss, "tokens": sampled.numel()}
-
-    run_steps(step, optimizer, label="after SRC", steps=after_src.steps, checkpoint=checkpoint)
+    loss = partial(next_token_loss, emulator)
+    BlockTrainer(
+        harmonizers, blocks, loss, after_src, seed=seed, name="after src", label="after SRC", checkpoint=checkpoint
+    ).run()
     emulator.requires_grad_(False)

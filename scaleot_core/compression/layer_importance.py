@@ -152,16 +152,43 @@ def fit_locally(
     return history
 
 
+class Restart(nn.Module):
+    """Stands where a layer was: drops what comes and gives hidden states that are known from before."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        return self.states
+
+
+class Skip(nn.Module):
+    """Stands where a layer was that needn't run."""
+
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        return hidden_states
+
+
 @torch.no_grad()
-def sensitivity(model: PreTrainedModel, harmonizers: Harmonizers, blocks: Tensor) -> list[float]:
-    """Measure the loss (nats) that replacing one layer alone by its harmonizer costs, for every layer, on `blocks`."""
-    whole = mean_loss(model, blocks)
-    costs = []
-    with progress("sensitivity", len(harmonizers)) as tick:
-        for i, harmonizer in enumerate(harmonizers):
-            with swapped_layers(model, {i: harmonizer}):
-                costs.append(mean_loss(model, blocks) - whole)
-            tick(tokens=blocks.numel(), loss=costs[-1])
+def sensitivity(model: PreTrainedModel, harmonizers: Harmonizers, blocks: Tensor, batch_blocks: int = 8) -> list[float]:
+    """Measure the loss (nats) that replacing one layer alone by its harmonizer costs, for every layer, on `blocks`.
+
+    The layers before it run once for all: what comes of layer i's harmonizer on its known input is put in its place.
+    """
+    whole = mean_loss(model, blocks, batch_blocks)
+    costs = [0.0] * len(harmonizers)
+    with progress("sensitivity", len(harmonizers) * math.ceil(len(blocks) / batch_blocks)) as tick:
+        for batch in blocks.split(batch_blocks):
+            inputs = hidden_states(model, batch, batch_blocks)
+            for i, harmonizer in enumerate(harmonizers):
+                replaced = harmonizer(inputs[i].unflatten(0, batch.shape))
+                with swapped_layers(model, {**dict.fromkeys(range(i), Skip()), i: Restart(replaced)}):
+                    loss = mean_loss(model, batch, batch_blocks)
+                costs[i] += (loss - whole) * len(batch) / len(blocks)
+                tick(tokens=batch.numel(), loss=loss - whole)
     return costs
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.progress import Tick, progress, say
 from scaleot_core.evaluation.definitions import OWN_TASKS
+from scaleot_core.evaluation.scoring import score
 from scaleot_core.evaluation.tasks import Rows, answer_pairs, load_task, metric_name, metrics, right_choices
 
 if TYPE_CHECKING:
@@ -19,18 +20,18 @@ if TYPE_CHECKING:
 
 
 def lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 1, label: str = "") -> "HFLM":
-    """Wrap a model in memory for lm-eval, which encodes, batches and scores; progress is shown our way."""
+    """Wrap a model in memory for lm-eval, which asks and counts; `scoring` answers, and progress is shown our way."""
     from lm_eval.models.huggingface import HFLM
 
     class View(HFLM):
         tick: Tick
 
-        def _watched(self, score: Callable[..., list[Any]], requests: list[Any], batches: int) -> list[Any]:
-            with progress(label, batches) as self.tick:
-                return score(requests, disable_tqdm=True)
+        def _watched(self, ask: Callable[..., list[Any]], requests: list[Any], steps: int) -> list[Any]:
+            with progress(label, steps) as self.tick:
+                return ask(requests, disable_tqdm=True)
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-            return self._watched(super().loglikelihood, requests, math.ceil(len(requests) / batch_size))
+            return self._watched(super().loglikelihood, requests, len(requests))
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
             windows = sum(math.ceil(len(self.tok_encode(r.args[0])) / self.max_length) for r in requests)
@@ -43,13 +44,10 @@ def lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: i
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
             return self._watched(super().generate_until, requests, math.ceil(len(requests) / batch_size))
 
-        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **options: Any) -> Any:
-            return super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)
-
-        def _model_call(self, inps: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-            logits = super()._model_call(inps, *args, **options)
-            self.tick(tokens=inps.numel())
-            return logits
+        def _loglikelihood_tokens(self, requests: Any, **options: Any) -> list[tuple[float, bool]]:
+            pairs = [(context, continuation) for _, context, continuation in requests]
+            size, length = self.batch_size_per_gpu, self.max_length
+            return score(model, pairs, batch_size=size, max_length=length, tick=self.tick)
 
         def _model_generate(self, context: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
             made = super()._model_generate(context, *args, **options)

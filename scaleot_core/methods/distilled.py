@@ -7,13 +7,11 @@ with our schedule instead of its cosine.
 """
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from scaleot_core.common.runtime import generator, keep_freed_memory
 from scaleot_core.compression import emulator
 from scaleot_core.compression.emulator import package_tensors
 from scaleot_core.compression.svd import svd_factors
@@ -21,9 +19,7 @@ from scaleot_core.methods import uniform
 from scaleot_core.methods.base import BuiltEmulator, ModelOwner
 from scaleot_core.models.families import decoder_layers
 from scaleot_core.models.forward import hooks, last_hidden_state, swapped_layers
-from scaleot_core.training import gradients
-from scaleot_core.training.loop import run_steps
-from scaleot_core.training.optimizer import Optimizer, linear_warmup_decay
+from scaleot_core.training.blocks import BlockTrainer
 
 
 def _forward(model: PreTrainedModel, blocks: Tensor, middle: int) -> tuple[Tensor, Tensor]:
@@ -56,25 +52,23 @@ def build(owner: ModelOwner) -> BuiltEmulator:
             originals[i] = layers[i]
             layers[i] = copy.deepcopy(layers[i])
     emulator.apply_plan(model, kept, svd_factors)
-    keep_freed_memory()
-    trained = emulator.layer_parameters(model, kept, "compressed")
-    for parameter in trained.values():
-        parameter.requires_grad_(True)
-    optimizer = Optimizer(trained)
     middle = max(originals)
 
-    def step(i: int) -> dict[str, Any]:
-        at = torch.randint(len(owner.blocks), (distill.batch_blocks,), generator=generator(seed, "distill", i))
+    def of(blocks: Tensor) -> Tensor:
+        with torch.no_grad(), swapped_layers(model, originals):
+            teacher = _forward(model, blocks, middle)[1]
+        return loss(model, blocks, teacher, middle, distill.hidden_weight)
 
-        def of(part: Tensor) -> Tensor:
-            with torch.no_grad(), swapped_layers(model, originals):
-                teacher = _forward(model, part, middle)[1]
-            return loss(model, part, teacher, middle, distill.hidden_weight)
-
-        value = gradients.backward(owner.blocks[at], of)
-        optimizer.step(distill.lr * linear_warmup_decay(i, distill.steps, 0.1))
-        return {"loss": value, "tokens": at.numel() * owner.blocks.shape[1]}
-
-    run_steps(step, optimizer, label="distillation", steps=distill.steps, checkpoint=owner.checkpoint)
+    trained = emulator.layer_parameters(model, kept, "compressed")
+    BlockTrainer(
+        trained,
+        owner.blocks,
+        of,
+        distill,
+        seed=seed,
+        name="distill",
+        label="distillation",
+        checkpoint=owner.checkpoint,
+    ).run()
     model.requires_grad_(False)
     return BuiltEmulator(kept, package_tensors(model, kept))

@@ -39,9 +39,23 @@ def swapped_layers(model: PreTrainedModel, stand_ins: Mapping[int, nn.Module]) -
             layers[i] = original
 
 
-def last_hidden_state(model: PreTrainedModel, blocks: Tensor) -> Tensor:
-    """Compute the last hidden states (B, T, D) of blocks (B, T), without the head and without a key-value cache."""
-    output: Tensor = model.base_model(input_ids=blocks.to(model.device).long(), use_cache=False).last_hidden_state
+def last_hidden_state(
+    model: PreTrainedModel, tokens: Tensor, positions: Tensor | None = None, visible: Tensor | None = None
+) -> Tensor:
+    """Compute the last hidden states (B, T, D) of tokens (B, T), without the head and without a key-value cache.
+
+    `positions` (B, T) are those of the tokens, else 0, 1, 2 and so on; `visible` (B, T, T) says which token sees which,
+    else each sees those before it and itself.
+    """
+    more: dict[str, Tensor] = {}
+    if positions is not None:
+        more["position_ids"] = positions.to(model.device)
+    if visible is not None:
+        hidden = torch.zeros(visible.shape, dtype=model.dtype).masked_fill_(~visible, torch.finfo(model.dtype).min)
+        more["attention_mask"] = hidden[:, None].to(model.device)
+    output: Tensor = model.base_model(
+        input_ids=tokens.to(model.device).long(), use_cache=False, **more
+    ).last_hidden_state
     return output
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scaleot_core.common import distributed
-from scaleot_core.common.runtime import generator, secret_draw
+from scaleot_core.common.runtime import choose_attention, generator, secret_draw
 from scaleot_core.models.forward import last_hidden_state
 from scaleot_core.params import OffsiteTuning, Tuning
 from scaleot_core.training import gradients
@@ -71,6 +71,7 @@ def train(
         parameter.requires_grad_(True)
     optimizer = Optimizer(parameters, weight_decay=tuning.weight_decay, clip=tuning.max_grad_norm)
     lengths = [len(tokens) for tokens, _ in data]
+    choose_attention(model.device, max(lengths))
     an_epoch, steps = math.ceil(len(data) / tuning.batch_size), _step_count(tuning, len(data))
 
     def step(i: int) -> dict[str, float]:
@@ -127,6 +128,7 @@ def train_privately(
         noise=noise,
         batch_size=tuning.batch_size,
     )
+    choose_attention(model.device, max(len(tokens) for tokens, _ in data))
 
     def step(i: int) -> dict[str, float]:
         losses, tokens = [], 0

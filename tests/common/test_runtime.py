@@ -8,10 +8,79 @@ import torch
 from helpers import refusal
 from transformers.utils import logging
 
-from scaleot_core.common.runtime import DTYPES, Runtime, generator, setup
+from scaleot_core.common import runtime
+from scaleot_core.common.runtime import DTYPES, Runtime, choose_attention, generator, multiply_in_float32, setup
 from scaleot_core.params import Params
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
+
+# --- kernels -------------------------------------------------------------------------------------------------
+
+
+def products(dtype):
+    """Every kind of matrix product a model makes, and their gradients."""
+    draw = torch.Generator().manual_seed(0)
+    one, two, bias = (
+        torch.randn(shape, generator=draw).to(dtype).requires_grad_() for shape in [(5, 700), (700, 3), 3]
+    )
+    many, more = (torch.randn(shape, generator=draw).to(dtype).requires_grad_() for shape in [(2, 5, 700), (2, 700, 3)])
+    start = torch.randn((2, 5, 3), generator=draw).to(dtype)
+    made = [one @ two, many @ more, many @ two, one @ two[:, 0], torch.addmm(bias, one, two, beta=0.5, alpha=2)]
+    made += [torch.nn.functional.linear(one, two.T, bias), torch.baddbmm(start, many, more, beta=2)]
+    sum(product.float().square().sum() for product in made).backward()
+    return [*made, *(each.grad for each in (one, two, bias, many, more))]
+
+
+@pytest.fixture
+def in_float32():
+    """Has bfloat16 products computed in float32, and torch's own kernels back afterwards."""
+    kept = runtime.multiply_in_float32.cache_info().currsize
+    yield lambda: multiply_in_float32(torch.bfloat16)
+    if not kept:
+        multiply_in_float32(torch.bfloat16)._destroy()
+        multiply_in_float32.cache_clear()
+
+
+def test_products_in_float32_are_the_exact_ones_rounded_once(in_float32):
+    before = {dtype: products(dtype) for dtype in (torch.float32, torch.float64)}
+    in_float32()
+    for dtype, expected in before.items():
+        assert all(map(torch.equal, products(dtype), expected))
+    exact = torch.bfloat16
+    draw = torch.Generator().manual_seed(1)
+    one, two = torch.randn(40, 4096, generator=draw).to(exact), torch.randn(4096, 30, generator=draw).to(exact)
+    assert torch.equal(one @ two, (one.float() @ two.float()).to(exact))
+    for found, expected in zip(products(exact), before[torch.float64], strict=True):
+        assert found.dtype == exact and found.shape == expected.shape
+        assert torch.allclose(found.double(), expected, rtol=0.1, atol=0.02 * expected.abs().max().item())
+
+
+def test_product_of_shapes_that_do_not_fit_is_refused_as_ever(in_float32):
+    in_float32()
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        torch.ones(2, 3, dtype=torch.bfloat16) @ torch.ones(2, 3, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has", "taken"), [("bfloat16", False, True), ("bfloat16", True, False), ("float32", False, False)]
+)
+def test_setup_multiplies_in_float32_where_the_cpu_has_no_instructions(machine, params, monkeypatch, dtype, has, taken):
+    chosen = []
+    monkeypatch.setattr(runtime, "multiply_in_float32", chosen.append)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has, raising=False)
+    setup(params.model_copy(update={"device": "cpu", "dtype": dtype}), "here")
+    assert chosen == ([torch.bfloat16] if taken else [])
+
+
+@pytest.mark.parametrize(("device", "tokens", "flash"), [("cpu", 32, False), ("cpu", 4096, True), ("cuda", 32, True)])
+def test_attention_is_chosen_by_device_and_length(device, tokens, flash):
+    before = torch.backends.cuda.flash_sdp_enabled()
+    choose_attention(torch.device(device), tokens)
+    chosen = torch.backends.cuda.flash_sdp_enabled()
+    torch.backends.cuda.enable_flash_sdp(before)
+    assert chosen == flash
+
 
 # --- named draws -----------------------------------------------------------------------------------------
 
