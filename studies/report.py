@@ -38,15 +38,8 @@ def main() -> None:
     settings = [{"parameter": name, "value": str(value)} for name, value in flatten(params.model_dump()).items()]
     versions = [{"library": name, "version": version} for name, version in metrics["versions"].items()]
     parts.append(html.Section("Parameters and versions", tables=[html.table(settings), html.table(versions)]))
-    emulator, perplexity = metrics["emulator"], metrics["corpus_perplexity"]
-    summary = {
-        "model": params.model,
-        "method": params.method,
-        "α, β": f"{params.alpha:g}, {params.beta:g}",
-        "emulator": f"{emulator['share_of_model']:.0%} of the model's bytes",
-        "corpus perplexity": f"{perplexity['emulator']:.1f}, the model's {perplexity['model']:.1f}",
-    }
-    html.write(OUT, f"ScaleOT on {', '.join(params.tasks)}", summary, parts)
+    summary = {"model": params.model, "method": params.method, "α, β": f"{params.alpha:g}, {params.beta:g}"}
+    html.write(OUT, f"ScaleOT on {', '.join(params.tasks)}", html.answer(metrics), summary, parts)
     say(f"{OUT}: {OUT.stat().st_size:,} bytes; open it in a browser")
 
 

@@ -56,24 +56,24 @@ def svg(figure: Figure) -> str:
 
 
 def measurements(tasks: Mapping[str, Measured]) -> Figure:
-    """The measurements of every task, in the metrics that it is judged by."""
-    figure = Figure(figsize=(4.8 * len(tasks), 6.4))
+    """Draw the measurements of every task with their standard errors, in the metrics that it is judged by."""
+    shown = {task: by_row(measured) for task, measured in tasks.items()}
+    most = max(map(len, shown.values()))
+    figure = Figure(figsize=(4.4 * len(tasks) + 1, 2 * (0.34 * most + 0.9)))
     rows = figure.subplots(2, len(tasks), squeeze=False)
     for column, (task, measured) in enumerate(tasks.items()):
         for axis in rows[len(judged_by(measured)) :, column]:
             axis.axis("off")
         for axis, metric in zip(rows[:, column], judged_by(measured), strict=False):
-            shown = by_row(measured)
-            values = [figures[metric] for figures in shown.values()]
-            errors = [figures[f"{metric}_stderr"] for figures in shown.values()]
-            colours = [MEASUREMENT_COLOURS[name.partition(",")[0]] for name in shown]
-            axis.bar(range(len(shown)), values, yerr=errors, color=colours, capsize=3)
-            low, high = min(values) - 2 * max(errors), max(values) + 2 * max(errors) or 1.0
-            axis.set_ylim(max(0, low - 0.3 * (high - low)), high)
-            names = [re.sub("_|, ", "\n", name) for name in shown]
-            axis.set_xticks(range(len(shown)), names, fontsize=7)
-            better = "less" if metric in measured["lower_is_better"] else "more"
-            axis.set_title(f"{task}\n{metric} ({better} is better)", fontsize=9)
+            for at, (name, figures) in enumerate(shown[task].items()):
+                colour = MEASUREMENT_COLOURS[name.partition(",")[0]]
+                axis.errorbar(figures[metric], at, xerr=figures[f"{metric}_stderr"], fmt="o", color=colour, capsize=3)
+            axis.set_yticks(range(len(shown[task])), list(shown[task]), fontsize=8)
+            axis.set_ylim(len(shown[task]) - 0.5, -0.5)
+            axis.grid(axis="x", color="#e4e7eb", linewidth=0.6)
+            better = "← better" if metric in measured["lower_is_better"] else "better →"
+            axis.set_xlabel(f"{metric} ({better})", fontsize=8)
+            axis.set_title(task if axis is rows[0, column] else "", fontsize=9)
     return figure
 
 
@@ -117,23 +117,20 @@ class Panel:
     y: str
     title: str
     y_label: str
-    x_label: str = "recovery: share of full fine-tuning's gain"
+    x_label: str = "recovery: share of full fine-tuning's gain (better →)"
 
 
 def gap_panel(metric: str, title: str) -> Panel:
     """Make the panel of gap against recovery in one metric."""
-    return Panel(f"recovery {metric}", f"gap {metric}", title, "gap: plug-in minus tuned emulator")
+    return Panel(f"recovery {metric}", f"gap {metric}", title, "gap: plug-in minus tuned emulator (better ↑)")
 
 
-GAPS = {
-    "acc": gap_panel("acc", "accuracy"),
-    "answer_nll": gap_panel("answer_nll", "answer nll (nats)"),
-}
+GAP_ACCURACY, GAP_NLL = gap_panel("acc", "accuracy"), gap_panel("answer_nll", "answer nll (nats)")
 LACKING = Panel(
     "recovery answer_nll",
     "lacking",
-    "after the recovery attack",
-    "log-perplexity that the attacker still lacks (nats)",
+    "after the restoration attack",
+    "log-perplexity that the attacker still lacks (nats, better ↑)",
 )
 
 
@@ -171,12 +168,14 @@ def frontier(lines: Mapping[str, Sequence[Row]], panels: Sequence[Panel]) -> Fig
             x, y, errors = ([float(p[part] or 0) for p in known] for part in (panel.x, panel.y, f"{panel.y} ±"))
             marker = MARKERS[k % len(MARKERS)]
             axis.errorbar(x, y, errors, color=colours(k / len(lines)), marker=marker, label=name)
+            aside = (5, 5) if k % 2 == 0 else (5, -11)  # neighbouring lines' labels on either side
             for point, at, height in zip(known, x, y, strict=True):
                 if math.isfinite(at):
-                    axis.annotate(point["label"], (at, height), (3, 4), textcoords="offset points", fontsize=7)
+                    style = {"textcoords": "offset points", "fontsize": 7, "color": colours(k / len(lines))}
+                    axis.annotate(point["label"], (at, height), aside, **style)
         axis.axhline(0, color="black", linewidth=0.6)
-        axis.set_xlabel(panel.x_label)
-        axis.set_ylabel(panel.y_label)
+        axis.set_xlabel(panel.x_label, fontsize=9)
+        axis.set_ylabel(panel.y_label, fontsize=9)
         axis.set_title(panel.title, fontsize=9)
     figure.legend(
         *axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False
@@ -192,6 +191,6 @@ def recovered(curves: Mapping[str, Sequence[Row]]) -> Figure:
         axis.plot([p["tokens"] for p in points], [p["perplexity"] for p in points], marker="o", label=name)
     axis.set_yscale("log")
     axis.set_xlabel("tokens that the attacker has trained on")
-    axis.set_ylabel("corpus perplexity")
+    axis.set_ylabel("corpus perplexity (more is better for the model owner)")
     axis.legend(fontsize=8, frameon=False)
     return figure

@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from scaleot_core.common.files import atomic_file
 from scaleot_core.reporting import figures
-from scaleot_core.reporting.measurements import by_row
+from scaleot_core.reporting.measurements import by_row, five
 
 Row = Mapping[str, Any]
 
@@ -59,7 +59,7 @@ def _frontier(
     title: str,
     text: str,
     lines: Mapping[str, Sequence[Row]],
-    panels: Sequence[figures.Panel] = (*figures.GAPS.values(),),
+    panels: Sequence[figures.Panel] = (figures.GAP_NLL,),
 ) -> Section:
     return Section(title, text, figures.svg(figures.frontier(lines, panels)))
 
@@ -116,39 +116,58 @@ def sections(
     `sweep`, `compared` and `attacks` are the tables of `make sweep`, `make compare` and `make attack-study`, where they
     exist; `attack` is what `make attack` left: attack.json and its curves.
     """
-    found = []
-    if compared:
-        lines = {row["method"]: [{**_renamed(row), "label": ""}] for row in compared}
-        text = "Each method at the same bytes, mean over tasks and seeds. Up and to the right is better."
-        found.append(_frontier("Methods", text, lines))
+    found = [_measurements(metrics["tasks"])]
+    costs = [{"stage": stage, **cost} for stage, cost in metrics["cost"].items()]
+    names = list(dict.fromkeys(name for cost in costs for name in cost))
+    found.append(
+        Section("What it cost", tables=[table({name: cost.get(name) for name in names} for cost in costs)]),
+    )
+    if attack:
+        found.append(_attack(*attack, metrics["tasks"]))
     if sweep:
-        text = "ScaleOT over α, the number beside a point, and β. Up and to the right is better."
+        text = "ScaleOT over α, the number beside a point, and β."
         found.append(_frontier("The dial", text, figures.by_beta(sweep)))
     if attacks:
         text = (
             "ScaleOT over α, β and channel_pruning.ratio (the number beside a point), and variants of the default: "
             "what an attacker is left without, and the paper's gap."
         )
-        panels = [figures.LACKING, figures.GAPS["answer_nll"]]
+        panels = [figures.LACKING, figures.GAP_NLL]
         found.append(_frontier("The dial under attack", text, figures.by_line(attacks), panels))
-    found.append(_measurements(metrics["tasks"]))
+    if compared:
+        lines = {row["method"]: [{**_renamed(row), "label": ""}] for row in compared}
+        text = "Each method at the same bytes, mean over tasks and seeds."
+        found.append(_frontier("Methods", text, lines, (figures.GAP_ACCURACY, figures.GAP_NLL)))
     kinds = list(zip(*(layers[name] for name in ("prior", "scores", "kinds")), strict=True))
     rows = [{"layer": i, "prior": p, "score": s, "became": kind} for i, (p, s, kind) in enumerate(kinds)]
-    found.append(
-        Section(
-            "Layers",
-            "Scores over depth, and what became of each layer.",
-            figures.svg(figures.layers(layers)),
-            [table(rows)],
-        )
-    )
-    if attack:
-        found.append(_attack(*attack, metrics["tasks"]))
+    text = "Scores over depth, and what became of each layer."
+    found.append(Section("Layers", text, figures.svg(figures.layers(layers)), [table(rows)]))
     found.append(Section("Losses", "Of every stage that trains.", figures.svg(figures.curves(histories))))
-    costs = [{"stage": stage, **cost} for stage, cost in metrics["cost"].items()]
-    names = list(dict.fromkeys(name for cost in costs for name in cost))
-    found.append(Section("Costs", tables=[table({name: cost.get(name) for name in names} for cost in costs)]))
     return found
+
+
+def answer(metrics: Mapping[str, Any]) -> list[str]:
+    """Say in a sentence a task and kind of adapters what was gained, and in one what the emulator gives away."""
+    said = []
+    for task, measured in metrics["tasks"].items():
+        metric = measured["metrics"][0]
+        for kind in measured["adapters"]:
+            own = five(measured, kind)
+            before, after, ceiling, tuned = (
+                own[name][metric] for name in ("zero_shot", "plug_in", "full_finetune", "emulator_finetune")
+            )
+            recovery = own["recovery"][metric]
+            share = "" if recovery is None else f", {recovery:.0%} of its gain"
+            said.append(
+                f"{task}, adapters {kind}: the plug-in has {metric} {after:.3f}, the model had {before:.3f} and has "
+                f"{ceiling:.3f} with full fine-tuning{share}; the tuned emulator alone has {tuned:.3f}."
+            )
+    emulator, perplexity = metrics["emulator"], metrics["corpus_perplexity"]
+    said.append(
+        f"The emulator gives away {emulator['share_of_model']:.0%} of the model's bytes and has a corpus perplexity of "
+        f"{perplexity['emulator']:.1f}, the model {perplexity['model']:.1f}."
+    )
+    return said
 
 
 def _renamed(row: Row) -> dict[str, Any]:
@@ -161,10 +180,14 @@ def _renamed(row: Row) -> dict[str, Any]:
     }
 
 
-def write(path: Path, title: str, summary: Mapping[str, Any], parts: Sequence[Section]) -> None:
-    """Write the page, whole or not at all."""
+def write(
+    path: Path, title: str, sentences: Sequence[str], summary: Mapping[str, Any], parts: Sequence[Section]
+) -> None:
+    """Write the page, whole or not at all: title, the answer in sentences, the settings, the sections."""
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=select_autoescape(("jinja",)), trim_blocks=True)
-    text = environment.get_template("report.html.jinja").render(title=title, summary=summary, sections=parts)
+    text = environment.get_template("report.html.jinja").render(
+        title=title, sentences=sentences, summary=summary, sections=parts
+    )
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

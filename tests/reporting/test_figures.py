@@ -57,7 +57,7 @@ def test_pictures_show_what_was_measured(tmp_path):
     for name, figure in drawn().items():
         figures.save_png(figure, tmp_path / name)
         assert 0.3 < share(tmp_path / name, "white") < 0.99
-    assert share(tmp_path / "measurements.png", "#d1495b") > 0.01  # the plug-in's bars
+    assert share(tmp_path / "measurements.png", "#d1495b") > 3e-4  # the plug-in's points
     assert all(share(tmp_path / "layers.png", figures.KIND_COLOURS[kind]) > 0.01 for kind in LAYERS["kinds"])
     assert share(tmp_path / "curves.png", "C0") > 1e-4
 
@@ -80,6 +80,8 @@ def test_frontier_has_a_point_for_every_known_setting():
 
 METRICS = {
     "tasks": TASKS,
+    "emulator": {"share_of_model": 0.74},
+    "corpus_perplexity": {"emulator": 121.25, "model": 26.5},
     "cost": {"compress": {"tokens": 5, "seconds": 2.5, "peak_memory_mib": 900}, "evaluate": {"seconds": 7.0}},
 }
 
@@ -116,7 +118,8 @@ def written(tmp_path):
     parts = html.sections(
         METRICS, LAYERS, HISTORIES, sweep=sweep, compared=rows, attacks=attacks, attack=(attack, CURVE)
     )
-    html.write(tmp_path / "report.html", "ScaleOT on <b>piqa</b>", {"model": "<script>alert(1)</script>"}, parts)
+    summary = {"model": "<script>alert(1)</script>"}
+    html.write(tmp_path / "report.html", "ScaleOT on <b>piqa</b>", html.answer(METRICS), summary, parts)
     return tmp_path / "report.html"
 
 
@@ -137,13 +140,29 @@ def test_page_has_every_part_and_needs_nothing_else(written):
         "The five measurements",
         "Layers",
         "Losses",
-        "Costs",
+        "What it cost",
         "uniform",
         "plug_in",
         "900",
     ):
         assert part in reader.text, part
     assert "nan" not in reader.text.lower()
+
+
+def test_page_opens_with_the_answer_then_the_cost_then_the_dial(written):
+    reader = Reader()
+    reader.feed(written.read_text())
+    parts = ["74% of the model's bytes", "The five measurements", "What it cost", "The dial", "Methods", "Layers"]
+    assert [reader.text.index(part) for part in parts] == sorted(reader.text.index(part) for part in parts)
+
+
+def test_answer_has_every_task_and_kind_of_adapters_and_what_is_given_away():
+    said = html.answer(METRICS)
+    assert len(said) == 4
+    good = TASKS["piqa"]["adapters"]["lora"]
+    assert f"the plug-in has acc {good['plug_in']['acc']:.3f}" in said[1]
+    assert f"{good['recovery']['acc']:.0%} of its gain; the tuned emulator alone has" in said[1]
+    assert "corpus perplexity of 121.2, the model 26.5" in said[-1]
 
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
