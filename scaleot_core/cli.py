@@ -21,7 +21,7 @@ from scaleot_core.common.progress import say
 if TYPE_CHECKING:
     from scaleot_core.exchange.package import PackageManifest
     from scaleot_core.exchange.returned import LayerChange
-    from scaleot_core.params import LoraForm, OffsiteTuning
+    from scaleot_core.settings import LoraForm, OffsiteTuning
     from scaleot_core.tuning.examples import Examples
 
 PROGRESS_SECONDS = 60.0  # between two checkpoints of `tune`
@@ -221,7 +221,7 @@ def tune(
     from scaleot_core.exchange.archive import new_output, unpacked
     from scaleot_core.exchange.package import Package
     from scaleot_core.models.loading import check_tokenizer
-    from scaleot_core.params import LoraForm, OffsiteTuning
+    from scaleot_core.settings import LoraForm, OffsiteTuning
     from scaleot_core.training.checkpoint import Checkpoint
     from scaleot_core.tuning import examples
     from scaleot_core.tuning.selection import tune as tune_parameters

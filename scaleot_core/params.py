@@ -1,240 +1,37 @@
-"""params.yaml as checked values: every key is a field here, with its type, range, default and one description."""
+"""params.yaml as checked values: every key is a field here or in a block of `settings`."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.validation import Block, validate_block
+from scaleot_core.settings import (
+    AdapterKind,
+    AfterSrc,
+    Attack,
+    ChannelPruning,
+    Count,
+    Crash,
+    Data,
+    Distill,
+    Dlr,
+    Evaluate,
+    Fraction,
+    Gradot,
+    HarmonizerForm,
+    LayerImportance,
+    Lora,
+    Name,
+    OffsiteTuning,
+    RankCompression,
+    Tuning,
+)
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(gt=0, le=1)]
-Rates = Annotated[
-    list[Rate],
-    BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
-    Field(min_length=1),
-]
-Name = Annotated[str, Field(min_length=1)]
-AdapterKind = Literal["layers", "lora"]
 TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-
-
-class Data(Block):
-    """Stage prepare_data: what is read, and how much of it."""
-
-    questions: Name = "embedded"
-    """embedded, hub, or a folder of <task>/train.jsonl and validation.jsonl"""
-    questions_revision: str = ""
-    """commit, tag or branch of the tasks' data sets on the hub; empty for the newest"""
-    corpus: Name = "embedded"
-    """embedded, a .jsonl or .txt file, a folder of such, or a data set on the hub"""
-    corpus_revision: str = ""
-    """commit, tag or branch of the corpus on the hub; empty for the newest"""
-    block_size: Annotated[int, Field(ge=8)] = 256
-    """tokens in a corpus block"""
-    train_blocks: Positive = 512
-    """blocks to train harmonizers and scores on"""
-    heldout_blocks: Positive = 32
-    """blocks for perplexity, from other passages"""
-    train_questions: Positive = 600
-    """most training questions of a task"""
-    eval_questions: Positive = 400
-    """most evaluated questions of a task"""
-
-
-class HarmonizerForm(Block):
-    """The harmonizer (method section 1)."""
-
-    rank: Positive = 64
-    """r, 64 up to about 2B parameters, 256 above"""
-
-
-class LayerImportance(Block):
-    """Stage layer_importance: local fits and prior scores (method section 2)."""
-
-    estimator: Literal["sensitivity", "block_influence", "taylor"] = "sensitivity"
-    """what the prior scores are computed from"""
-    calibration_blocks: Positive = 128
-    """blocks whose hidden states are kept for the local fits"""
-    steps: Count = 500
-    """steps of local regression, all layers at once; with 0 harmonizers stay identities"""
-    batch_tokens: Positive = 1024
-    """tokens in a step"""
-    lr: Rate = 0.01
-    """AdamW's learning rate"""
-    sensitivity_blocks: Positive = 8
-    """blocks on which a layer's sensitivity is measured"""
-
-
-class Dlr(Block):
-    """Stage train_harmonizers: Dynamic LayerReplace (method section 2)."""
-
-    init: Literal["prior", "zero"] = "prior"
-    """where the scores start"""
-    group_size: Annotated[int, Field(ge=2)] = 4
-    """N_g, neighbouring layers in a group, half of which is replaced in a sample"""
-    keep_threshold: Fraction = 0.9
-    """layers with p_i above it are always kept; 1 for none, the paper's rule"""
-    steps: Count = 60
-    """harmonizer updates"""
-    batch_blocks: Positive = 2
-    """corpus blocks in a step"""
-    lr: Rate = 0.0001
-    """AdamW's learning rate"""
-    score_blocks: Positive = 64
-    """training blocks set aside to compare candidates on"""
-    score_interval: Positive = 10
-    """harmonizer updates between two score updates"""
-    score_lr: Annotated[float, Field(gt=0)] = 10.0
-    """η, step of the score update"""
-    candidates: Annotated[int, Field(ge=2)] = 3
-    """N_c, distinct networks compared in a score update"""
-
-
-class RankCompression(Block):
-    """Stage compress: Selective Rank Compression (method section 4)."""
-
-    whiten: bool = True
-    """truncate the projections' outputs on the corpus (SVD-LLM), or, false, the matrices, as the paper does"""
-    calibration_blocks: Positive = 64
-    """training blocks whose projection inputs are the covariance"""
-
-
-class ChannelPruning(Block):
-    """Stage compress: channel pruning of the compressed layers, beyond the paper (method section 7)."""
-
-    ratio: Fraction = 0.0
-    """share of the feed-forward channels that is cut; 0 as in the paper"""
-
-
-class AfterSrc(Block):
-    """Stage compress: harmonizers trained once more, in the finished emulator."""
-
-    steps: Count = 0
-    """harmonizer updates; 0 for none, as in the paper"""
-    batch_blocks: Positive = 2
-    """corpus blocks in a step"""
-    lr: Rate = 0.0001
-    """AdamW's peak learning rate"""
-
-
-class Distill(Block):
-    """Stage compress, method distilled: offsite-tuning's distillation (method section 9)."""
-
-    steps: Count = 300
-    """updates of the layers that are kept"""
-    batch_blocks: Positive = 4
-    """corpus blocks in a step"""
-    lr: Rate = 0.0001
-    """AdamW's peak learning rate"""
-    hidden_weight: Annotated[float, Field(ge=0)] = 30.0
-    """weight of the hidden states' error beside the cross-entropy"""
-
-
-class Crash(Block):
-    """Stage compress, method crash (method section 9)."""
-
-    calibration_blocks: Annotated[int, Field(ge=2)] = 256
-    """training blocks on which layers are compared"""
-
-
-class Gradot(Block):
-    """Stage compress, method gradot (method section 9)."""
-
-    calibration_blocks: Positive = 32
-    """training blocks for gradients and the Hessian's factors"""
-    lambda_attention: float = 1.0
-    """λ of singular values: how much a part counts whose loss would raise the emulator's own loss"""
-    lambda_feed_forward: float = 1.0
-    """λ of feed-forward channels"""
-
-
-class Tuning(Block):
-    """Stage full_finetune, the ceiling (method section 5)."""
-
-    epochs: Positive = 2
-    """passes over the training questions"""
-    max_steps: Count = 0
-    """stop after this many steps; 0 for no limit"""
-    batch_size: Positive = 8
-    """questions in a step"""
-    lr: Rates = [0.00005]
-    """AdamW's peak learning rate; of several the one with the lowest held-out loss is taken"""
-    validation_fraction: Fraction = 0.1
-    """share of the questions held out, where several rates or patience need it"""
-    patience: Count = 0
-    """stop after this many epochs without a lower held-out loss; 0 for all epochs"""
-    warmup_ratio: Fraction = 0.1
-    """share of the steps until the peak rate; linear to zero after it"""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's weight decay"""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """largest norm of the gradient"""
-
-
-class OffsiteTuning(Tuning):
-    """Stage offsite_tune: how the data owner tunes (method section 5)."""
-
-    lr: Rates = [0.0003]
-    """AdamW's peak learning rate; of several the one with the lowest held-out loss is taken"""
-    epsilon: Annotated[float, Field(ge=0)] = 0.0
-    """ε of differential privacy (DP-SGD) for each training question; 0 for none"""
-    delta: Annotated[float, Field(gt=0, lt=1)] = 0.0001
-    """δ of differential privacy: less than one over the number of questions"""
-
-
-class LoraForm(Block):
-    """Where LoRA is put in an emulator, and how large it is (method section 5)."""
-
-    rank: Positive = 16
-    """rank of LoRA's matrices"""
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    """LoRA's scale, over its rank"""
-    layers: Literal["all", "adapter"] = "all"
-    """every decoder layer that the emulator still has, or the adapter layers alone"""
-    modules: Literal["all", "attention"] = "all"
-    """attention projections and feed-forward matrices, or the projections alone"""
-
-
-class Lora(LoraForm):
-    """Stage offsite_tune, adapters lora (method section 5)."""
-
-    lr: Rates = [0.001]
-    """AdamW's peak learning rate; of several the one with the lowest held-out loss is taken"""
-
-    @property
-    def form(self) -> LoraForm:
-        """What an adapter's reader has to know of it."""
-        return LoraForm(**self.model_dump(exclude={"lr"}))
-
-
-class Attack(Block):
-    """Stage attack, off the main path: `make attack`."""
-
-    steps: Positive = 64
-    """updates of every weight in the package"""
-    batch_blocks: Positive = 4
-    """corpus blocks in a step"""
-    lr: Rate = 0.0001
-    """AdamW's peak learning rate"""
-    eval_points: Positive = 4
-    """measurements during the attack, beside that of the start"""
-    references: list[Literal["widened", "without_weights", "uniform"]] = ["widened", "without_weights", "uniform"]
-    """what else is attacked with the same budget"""
-    membership_records: Annotated[int, Field(ge=2)] = 200
-    """most private training questions, and held-out ones, in membership inference"""
-
-
-class Evaluate(Block):
-    """Stages evaluate, zero_shot and full_finetune: lm-eval (method section 6)."""
-
-    batch_size: Positive = 32
-    """requests in a forward pass"""
 
 
 class Params(Block):

@@ -19,7 +19,8 @@ from scaleot_core.data.local_files import ROWS, TEXTS, has_suffix
 from scaleot_core.exchange.tokenizer import check_shippable
 from scaleot_core.models.families import family
 from scaleot_core.models.loading import load_tokenizer, read_config
-from scaleot_core.params import Params, Tuning, changed
+from scaleot_core.params import Params, changed
+from scaleot_core.settings import Tuning
 
 QUESTION_TOKENS = 30  # of a typical question with its answer
 CHOICES = 4  # scored for a typical question

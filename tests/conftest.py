@@ -13,7 +13,8 @@ from torch.utils import collect_env
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from warm_python import no_packages, warm_python
 
-from scaleot_core.params import OffsiteTuning, Params, load_params
+from scaleot_core.params import Params, load_params
+from scaleot_core.settings import OffsiteTuning
 from scaleot_core.tuning import privacy
 
 

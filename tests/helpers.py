@@ -48,8 +48,8 @@ from scaleot_core.compression.svd import svd_factors
 from scaleot_core.exchange import adapter
 from scaleot_core.exchange.package import save
 from scaleot_core.models.families import decoder_layers, family, projection_name
-from scaleot_core.params import HarmonizerForm, LoraForm, OffsiteTuning
 from scaleot_core.reporting import measurements
+from scaleot_core.settings import HarmonizerForm, LoraForm, OffsiteTuning
 from scaleot_core.tuning.adapters import TunedLora
 from scaleot_core.tuning.lora import insert_lora
 from scaleot_core.tuning.selection import TuningResult

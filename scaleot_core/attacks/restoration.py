@@ -23,7 +23,7 @@ from scaleot_core.compression.low_rank import FusedProjection, LowRankLinear, de
 from scaleot_core.compression.plan import DECODER_KINDS, Plan
 from scaleot_core.models.families import attention, decoder_layers, family
 from scaleot_core.models.forward import mean_loss, next_token_loss
-from scaleot_core.params import Attack
+from scaleot_core.settings import Attack
 from scaleot_core.training.blocks import BlockTrainer
 from scaleot_core.training.checkpoint import Checkpoint
 

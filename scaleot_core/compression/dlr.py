@@ -14,7 +14,7 @@ from scaleot_core.common.runtime import generator
 from scaleot_core.common.validation import check_range
 from scaleot_core.compression.harmonizer import Harmonizers
 from scaleot_core.models.forward import mean_loss, next_token_loss, swapped_layers
-from scaleot_core.params import AfterSrc, Dlr
+from scaleot_core.settings import AfterSrc, Dlr
 from scaleot_core.training.blocks import BlockTrainer, draw_blocks, prepare, update
 from scaleot_core.training.checkpoint import Checkpoint
 from scaleot_core.training.loop import run_steps

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scaleot_core.params import HarmonizerForm
+from scaleot_core.settings import HarmonizerForm
 
 
 class Harmonizer(nn.Module):

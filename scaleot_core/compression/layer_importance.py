@@ -19,7 +19,7 @@ from scaleot_core.common.tensors import read_tensors
 from scaleot_core.compression.harmonizer import Harmonizer, Harmonizers
 from scaleot_core.models.families import decoder_layers
 from scaleot_core.models.forward import hidden_states, hooks, mean_loss, next_token_loss, swapped_layers
-from scaleot_core.params import HarmonizerForm
+from scaleot_core.settings import HarmonizerForm
 from scaleot_core.training.checkpoint import Checkpoint
 from scaleot_core.training.loop import run_steps
 from scaleot_core.training.optimizer import Optimizer, linear_warmup_decay

@@ -12,7 +12,8 @@ from scaleot_core.common.errors import UserError
 from scaleot_core.common.validation import check_range
 from scaleot_core.compression.channels import channels_of
 from scaleot_core.compression.rank_compression import round_half_up, target_rank, target_ranks
-from scaleot_core.params import HarmonizerForm, Params, Positive
+from scaleot_core.params import Params
+from scaleot_core.settings import HarmonizerForm, Positive
 
 LayerKind = Literal["adapter", "harmonizer", "compressed", "removed", "shared"]
 DECODER_KINDS: tuple[LayerKind, ...] = ("adapter", "compressed", "shared")  # kinds that are still decoder layers

@@ -23,7 +23,7 @@ from scaleot_core.exchange.manifest import MOST_LAYERS, Hash, Manifest, read_che
 from scaleot_core.exchange.package import Package
 from scaleot_core.exchange.untrusted import read_untrusted_json, read_untrusted_tensors
 from scaleot_core.models.families import family
-from scaleot_core.params import LoraForm, OffsiteTuning, Positive
+from scaleot_core.settings import LoraForm, OffsiteTuning, Positive
 from scaleot_core.tuning.adapters import TunedAdapter, TunedLayers, TunedLora
 from scaleot_core.tuning.selection import TuningResult
 

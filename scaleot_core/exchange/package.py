@@ -40,7 +40,7 @@ from scaleot_core.exchange.tokenizer import load_untrusted_tokenizer, save_token
 from scaleot_core.exchange.untrusted import check_tensors, read_untrusted_tensors
 from scaleot_core.models.families import FAMILIES, family
 from scaleot_core.models.forward import last_hidden_state
-from scaleot_core.params import AdapterKind, Fraction, HarmonizerForm
+from scaleot_core.settings import AdapterKind, Fraction, HarmonizerForm
 
 FORMAT: Final = "scaleot-emulator"
 FORMAT_VERSION: Final = 3

@@ -15,7 +15,7 @@ from scaleot_core.compression.plan import Plan
 from scaleot_core.exchange import adapter
 from scaleot_core.exchange.package import Package
 from scaleot_core.models.families import family
-from scaleot_core.params import LoraForm
+from scaleot_core.settings import LoraForm
 from scaleot_core.tuning.adapters import TunedAdapter, TunedLayers, TunedLora, fit_to_model
 
 

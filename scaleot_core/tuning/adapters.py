@@ -13,7 +13,7 @@ from scaleot_core.compression import emulator
 from scaleot_core.compression.low_rank import features
 from scaleot_core.compression.plan import Plan
 from scaleot_core.models.families import family
-from scaleot_core.params import LoraForm
+from scaleot_core.settings import LoraForm
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from scaleot_core.common.runtime import generator
 from scaleot_core.compression.low_rank import FusedProjection, LowRankLinear, features
 from scaleot_core.compression.plan import DECODER_KINDS, Plan
 from scaleot_core.models.families import family
-from scaleot_core.params import LoraForm
+from scaleot_core.settings import LoraForm
 
 ADAPTER_NAME = "default"  # PEFT's, which is in its parameters' names
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from scaleot_core.common.errors import UserError
-from scaleot_core.params import OffsiteTuning
+from scaleot_core.settings import OffsiteTuning
 from scaleot_core.training.optimizer import Optimizer
 
 ACCOUNTANT = "prv"  # Gopi et al. 2021: tighter than Rényi's

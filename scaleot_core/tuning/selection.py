@@ -17,7 +17,7 @@ from scaleot_core.common.files import cached_json
 from scaleot_core.common.progress import say
 from scaleot_core.common.runtime import generator
 from scaleot_core.common.tensors import read_tensors, write_tensors
-from scaleot_core.params import OffsiteTuning, Tuning
+from scaleot_core.settings import OffsiteTuning, Tuning
 from scaleot_core.training.checkpoint import Checkpoint
 from scaleot_core.training.loop import Diverged
 from scaleot_core.tuning.examples import Example

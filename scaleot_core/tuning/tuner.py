@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from scaleot_core.common import distributed
 from scaleot_core.common.runtime import choose_attention, generator, secret_draw
 from scaleot_core.models.forward import last_hidden_state
-from scaleot_core.params import OffsiteTuning, Tuning
+from scaleot_core.settings import OffsiteTuning, Tuning
 from scaleot_core.training import gradients
 from scaleot_core.training.checkpoint import Checkpoint
 from scaleot_core.training.loop import run_steps

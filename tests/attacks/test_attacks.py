@@ -16,7 +16,8 @@ from scaleot_core.compression.plan import Plan
 from scaleot_core.methods import METHODS, ModelOwner
 from scaleot_core.models.families import decoder_layers, family
 from scaleot_core.models.forward import mean_loss
-from scaleot_core.params import LoraForm, changed
+from scaleot_core.params import changed
+from scaleot_core.settings import LoraForm
 from scaleot_core.training.checkpoint import Checkpoint
 from scaleot_core.tuning.adapters import TunedLayers, TunedLora
 from scaleot_core.tuning.examples import from_task

@@ -32,7 +32,7 @@ from scaleot_core.common.files import read_json, write_json
 from scaleot_core.common.tensors import read_tensors, write_tensors
 from scaleot_core.exchange.archive import archive
 from scaleot_core.exchange.package import Package
-from scaleot_core.params import LoraForm
+from scaleot_core.settings import LoraForm
 
 SECONDS = 2.0  # within which a refusal comes
 ADAPTER = "adapter.safetensors"
