@@ -26,7 +26,7 @@ from helpers import (
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from scaleot_core import cli
+from scaleot_core.cli import data_owner
 from scaleot_core.common.files import write_json
 from scaleot_core.common.tensors import read_tensors, write_tensors
 from scaleot_core.compression.emulator import package_tensors, plug_in
@@ -287,7 +287,7 @@ def test_tune_on_a_tasks_questions(tmp_path, package):
 def test_killed_tuning_goes_on_to_the_same_bytes(tmp_path, package, records, monkeypatch, kind):
     arguments = ("tune", package, "--data", records, "--adapters", kind, *RANK, *FEW)
     gives(*arguments, "--out", tmp_path / "whole")
-    monkeypatch.setattr(cli, "PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(data_owner, "PROGRESS_SECONDS", 0.0)
     with dies_after(tuner, "answer_loss", 3):
         ended = scaleot(*arguments, "--out", tmp_path / "again")
     assert ended.code == 130 and "goes on" in ended.said[-1] and not (tmp_path / "again").exists()

@@ -1,0 +1,31 @@
+"""The command line of the two parties: `scaleot pack`, `inspect`, `tune`, `check` and `plug`.
+
+What a command needs is imported when it runs, so that `--help` is quick and the data owner needs no DVC.
+"""
+
+import typer
+
+from scaleot_core.cli.data_owner import tune
+from scaleot_core.cli.inspection import inspect
+from scaleot_core.cli.model_owner import check, pack, plug
+from scaleot_core.cli.options import option_name
+from scaleot_core.common.entrypoint import run_command
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Tune a language model that one party won't give away on data that another won't show. The model owner packs "
+    "an emulator and ships it; the data owner tunes adapters in it and sends only them back; the model owner checks "
+    "them and plugs them into the real model.",
+)
+app.command()(pack)
+app.command()(inspect)
+app.command()(tune)
+app.command()(check)
+app.command()(plug)
+
+
+def main() -> None:
+    """Run the command line."""
+    run_command(lambda: app(prog_name="scaleot"), option_name)

@@ -1,0 +1,221 @@
+"""The data owner's command: `tune`."""
+
+import secrets
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from scaleot_core.cli.options import AsJson
+from scaleot_core.cli.output import private_file, show
+from scaleot_core.common.errors import UserError
+from scaleot_core.common.progress import say
+from scaleot_core.common.validation import validate_block
+from scaleot_core.settings import LoraForm, OffsiteTuning
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from scaleot_core.tuning.examples import Examples
+
+PROGRESS_SECONDS = 60.0  # between two checkpoints
+
+
+@dataclass(frozen=True)
+class _RuntimeSettings:
+    device: str
+    dtype: str
+    threads: int
+
+
+def tune(
+    package: Annotated[Path, typer.Argument(help="The package that came from the model owner: a folder or .zip.")],
+    out: Annotated[Path, typer.Option(help="The adapter to write: a folder, or one file if the name ends in .zip.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Your records: JSON Lines, a JSON list, Parquet or CSV, all with `prompt` and `completion`, or "
+            "`messages`, or `text`. With --task: the task's questions, in the fields of its hub data set."
+        ),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="A task of lm-eval; without --data its training questions come from the hub.")
+    ] = None,
+    adapters: Annotated[
+        Literal["layers", "lora"],
+        typer.Option(help="What to tune: LoRA in every layer that the package has, or the adapter layers whole."),
+    ] = "lora",
+    lora_rank: Annotated[int, typer.Option(min=1, help="Rank of LoRA's matrices.")] = 16,
+    lora_alpha: Annotated[float, typer.Option(min=0, help="LoRA's scale, over its rank.")] = 32.0,
+    lora_modules: Annotated[
+        Literal["all", "attention"], typer.Option(help="Put LoRA into all matrices of a layer, or the attention's.")
+    ] = "all",
+    epochs: Annotated[int, typer.Option(min=1, help="Most passes over the records.")] = 10,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Stop after so many epochs without a lower held-out loss; 0 for all epochs. 1, or 0 with --epsilon.",
+        ),
+    ] = None,
+    validation: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of the records that is held out, to know when to stop; 0 for none: all epochs run.",
+        ),
+    ] = 0.1,
+    lr: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="AdamW's peak learning rate, if none is given 1e-3 for LoRA and 3e-4 for layers; of several the best "
+            "on what is held out."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Records in a step.")] = 8,
+    block_size: Annotated[int, typer.Option(min=8, help="Tokens in a block of `text`.")] = 512,
+    epsilon: Annotated[
+        float,
+        typer.Option(min=0, help="Protect each record by differential privacy (DP-SGD) with this ε; 0 for none."),
+    ] = 0.0,
+    delta: Annotated[float, typer.Option(help="δ of it: less than one over the number of records.")] = 1e-5,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Every random draw comes from it, but those that protect privacy.")
+    ] = 0,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads, 0 for all.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Data owner: tune adapters in the package on your own records. What it writes is all that goes back.
+
+    The same command goes on where it was stopped. Beside the adapter comes OUT.private.json, with the losses, which
+    stays with you.
+    """
+    from scaleot_core.common.files import fingerprint, write_json
+    from scaleot_core.common.runtime import setup
+    from scaleot_core.exchange import adapter
+    from scaleot_core.exchange.archive import new_output, unpacked
+    from scaleot_core.exchange.package import Package
+    from scaleot_core.models.loading import check_tokenizer
+    from scaleot_core.training.checkpoint import Checkpoint
+    from scaleot_core.tuning.selection import tune as tune_parameters
+
+    if data is None and task is None:
+        raise UserError("nothing to tune on: name a file with --data, or a task of lm-eval with --task")
+    settings = validate_block(
+        OffsiteTuning,
+        {
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "lr": lr or [1e-3 if adapters == "lora" else 3e-4],
+            "validation_fraction": validation,
+            "patience": (0 if epsilon else 1) if patience is None else patience,
+            "epsilon": epsilon,
+            "delta": delta,
+        },
+    )
+    form = {"rank": lora_rank, "alpha": lora_alpha, "modules": lora_modules}
+    lora = validate_block(LoraForm, form) if adapters == "lora" else None
+    with unpacked(package) as folder, new_output(out) as target:
+        shipped = Package(folder)
+        runtime = setup(_RuntimeSettings(device, shipped.manifest.dtype, threads), "tune")
+        model, tokenizer = shipped.load(runtime.device), shipped.tokenizer()
+        check_tokenizer(tokenizer, model.config)
+        examples = _read_examples(model, tokenizer, task, data, block_size=block_size, packed=not epsilon)
+        _check_enough(f"{data or task}", examples, settings, min(block_size, examples.tally.context_length))
+        key = fingerprint(settings.model_dump(), lora and lora.model_dump(), seed, shipped.sha256, examples)
+        checkpoint = Checkpoint(out.with_name(f".{out.name}.progress") / key, PROGRESS_SECONDS)
+        parameters = adapter.trainable(model, shipped.plan, lora, seed)
+        seed = secrets.randbits(256) if epsilon else seed  # whoever could guess it could take the noise off
+        try:
+            result = tune_parameters(
+                model,
+                parameters,
+                examples,
+                settings,
+                seed=seed,
+                label="tune",
+                checkpoint=checkpoint,
+                origins=examples.origins,
+            )
+        except KeyboardInterrupt:
+            say("interrupted; the same command goes on from here", style="yellow")
+            raise
+        adapter.save(target, shipped, parameters, lora=lora, tuning=settings, tuned=result)
+    losses = {"validation_loss": result.validation_loss, "history": result.history}
+    write_json(private_file(out), losses, private=True)
+    checkpoint.remove()
+    with suppress(OSError):  # it isn't there, or another command's progress is in it
+        checkpoint.folder.parent.rmdir()
+    show(
+        {
+            "adapter": str(out),
+            **_count_examples(examples),
+            "learning rate": result.lr,
+            "steps": result.steps,
+            "held-out loss": result.validation_loss,
+            "epsilon": result.epsilon,
+            "private": str(private_file(out)),
+        },
+        as_json,
+    )
+    say("the losses are those of the tuned package, not of the real model: what it will gain, its owner alone can tell")
+
+
+def _read_examples(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    task: str | None,
+    data: Path | None,
+    *,
+    block_size: int,
+    packed: bool,
+) -> "Examples":
+    """Make examples of the questions of a task, or, without one, of the records in a file.
+
+    UserError names the first row that can't be used.
+    """
+    from scaleot_core.data import questions
+    from scaleot_core.evaluation.tasks import check_rows
+    from scaleot_core.tuning.examples import from_file, from_task
+
+    if task is None:
+        assert data is not None
+        return from_file(model, tokenizer, data, block_size=block_size, packed=packed)
+    rows = questions.private(task, data)
+    check_rows(task, rows, tokenizer, context_length=model.config.max_position_embeddings, part="training")
+    return from_task(model, tokenizer, task, rows, block_size=block_size, packed=packed)
+
+
+def _check_enough(source: str, examples: "Examples", settings: OffsiteTuning, block_size: int) -> None:
+    """Raise UserError, in terms of the options, where no record is left to tune on beside those that are held out."""
+    from scaleot_core.tuning.selection import held_out
+
+    count = len(set(examples.origins))
+    if settings.epsilon or held_out(settings, count) < count:
+        return
+    unit = f"block{'s' * (count > 1)} of {block_size} tokens" if examples.are_blocks else f"record{'s' * (count > 1)}"
+    remedies = ["lower --validation"] * (count > 1) + ["lower --block-size"] * examples.are_blocks
+    one_rate = " and one --lr alone" * (len(settings.lr) > 1)
+    remedies += [f"add --patience 0{one_rate}, and all epochs run on all of it"]
+    raise UserError(
+        f"{source}: {count:,} {unit} can't be parted into some to tune on and some to hold out; "
+        f"{', or '.join(remedies)}, or give more"
+    )
+
+
+def _count_examples(examples: "Examples") -> dict[str, Any]:
+    """Count the records, the examples made of them, and what of the records isn't learnt."""
+    tally = examples.tally
+    return {
+        "records": tally.records,
+        "examples": len(examples),
+        "records cut": tally.cut,
+        "tokens cut": tally.tokens_cut,
+        "answers left out": tally.answers_left_out.total(),
+        "answers reworded": tally.reworded,
+        "fields ignored": dict(sorted(tally.ignored.items())),
+    }

@@ -1,0 +1,81 @@
+"""Either party's command: `inspect`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from scaleot_core.cli.options import AsJson
+from scaleot_core.cli.output import describe_adapters, show
+
+if TYPE_CHECKING:
+    from scaleot_core.exchange.adapter import AdapterManifest
+    from scaleot_core.exchange.manifest import Manifest
+    from scaleot_core.exchange.package import Package, PackageManifest
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A package or an adapter: a folder or .zip.")],
+    as_json: AsJson = False,
+) -> None:
+    """Either party: what a package or an adapter is, and whether it came whole. No weights are loaded.
+
+    A package is checked to the last shape; an adapter by `scaleot check`, which knows the package it belongs to.
+    """
+    from scaleot_core.exchange import adapter
+    from scaleot_core.exchange.archive import unpacked
+    from scaleot_core.exchange.manifest import manifest_format, manifest_sha256
+    from scaleot_core.exchange.package import Package
+
+    with unpacked(path) as folder:
+        manifest: Manifest
+        if manifest_format(folder) == adapter.FORMAT:
+            manifest = adapter_manifest = adapter.read_manifest(folder)
+            properties = _adapter_properties(adapter_manifest)
+        else:
+            package = Package(folder)
+            package.check()
+            manifest, properties = package.manifest, _package_properties(package)
+        summary = {
+            "path": str(path),
+            "format": f"{manifest.format} {manifest.format_version}",
+            **properties,
+            "id": manifest_sha256(folder),
+            "files": {name: entry.model_dump() for name, entry in manifest.files.items()},
+        }
+    show(summary, as_json)
+
+
+def _adapter_properties(manifest: "AdapterManifest") -> dict[str, Any]:
+    """List what an adapter, whose files are whole, says of itself."""
+    return {
+        "tuned on package": manifest.package,
+        "layers": list(manifest.layers),
+        "whole": True,
+        "adapters": describe_adapters(manifest.lora),
+        **{f"tuning: {key}": value for key, value in manifest.tuning.model_dump(exclude_none=True).items()},
+    }
+
+
+def _package_properties(package: "Package") -> dict[str, Any]:
+    """List what a sound package is."""
+    manifest, model = package.manifest, package.meta_model
+    return {
+        "license": manifest.license,
+        "architecture": model.config.model_type,
+        "parameters": model.num_parameters(),
+        "dtype": manifest.dtype,
+        "layers": list(manifest.layers),
+        "beta": manifest.beta,
+        "harmonizer rank": manifest.harmonizer.rank,
+        "sound": True,
+        **_measured_recovery(manifest),
+    }
+
+
+def _measured_recovery(manifest: "PackageManifest") -> dict[str, Any]:
+    """Give the recovery that the model owner measured, if any: one line for a task and kind of adapters."""
+    lines = {
+        f"{task}, {kind}": recovery for task, kinds in manifest.figures.items() for kind, recovery in kinds.items()
+    }
+    return {"recovery, as its owner measured it": lines} if lines else {}

@@ -1,0 +1,163 @@
+"""The model owner's commands: `pack`, `check` and `plug`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from scaleot_core.cli.options import AdapterArgument, AsJson, PackageOption
+from scaleot_core.cli.output import describe_adapters, private_file, show, show_changes
+from scaleot_core.common.errors import UserError
+
+if TYPE_CHECKING:
+    from scaleot_core.exchange.returned import LayerChange
+
+
+def pack(
+    out: Annotated[Path, typer.Option(help="The package to write: a folder, or one file if the name ends in .zip.")],
+    license: Annotated[
+        str | None, typer.Option(help="Under which the package is shipped; without it the receiver is told to ask you.")
+    ] = None,
+    project: Annotated[Path, typer.Option(help="The folder in which the pipeline was run.")] = Path("."),
+    figures: Annotated[
+        Path | None,
+        typer.Option(help="metrics.json: tell the data owner the recovery that you measured with this package."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Model owner: make the package to ship from what the pipeline wrote.
+
+    Beside it comes OUT.private.json, with the layers' scores, the parameters and which feed-forward channels are in the
+    package, which stays with you: plugging in an adapter needs it.
+    """
+    from scaleot_core.artifacts import Artifacts
+    from scaleot_core.common.files import read_json, write_json
+    from scaleot_core.exchange.archive import new_output
+    from scaleot_core.exchange.manifest import copy_files, manifest_sha256
+    from scaleot_core.exchange.package import LONGEST_LICENSE, UNSTATED, Package, measured_recovery
+    from scaleot_core.params import load_params
+    from scaleot_core.pipeline import DVC_YAML, read_entry
+
+    license = UNSTATED if license is None else license
+    if len(license) > LONGEST_LICENSE:
+        raise UserError(f"--license: {len(license)} characters are too many; {LONGEST_LICENSE} are the most")
+    artifacts = Artifacts(project / "artifacts")
+    private = read_json(artifacts.emulator_private)
+    params = load_params(project / "params.yaml")
+    if private["params"] != read_entry("compress", file=project / DVC_YAML).values(params):
+        raise UserError(
+            f"{artifacts.emulator}: it was made with other parameters than params.yaml has now; run `dvc repro` first"
+        )
+    package = Package(artifacts.emulator, links=True)
+    recovery = {"figures": measured_recovery(figures, package.sha256)} if figures else {}
+    with new_output(out) as folder:
+        copy_files(artifacts.emulator, folder, package.manifest, license=license, **recovery)
+        identity = manifest_sha256(folder)
+    write_json(private_file(out), {**private, "package": identity}, private=True)
+    show({"package": str(out), "id": identity, "private": str(private_file(out))}, as_json)
+
+
+def check(adapter: AdapterArgument, package: PackageOption, as_json: AsJson = False) -> None:
+    """Model owner: whether an adapter is sound and belongs to a package, and how far it moved each layer.
+
+    Relative change is the norm of a layer's change over the norm of what was shipped; the outlier is the largest change
+    of one weight over the root mean square of all changes in its tensor, about 5 for noise.
+    """
+    from scaleot_core.exchange.archive import unpacked
+    from scaleot_core.exchange.package import Package
+    from scaleot_core.exchange.returned import check_adapter
+
+    with unpacked(adapter) as folder, unpacked(package) as shipped:
+        checked = check_adapter(folder, Package(shipped))
+    summary = {"adapter": str(adapter), "sound": True, "adapters": describe_adapters(checked.form)}
+    show_changes(summary, checked.layer_changes, as_json)
+
+
+def plug(
+    base: Annotated[str, typer.Argument(help="The real model: a transformers folder or a hub id.")],
+    adapter: AdapterArgument,
+    package: PackageOption,
+    out: Annotated[Path | None, typer.Option(help="The plug-in model to write: a transformers folder.")] = None,
+    as_lora: Annotated[
+        Path | None, typer.Option(help="The PEFT adapter of the real model to write: a folder. Only of LoRA.")
+    ] = None,
+    private: Annotated[
+        Path | None,
+        typer.Option(help="What `scaleot pack` wrote for you beside the package; PACKAGE.private.json if not named."),
+    ] = None,
+    public: Annotated[
+        Path | None,
+        typer.Option(help="A file of public text (.txt, .jsonl), to measure the scale on."),
+    ] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="How strongly to plug it in, 0.5 to 3; without it and --public as it came: 1.")
+    ] = None,
+    max_change: Annotated[
+        float | None, typer.Option(min=0, help="Refuse an adapter that changes a layer by more (relative norm).")
+    ] = None,
+    max_outlier: Annotated[
+        float | None, typer.Option(min=0, help="Refuse an adapter with a larger outlier (see `scaleot check`).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Model owner: check an adapter and plug it into the real model. OUT loads with transformers alone.
+
+    With --public the scale is chosen at which the change of the real model's logits on that text is as large as the
+    change of the package's was. With --as-lora the adapter is written for the real model, for whoever serves LoRA.
+    """
+    from scaleot_core.common.files import atomic_folder
+    from scaleot_core.exchange.adapter import save_peft
+    from scaleot_core.exchange.archive import check_new, unpacked
+    from scaleot_core.exchange.package import Package
+    from scaleot_core.exchange.public_text import measure_on_text
+    from scaleot_core.exchange.returned import check_adapter, check_base, fitted
+    from scaleot_core.exchange.scale import check_scale
+    from scaleot_core.models.loading import read_model
+    from scaleot_core.tuning.adapters import TunedLora, plug_in
+
+    if out is None and as_lora is None:
+        raise UserError("nothing to write: name a folder with --out, or with --as-lora")
+    if public and scale is not None:
+        raise UserError("--scale and --public: one of them says the scale; leave the other out")
+    for new in (out, as_lora):
+        if new is not None:
+            check_new(new)
+    strength = 1.0 if scale is None else check_scale(scale)
+    with unpacked(adapter) as folder, unpacked(package) as unpacked_package:
+        shipped = Package(unpacked_package)
+        checked = check_adapter(folder, shipped)
+        if as_lora and not isinstance(checked.adapter, TunedLora):
+            raise UserError(f"{adapter}: it has whole layers, which are no LoRA; name --out alone")
+        _check_limits(adapter, checked.layer_changes, max_change, max_outlier)
+        model, tokenizer = read_model(base)
+        check_base(base, model, shipped)
+        tuned = fitted(checked.adapter, shipped, model, private or private_file(package))
+        measured = measure_on_text(public, shipped, model, tokenizer, checked.adapter, tuned) if public else None
+    strength = measured.scale if measured else strength
+    if as_lora and isinstance(tuned, TunedLora):
+        with atomic_folder(as_lora) as target:
+            save_peft(
+                target, model.config, tuned, layers=[change.layer for change in checked.layer_changes], scale=strength
+            )
+    if out:
+        plug_in(model, shipped.plan, tuned, strength)
+        with atomic_folder(out) as target:
+            model.save_pretrained(target)
+            tokenizer.save_pretrained(target)
+    summary: dict[str, Any] = {"model": out and str(out), "lora": as_lora and str(as_lora), "scale": strength}
+    if measured:
+        summary |= {"effect on the package": measured.emulator, "effect on the model": measured.model[strength]}
+    show_changes(summary, checked.layer_changes, as_json)
+
+
+def _check_limits(
+    adapter: Path, changes: "list[LayerChange]", max_change: float | None, max_outlier: float | None
+) -> None:
+    """Raise UserError for the first layer that moved further than the model owner wants."""
+    for change in changes:
+        for name, limit, value in (("change", max_change, change.relative), ("outlier", max_outlier, change.outlier)):
+            if limit is not None and not value <= limit:
+                raise UserError(
+                    f"{adapter}: layer {change.layer} has {name} {value:.3g}, the limit is {limit:g}; "
+                    "look at `scaleot check`, then ask for another or raise the limit"
+                )

@@ -1,0 +1,66 @@
+"""What commands show, as a table or, with `--json`, as one object, and where they write what stays at home."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from scaleot_core.common.errors import printable
+from scaleot_core.settings import LoraForm
+
+if TYPE_CHECKING:
+    from scaleot_core.exchange.returned import LayerChange
+
+
+def private_file(out: Path) -> Path:
+    """Name the file, beside `out`, of what stays with whoever wrote `out`."""
+    return out.with_name(f"{out.name}.private.json")
+
+
+def show(summary: dict[str, Any], as_json: bool) -> None:
+    """Print a summary: a line of a table for each key, without those that are None or empty, or one JSON object."""
+    if as_json:
+        print(json.dumps(summary))
+        return
+    table = Table(Column(), Column(overflow="fold"), show_header=False)
+    for key, value in summary.items():
+        if value is not None and value != {}:
+            lines = (
+                [f"{name}: {_text(one)}" for name, one in value.items()] if isinstance(value, dict) else [_text(value)]
+            )
+            table.add_row(key, "\n".join(lines))
+    Console().print(table, markup=False)
+
+
+def show_changes(summary: dict[str, Any], changes: "list[LayerChange]", as_json: bool) -> None:
+    """Print a summary, and how far an adapter moved each layer."""
+    if as_json:
+        print(json.dumps(summary | {"layer_changes": [asdict(change) for change in changes]}))
+        return
+    show(summary, as_json)
+    table = Table("layer", "relative change", "outlier", title="How far each adapter layer moved")
+    for change in changes:
+        table.add_row(str(change.layer), f"{change.relative:.4f}", f"{change.outlier:.1f}")
+    Console().print(table)
+
+
+def describe_adapters(form: LoraForm | None) -> str:
+    """Say what was tuned; without LoRA's form it is whole layers."""
+    if form is None:
+        return "whole adapter layers"
+    where = "all matrices" if form.modules == "all" else "the attention"
+    return f"LoRA of rank {form.rank} in {where} of {'all' if form.layers == 'all' else 'the adapter'} layers"
+
+
+def _text(value: Any) -> str:
+    """Write a value for a person, with nothing in it that would steer a terminal."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_text(one)}" for name, one in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else printable(str(value))
