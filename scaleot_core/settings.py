@@ -157,15 +157,15 @@ class Tuning(Block):
     """Stage full_finetune, the ceiling (method section 5)."""
 
     epochs: Positive = 2
-    """passes over the training questions"""
+    """most passes over the training examples"""
     max_steps: Count = 0
     """stop after this many steps; 0 for no limit"""
     batch_size: Positive = 8
-    """questions in a step"""
+    """examples in a step"""
     lr: Rates = [0.00005]
     """AdamW's peak learning rate; of several the one with the lowest held-out loss is taken"""
     validation_fraction: Fraction = 0.1
-    """share of the questions held out, where several rates or patience need it"""
+    """share of the examples held out, where several rates or patience need it; with 0 patience does nothing"""
     patience: Count = 0
     """stop after this many epochs without a lower held-out loss; 0 for all epochs"""
     warmup_ratio: Fraction = 0.1
@@ -182,9 +182,9 @@ class OffsiteTuning(Tuning):
     lr: Rates = [0.0003]
     """AdamW's peak learning rate; of several the one with the lowest held-out loss is taken"""
     epsilon: Annotated[float, Field(ge=0)] = 0.0
-    """ε of differential privacy (DP-SGD) for each training question; 0 for none"""
+    """ε of differential privacy (DP-SGD) for each training example; 0 for none"""
     delta: Annotated[float, Field(gt=0, lt=1)] = 0.0001
-    """δ of differential privacy: less than one over the number of questions"""
+    """δ of differential privacy: less than one over the number of examples"""
 
 
 class LoraForm(Block):
@@ -197,7 +197,7 @@ class LoraForm(Block):
     layers: Literal["all", "adapter"] = "all"
     """every decoder layer that the emulator still has, or the adapter layers alone"""
     modules: Literal["all", "attention"] = "all"
-    """attention projections and feed-forward matrices, or the projections alone"""
+    """what LoRA is put into: attention projections and feed-forward matrices, or the projections alone"""
 
 
 class Lora(LoraForm):

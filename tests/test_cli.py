@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -25,16 +26,20 @@ from helpers import (
 )
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.models import OptionInfo
 
 from scaleot_core.cli import data_owner
+from scaleot_core.cli.options import option_name
 from scaleot_core.common.files import write_json
 from scaleot_core.common.tensors import read_tensors, write_tensors
+from scaleot_core.common.validation import Block
 from scaleot_core.compression.emulator import package_tensors, plug_in
 from scaleot_core.exchange import public_text
 from scaleot_core.exchange.manifest import manifest_sha256
 from scaleot_core.exchange.package import save
-from scaleot_core.params import load_params
+from scaleot_core.params import Params, load_params
 from scaleot_core.pipeline import read_entry
+from scaleot_core.settings import LoraForm, OffsiteTuning
 from scaleot_core.tuning import tuner
 
 COMMANDS = ["pack", "inspect", "tune", "check", "plug"]
@@ -148,6 +153,35 @@ def test_commands_that_read_only_need_no_dvc_no_git_and_no_heavy_import_for_help
     )
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "out" / "manifest.json").is_file()
+
+
+SETTINGS = {  # of `tune`, each with the class that describes it
+    **{name: OffsiteTuning for name in ("epochs", "batch_size", "lr", "validation_fraction", "patience")},
+    **{name: OffsiteTuning for name in ("epsilon", "delta")},
+    **{name: LoraForm for name in ("rank", "alpha", "modules")},
+    **{name: Params for name in ("seed", "device", "threads")},
+}
+
+
+def options_of_tune() -> dict[str, OptionInfo]:
+    """Every option of `tune`, by the name that a person types."""
+    hints = get_type_hints(data_owner.tune, include_extras=True)
+    metadata = {f"--{name.replace('_', '-')}": getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+    return {name: info for name, infos in metadata.items() for info in infos if isinstance(info, OptionInfo)}
+
+
+@pytest.mark.parametrize(("name", "block"), SETTINGS.items())
+def test_option_that_is_a_setting_is_described_and_limited_as_its_field(name: str, block: type[Block]) -> None:
+    option, field = options_of_tune()[option_name(name)], block.model_fields[name]
+    assert field.description and (option.help or "").lower().startswith(f"{field.description}.".lower())
+    least, most = ([getattr(m, name) for m in field.metadata if hasattr(m, name)] or [None] for name in ("ge", "le"))
+    assert ([option.min], [option.max]) == (least, most)
+
+
+def test_no_option_of_a_setting_goes_unheld() -> None:
+    """An option that is new has to be among those above."""
+    fields = OffsiteTuning.model_fields.keys() | LoraForm.model_fields.keys() | {"seed", "device", "threads"}
+    assert {name for name in fields if option_name(name) in options_of_tune()} == SETTINGS.keys()
 
 
 # --- pack ------------------------------------------------------------------------------------------------
@@ -384,7 +418,9 @@ def test_tune_needs_something_to_tune_on(tmp_path, package):
 def test_parameter_is_told_as_the_option_that_sets_it(tmp_path, package, base, adapter, records):
     out = ("--out", tmp_path / "out", *FEW)
     assert refused("tune", package, "--task", "piqaa", *out).startswith("error: --task: 'piqaa' is no task of lm-eval")
-    assert refused("tune", package, "--data", "x", *out, "--lr", 5).startswith("error: --lr = 5.0: ")
+    for option, value in (("--lr", 5.0), ("--lora-alpha", -1.0), ("--delta", 2.0)):
+        said = refused("tune", package, "--data", "x", *out, option, value)
+        assert said.startswith(f"error: {option} = {value}: ") and ("the range is" in said or "the least is" in said)
     told = refused("tune", package, "--data", records, *out, "--epsilon", 8, "--delta", 0.5)
     assert told.startswith("error: --delta = 0.5: above one over the 20 examples")
     assert refused("tune", package, "--data", records, *out, "--epsilon", 8, "--patience", 1).startswith(

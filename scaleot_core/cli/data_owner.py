@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from scaleot_core.cli.options import AsJson
+from scaleot_core.cli.options import AsJson, setting
 from scaleot_core.cli.output import private_file, show
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.progress import say
 from scaleot_core.common.validation import validate_block
-from scaleot_core.settings import LoraForm, OffsiteTuning
+from scaleot_core.params import Params
+from scaleot_core.settings import Lora, LoraForm, OffsiteTuning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from scaleot_core.tuning.examples import Examples
 
 PROGRESS_SECONDS = 60.0  # between two checkpoints
+DEFAULT_LR = {"lora": Lora().lr[0], "layers": OffsiteTuning().lr[0]}  # by --adapters
 
 
 @dataclass(frozen=True)
@@ -47,46 +49,29 @@ def tune(
         Literal["layers", "lora"],
         typer.Option(help="What to tune: LoRA in every layer that the package has, or the adapter layers whole."),
     ] = "lora",
-    lora_rank: Annotated[int, typer.Option(min=1, help="Rank of LoRA's matrices.")] = 16,
-    lora_alpha: Annotated[float, typer.Option(min=0, help="LoRA's scale, over its rank.")] = 32.0,
-    lora_modules: Annotated[
-        Literal["all", "attention"], typer.Option(help="Put LoRA into all matrices of a layer, or the attention's.")
-    ] = "all",
-    epochs: Annotated[int, typer.Option(min=1, help="Most passes over the records.")] = 10,
+    lora_rank: Annotated[int, setting(LoraForm, "rank")] = 16,
+    lora_alpha: Annotated[float, setting(LoraForm, "alpha")] = 32.0,
+    lora_modules: Annotated[Literal["all", "attention"], setting(LoraForm, "modules")] = "all",
+    epochs: Annotated[int, setting(OffsiteTuning, "epochs")] = 10,
     patience: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Stop after so many epochs without a lower held-out loss; 0 for all epochs. 1, or 0 with --epsilon.",
-        ),
+        int | None, setting(OffsiteTuning, "patience", "Without this option 1, or 0 with --epsilon.")
     ] = None,
-    validation: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            max=1,
-            help="Share of the records that is held out, to know when to stop; 0 for none: all epochs run.",
-        ),
-    ] = 0.1,
+    validation: Annotated[float, setting(OffsiteTuning, "validation_fraction")] = 0.1,
     lr: Annotated[
         list[float] | None,
-        typer.Option(
-            help="AdamW's peak learning rate, if none is given 1e-3 for LoRA and 3e-4 for layers; of several the best "
-            "on what is held out."
+        setting(
+            OffsiteTuning,
+            "lr",
+            f"Without this option {DEFAULT_LR['lora']:g} for LoRA and {DEFAULT_LR['layers']:g} for layers.",
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Records in a step.")] = 8,
+    batch_size: Annotated[int, setting(OffsiteTuning, "batch_size")] = 8,
     block_size: Annotated[int, typer.Option(min=8, help="Tokens in a block of `text`.")] = 512,
-    epsilon: Annotated[
-        float,
-        typer.Option(min=0, help="Protect each record by differential privacy (DP-SGD) with this ε; 0 for none."),
-    ] = 0.0,
-    delta: Annotated[float, typer.Option(help="δ of it: less than one over the number of records.")] = 1e-5,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Every random draw comes from it, but those that protect privacy.")
-    ] = 0,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads, 0 for all.")] = 0,
+    epsilon: Annotated[float, setting(OffsiteTuning, "epsilon", "With it each record is one example.")] = 0.0,
+    delta: Annotated[float, setting(OffsiteTuning, "delta")] = 1e-5,
+    seed: Annotated[int, setting(Params, "seed", "Exceptions are the draws that protect privacy.")] = 0,
+    device: Annotated[Literal["auto", "cpu", "cuda"], setting(Params, "device")] = "auto",
+    threads: Annotated[int, setting(Params, "threads")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Data owner: tune adapters in the package on your own records. What it writes is all that goes back.
@@ -110,7 +95,7 @@ def tune(
         {
             "epochs": epochs,
             "batch_size": batch_size,
-            "lr": lr or [1e-3 if adapters == "lora" else 3e-4],
+            "lr": lr or DEFAULT_LR[adapters],
             "validation_fraction": validation,
             "patience": (0 if epsilon else 1) if patience is None else patience,
             "epsilon": epsilon,

@@ -1,9 +1,11 @@
-"""The options that commands share, and how a person calls a parameter at the command line."""
+"""The options that commands share, those that are settings, and how a person calls a parameter at the command line."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from scaleot_core.common.validation import Block
 
 OPTIONS = {  # by the parameter, where names differ
     "tasks": "--task",
@@ -19,6 +21,24 @@ OPTIONS = {  # by the parameter, where names differ
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 PackageOption = Annotated[Path, typer.Option("--package", help="The package that was shipped: a folder or .zip.")]
 AdapterArgument = Annotated[Path, typer.Argument(help="The adapter that came back: a folder or .zip.")]
+
+
+def setting(block: type[Block], name: str, note: str = "") -> Any:
+    """Make the option of a setting, described and limited as its field is; `note` is what only the command adds."""
+    field = block.model_fields[name]
+    limits = {
+        option: getattr(limit, bound)
+        for limit in field.metadata
+        for option, bound in (("min", "ge"), ("max", "le"))
+        if hasattr(limit, bound)
+    }
+    return typer.Option(help=f"{_sentence(field.description or '')} {note}".strip(), **limits)
+
+
+def _sentence(description: str) -> str:
+    """Make a sentence of a field's description; a Greek symbol at its start stays as it is."""
+    first = description[:1]
+    return f"{first.upper() if first.isascii() else first}{description[1:]}."
 
 
 def option_name(parameter: str) -> str:
