@@ -7,7 +7,6 @@ left, prints one table and appends it to docs/benchmarks.md; `python benchmarks/
 import datetime
 import json
 import math
-import os
 import platform
 import statistics
 import subprocess
@@ -25,7 +24,7 @@ from scaleot_core.common.entrypoint import run_command
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import read_json, read_jsonl
 from scaleot_core.common.progress import console, say
-from scaleot_core.common.runtime import DTYPES, Runtime, setup
+from scaleot_core.common.runtime import DTYPES, Runtime, cpu_count, setup
 from scaleot_core.common.tensors import read_tensors
 from scaleot_core.compression import emulator, svd
 from scaleot_core.evaluation.harness import evaluate
@@ -278,7 +277,7 @@ def main() -> None:
     runtime = setup(params, "bench")
     rows = [line for name in chosen for line in BENCHES[name](params, runtime.device)]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    machine = f"{len(os.sched_getaffinity(0))} cores of {platform.machine()}, {runtime.device.type}, {params.dtype}"
+    machine = f"{cpu_count()} cores of {platform.machine()}, {runtime.device.type}, {params.dtype}"
     table = Table(*rows[0], title=f"{machine}, torch {torch.__version__}")
     for line in rows:
         table.add_row(*line.values())
