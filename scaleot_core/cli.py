@@ -355,7 +355,7 @@ def plug(
     ] = None,
     public: Annotated[
         Path | None,
-        typer.Option(help="A file of public text (.txt, .jsonl), to measure the scale on."),
+        typer.Option(help="A file of public text (.txt, .jsonl …), to measure the scale on."),
     ] = None,
     scale: Annotated[
         float | None, typer.Option(help="How strongly to plug it in, 0.5 to 3; without it and --public as it came: 1.")
@@ -380,7 +380,7 @@ def plug(
     from scaleot_core.exchange.public_text import measure_on_text
     from scaleot_core.exchange.returned import check_adapter, check_base, fitted
     from scaleot_core.exchange.scale import check_scale
-    from scaleot_core.models.loading import read_model
+    from scaleot_core.models.loading import read_model, write_model
     from scaleot_core.tuning.adapters import TunedLora, plug_in
 
     if out is None and as_lora is None:
@@ -410,8 +410,7 @@ def plug(
     if out:
         plug_in(model, shipped.plan, tuned, strength)
         with atomic_folder(out) as target:
-            model.save_pretrained(target)
-            tokenizer.save_pretrained(target)
+            write_model(model, tokenizer, target)
     told: dict[str, Any] = {"model": out and str(out), "lora": as_lora and str(as_lora), "scale": strength}
     if measured:
         told |= {"effect on the package": measured.emulator, "effect on the model": measured.model[strength]}
