@@ -86,7 +86,7 @@ def pack(
         )
     made = Package(artifacts.emulator, links=True)
     told = {"figures": measured_recovery(figures, made.sha256)} if figures else {}
-    with new_output(out) as folder:
+    with new_output(out, _private(out)) as folder:
         copy_files(artifacts.emulator, folder, made.manifest, license=license, **told)
         identity = manifest_sha256(folder)
     write_json(_private(out), {**known, "package": identity}, private=True)
@@ -242,7 +242,7 @@ def tune(
     )
     form = {"rank": lora_rank, "alpha": lora_alpha, "modules": lora_modules}
     lora = validate_block(LoraForm, form) if adapters == "lora" else None
-    with unpacked(package) as folder, new_output(out) as target:
+    with unpacked(package) as folder, new_output(out, _private(out)) as target:
         shipped = Package(folder)
         runtime = setup(_Settings(device, shipped.manifest.dtype, threads), "tune")
         model, tokenizer = shipped.load(runtime.device), shipped.tokenizer()
