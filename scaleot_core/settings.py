@@ -27,11 +27,11 @@ class Data(Block):
     """Stage prepare_data: what is read, and how much of it."""
 
     questions: Name = "embedded"
-    """embedded, hub, or a folder of <task>/train.jsonl and validation.jsonl"""
+    """embedded, hub, or a folder of <task>/train.jsonl and validation.jsonl (or .json, .parquet, .csv)"""
     questions_revision: str = ""
     """commit, tag or branch of the tasks' data sets on the hub; empty for the newest"""
     corpus: Name = "embedded"
-    """embedded, a .jsonl or .txt file, a folder of such, or a data set on the hub"""
+    """embedded, a file (.jsonl, .json, .parquet, .csv, .txt), a folder of such, or a data set on the hub"""
     corpus_revision: str = ""
     """commit, tag or branch of the corpus on the hub; empty for the newest"""
     block_size: Annotated[int, Field(ge=8)] = 256

@@ -104,7 +104,7 @@ def tune(
     )
     form = {"rank": lora_rank, "alpha": lora_alpha, "modules": lora_modules}
     lora = validate_block(LoraForm, form) if adapters == "lora" else None
-    with unpacked(package) as folder, new_output(out) as target:
+    with unpacked(package) as folder, new_output(out, private_file(out)) as target:
         shipped = Package(folder)
         runtime = setup(_RuntimeSettings(device, shipped.manifest.dtype, threads), "tune")
         model, tokenizer = shipped.load(runtime.device), shipped.tokenizer()

@@ -50,7 +50,7 @@ def pack(
         )
     package = Package(artifacts.emulator, links=True)
     recovery = {"figures": measured_recovery(figures, package.sha256)} if figures else {}
-    with new_output(out) as folder:
+    with new_output(out, private_file(out)) as folder:
         copy_files(artifacts.emulator, folder, package.manifest, license=license, **recovery)
         identity = manifest_sha256(folder)
     write_json(private_file(out), {**private, "package": identity}, private=True)
@@ -87,7 +87,7 @@ def plug(
     ] = None,
     public: Annotated[
         Path | None,
-        typer.Option(help="A file of public text (.txt, .jsonl), to measure the scale on."),
+        typer.Option(help="A file of public text (.txt, .jsonl …), to measure the scale on."),
     ] = None,
     scale: Annotated[
         float | None, typer.Option(help="How strongly to plug it in, 0.5 to 3; without it and --public as it came: 1.")
@@ -112,7 +112,7 @@ def plug(
     from scaleot_core.exchange.public_text import measure_on_text
     from scaleot_core.exchange.returned import check_adapter, check_base, fitted
     from scaleot_core.exchange.scale import check_scale
-    from scaleot_core.models.loading import read_model
+    from scaleot_core.models.loading import read_model, write_model
     from scaleot_core.tuning.adapters import TunedLora, plug_in
 
     if out is None and as_lora is None:
@@ -142,8 +142,7 @@ def plug(
     if out:
         plug_in(model, shipped.plan, tuned, strength)
         with atomic_folder(out) as target:
-            model.save_pretrained(target)
-            tokenizer.save_pretrained(target)
+            write_model(model, tokenizer, target)
     summary: dict[str, Any] = {"model": out and str(out), "lora": as_lora and str(as_lora), "scale": strength}
     if measured:
         summary |= {"effect on the package": measured.emulator, "effect on the model": measured.model[strength]}

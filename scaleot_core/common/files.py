@@ -37,7 +37,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     old = temporary.with_name(f"{temporary.name}.old")
     try:
         yield temporary
-        temporary.chmod(_mode(0o777))
+        folder_mode, file_mode = _mode(0o777), _mode(0o666)
+        for path in (temporary, *temporary.rglob("*")):  # safetensors leaves files that their owner alone can read
+            path.chmod(folder_mode if path.is_dir() else file_mode)
         if target.exists():
             target.replace(old)
         temporary.replace(target)

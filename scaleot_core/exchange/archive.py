@@ -1,6 +1,7 @@
 """One zip for a folder and back: plain, uncompressed members only, nothing that grows or leaves its place."""
 
 import shutil
+import stat
 import struct
 import tempfile
 import zipfile
@@ -10,8 +11,10 @@ from pathlib import Path
 
 from scaleot_core.common.errors import UserError, one_line
 from scaleot_core.common.files import atomic_file, atomic_folder
+from scaleot_core.exchange.untrusted import is_litter
 
 LARGEST_ARCHIVE = 17  # members: sixteen files and the manifest
+LARGEST_DIRECTORY = 64  # members of which names are read, to say what is wrong with them
 
 
 def archive(folder: Path, target: Path) -> None:
@@ -23,27 +26,38 @@ def archive(folder: Path, target: Path) -> None:
                 shutil.copyfileobj(stream, out, 2**20)
 
 
-def check_new(out: Path) -> None:
-    """UserError where something is there already."""
-    if out.exists():
+def check_new(out: Path, *beside: Path) -> None:
+    """Raise UserError where something is there already, or nothing can be written: told now, not after hours.
+
+    `beside` are files that will be written there too. Old ones are replaced, but a folder of that name is in the way.
+    """
+    if out.exists() or out.is_symlink():
         raise UserError(f"{out}: it is there already; name another, or delete it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{out}: it can't be written ({error.strerror or one_line(error)}); name another place"
+        ) from None
+    for file in beside:
+        if file.is_dir():
+            raise UserError(f"{file}: a folder is there, where a file will be written; move it away")
 
 
 @contextmanager
-def new_output(out: Path) -> Iterator[Path]:
-    """A folder to fill, that becomes `out`, as it is or as a zip by its name, when the block ends well.
+def new_output(out: Path, *beside: Path) -> Iterator[Path]:
+    """Yield a folder to fill, which becomes `out`, as it is or as a zip by its name, when the block ends well.
 
-    UserError where `out` is there already.
+    UserError where `check_new` has something against it.
     """
-    check_new(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out.parent):  # what can't be written is told now, not after hours
-        pass
-    if out.suffix != ".zip":
+    check_new(out, *beside)
+    if out.suffix.lower() != ".zip":
         with atomic_folder(out) as folder:
             yield folder
         return
-    with tempfile.TemporaryDirectory(prefix="scaleot-") as name:
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as name:
         yield Path(name)
         archive(Path(name), out)
 
@@ -57,7 +71,7 @@ def _check_directory(path: Path) -> None:
     if at < 0 or len(end) - at < 22:
         raise ValueError("it has no end")
     entries, size = struct.unpack("<HI", end[at + 10 : at + 16])
-    if entries > LARGEST_ARCHIVE or size > 2**16:
+    if entries > LARGEST_DIRECTORY or size > 2**16:
         raise ValueError(f"{entries:,} members, whose list has {size:,} bytes, are too many")
 
 
@@ -67,7 +81,11 @@ def unpacked(path: Path) -> Iterator[Path]:
 
     Only uncompressed members without a folder in their names are taken, so that nothing grows or leaves its place.
     """
-    if not path.is_file() or path.is_symlink():
+    if path.is_symlink():
+        raise UserError(f"{path}: it is a link, which is not followed; name what it leads to")
+    if not path.exists():
+        raise UserError(f"{path}: no such folder or archive; correct the path")
+    if not path.is_file():
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="scaleot-") as name:
@@ -77,18 +95,33 @@ def unpacked(path: Path) -> Iterator[Path]:
             _check_directory(path)
             with zipfile.ZipFile(path) as given:
                 members = given.infolist()
+                for member in members:
+                    _check_plain(path, member)
                 if len(members) > LARGEST_ARCHIVE or sum(member.file_size for member in members) > path.stat().st_size:
                     raise UserError(f"{path}: its members are more or larger than the archive can hold")
                 if len({member.filename for member in members}) < len(members):
                     raise UserError(f"{path}: a member is there twice")
                 for member in members:
-                    plain = Path(member.filename).name == member.filename and member.filename not in ("", ".", "..")
-                    stored = member.compress_type == zipfile.ZIP_STORED and not member.flag_bits & 1
-                    link = (member.external_attr >> 16) & 0o170000 not in (0, 0o100000)
-                    if not plain or "\\" in member.filename or not stored or link:
-                        raise UserError(f"{path}: member {member.filename!r} is not a plain, uncompressed file")
                     with given.open(member) as stream, (folder / member.filename).open("wb") as out:
                         shutil.copyfileobj(stream, out, 2**20)
         except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, EOFError) as error:
-            raise UserError(f"{path}: not a sound archive ({one_line(error)}); fetch it again") from None
+            raise UserError(f"{path}: not a sound zip archive ({one_line(error)}); fetch it again") from None
         yield folder
+
+
+def _check_plain(path: Path, member: zipfile.ZipInfo) -> None:
+    """Raise UserError unless a member is a plain, uncompressed file; say what an ordinary zip program did to it."""
+    name, kind = member.filename, stat.S_IFMT(member.external_attr >> 16)
+    shown = repr(name[:200])
+    is_safe = (
+        "\\" not in name and ".." not in Path(name).parts and not Path(name).is_absolute() and name not in ("", ".")
+    )
+    if not is_safe or kind not in (0, stat.S_IFREG, stat.S_IFDIR) or member.flag_bits & 1:
+        raise UserError(f"{path}: member {shown} is not a plain, uncompressed file")
+    if is_litter(name):
+        raise UserError(f"{path}: {shown} is the operating system's; unpack it, delete that, and name the folder")
+    if Path(name).name != name or kind == stat.S_IFDIR:
+        folder = repr(name.partition("/")[0][:200])
+        raise UserError(f"{path}: its files lie in a folder, {folder}; unpack it and name that folder")
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise UserError(f"{path}: it is compressed; unpack it and name the folder, or pack it uncompressed (zip -0)")

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scaleot_core.common.errors import UserError, one_line, printable
 from scaleot_core.common.files import sha256, write_json
-from scaleot_core.exchange.untrusted import read_untrusted_json
+from scaleot_core.exchange.untrusted import is_litter, read_untrusted_json
 
 MANIFEST = "manifest.json"
 MOST_LAYERS = 256  # twice as many as the deepest supported models have
@@ -97,6 +97,8 @@ def read_checked(folder: Path, kind: type[M], names: Iterable[str], *, links: bo
         raise UserError(f"{folder}/{MANIFEST}: {where}: {reason}; fetch it again") from None
     there = {file.name: file.is_file() and (links or not file.is_symlink()) for file in folder.iterdir()}
     for name in sorted({*manifest.files, MANIFEST} | there.keys()):
+        if is_litter(name) and name in there:
+            raise UserError(f"{folder}: {name!r} is the operating system's; delete it, then run again")
         if name not in (*names, MANIFEST) or not there.get(name, True):
             raise UserError(f"{folder}: {name!r} is no file of this format; fetch it again")
         if name not in there:

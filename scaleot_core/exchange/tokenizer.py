@@ -11,6 +11,8 @@ from transformers import (
 from scaleot_core.common.errors import UserError, one_line, printable
 from scaleot_core.common.files import read_json, write_json
 from scaleot_core.exchange import untrusted
+from scaleot_core.exchange.manifest import LARGEST_TOKENIZER, TOKENIZER_FILES
+from scaleot_core.models.tokenizers import tokenizer_difference
 
 TOKENIZER_SETTINGS = {
     "add_prefix_space",
@@ -25,10 +27,10 @@ TOKENIZER_SETTINGS = {
     "model_max_length",
     "pad_token",
     "padding_side",
+    "split_special_tokens",
     "tokenizer_class",
     "unk_token",
 }  # of a tokenizer_config.json: none names a file, code or a repository
-PROBES = ("The 2nd «naïve» test,\n\tof 3.14 words: 你好!  <|x|>", " leading space", "")
 
 
 def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -39,31 +41,28 @@ def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.save_pretrained(folder, save_jinja_files=not isinstance(tokenizer.chat_template, dict))
     settings = read_json(folder / "tokenizer_config.json") | {"tokenizer_class": "TokenizersBackend"}
     write_json(folder / "tokenizer_config.json", {k: v for k, v in settings.items() if k in TOKENIZER_SETTINGS})
-    if different := _difference(tokenizer, load_untrusted_tokenizer(folder)):
+    if reason := _unkept(folder, tokenizer):
         raise UserError(
-            f"the model's tokenizer is more than its tokenizer.json says ({different}), so no package can keep it"
+            f"its tokenizer is more than its tokenizer.json says, so no package can keep it: {reason}; use another",
+            parameter="model",
         )
+
+
+def _unkept(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Say what about a tokenizer, saved in a folder, a package wouldn't keep; an empty text where nothing."""
+    if not (folder / "tokenizer.json").is_file():
+        return f"{type(tokenizer).__name__} writes none"
+    for name in TOKENIZER_FILES:
+        most = untrusted.LARGEST_JSON if name == "tokenizer_config.json" else LARGEST_TOKENIZER
+        if (folder / name).is_file() and (folder / name).stat().st_size > most:
+            return f"{name} has more than {most:,} bytes"
+    return tokenizer_difference(tokenizer, load_untrusted_tokenizer(folder))
 
 
 def check_shippable(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise UserError if a package couldn't keep the tokenizer that a model has: told before hours of work."""
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(Path(folder), tokenizer)
-
-
-def _difference(before: PreTrainedTokenizerBase, after: PreTrainedTokenizerBase) -> str:
-    """Say in what a shipped tokenizer differs from the model's own; an empty text where in nothing."""
-    specials = " ".join(dict.fromkeys(map(str, before.all_special_tokens)))
-    for probe in (*PROBES, f"{specials} between {specials}"):
-        if after(probe)["input_ids"] != before(probe)["input_ids"]:
-            return f"of {probe!r} it makes other tokens"
-        plain = before(probe, add_special_tokens=False)["input_ids"]
-        if after.decode(plain) != before.decode(plain):
-            return f"it decodes the tokens of {probe!r} otherwise"
-    for name in ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id"):
-        if getattr(after, name) != getattr(before, name):
-            return f"its {name} is {getattr(after, name)}, not {getattr(before, name)}"
-    return "" if after.chat_template == before.chat_template else "its chat template is another"
 
 
 def load_untrusted_tokenizer(folder: Path, *, links: bool = False) -> PreTrainedTokenizerBase:

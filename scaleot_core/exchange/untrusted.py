@@ -14,6 +14,12 @@ from scaleot_core.common.files import refuse_duplicates
 from scaleot_core.common.tensors import SAFETENSORS_DTYPES, Shapes
 
 LARGEST_JSON = 2**20  # bytes of a manifest, or of a header: those of the largest models have some 100 KB
+LITTER = ("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini")  # what operating systems leave in folders and archives
+
+
+def is_litter(name: str) -> bool:
+    """Tell whether a file, or a folder on the way to it, is one that an operating system leaves."""
+    return any(part in LITTER or part.startswith("._") for part in name.split("/"))
 
 
 def _no_constant(name: str) -> float:

@@ -1,9 +1,11 @@
 """Load models, configurations and tokenizers, from a local folder or the hub, safely."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -12,10 +14,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 from scaleot_core.common.errors import UserError, one_line
+from scaleot_core.common.files import read_json
+from scaleot_core.common.tensors import SAFETENSORS_DTYPES
 from scaleot_core.models.families import family
+from scaleot_core.models.tokenizers import tokenizer_difference
 
 logging.disable_progress_bar()
 
@@ -63,26 +68,90 @@ def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Pre
 def read_model(
     source: str, dtype: torch.dtype | None = None, revision: str = ""
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model and its tokenizer, from the hub or a local folder, in any of transformers' formats.
+    """Read a model and its tokenizer from the hub or a local folder, in any of transformers' formats.
 
-    The model is in `dtype`, or, without one, in its own.
-
-    `revision` is a commit, tag or branch on the hub, empty for the newest.
-    UserError for a model that can't be fetched or read, is of an unsupported architecture, or has another's tokenizer.
+    The model is in `dtype`, or, without one, each tensor in its own. `revision` is a commit, tag or branch on the hub,
+    empty for the newest. UserError for a model that can't be fetched or read, is of an unsupported architecture, or has
+    another's tokenizer.
     """
-    if source.startswith((".", "/", "~")) and not Path(source).expanduser().exists():
-        raise UserError("no such folder; correct the path", parameter="model", value=source)
+    path = Path(source).expanduser()
     try:
-        at = revision or "main"
-        config = AutoConfig.from_pretrained(source, revision=at, trust_remote_code=False)
+        _check_place(source, path)
+        name, at = str(path) if path.exists() else source, revision or "main"
+        config = AutoConfig.from_pretrained(name, revision=at, trust_remote_code=False)
         family(config)
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=at, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=at, trust_remote_code=False)
         check_tokenizer(tokenizer, config)
-        return _pretrained(source, config=config, dtype=dtype or "auto", revision=at), tokenizer
+        model = _pretrained(name, config=config, dtype=dtype or "auto", revision=at)
+        if dtype is None:  # transformers has loaded all in one
+            _restore_dtypes(
+                model, path if path.exists() else Path(str(cached_file(name, CONFIG_NAME, revision=at))).parent
+            )
+        return model, tokenizer
     except UserError as error:
         raise UserError(error.message, parameter="model", value=source) from error
     except Exception as error:
-        raise UserError(f"it can't be loaded ({one_line(error)})", parameter="model", value=source) from error
+        where = "" if path.exists() else "no such folder is here, and from the hub "
+        raise UserError(f"{where}it can't be loaded ({one_line(error)})", parameter="model", value=source) from error
+
+
+def _check_place(source: str, path: Path) -> None:
+    """Raise UserError if a source is, or is meant as, a path where no model that can be read lies."""
+    if not path.exists():
+        if source.startswith((".", "/", "~")) or source.count("/") > 1:
+            raise UserError("no such folder; correct the path")
+    elif not path.is_dir():
+        raise UserError("that is a file; name the folder of a transformers model")
+    elif not (path / CONFIG_NAME).is_file():
+        raise UserError(f"no {CONFIG_NAME} is in that folder, so it is no transformers model; correct the path")
+    elif (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
+        try:
+            import sentencepiece  # noqa: F401
+        except ImportError:
+            raise UserError(
+                "its tokenizer.model is SentencePiece's: pip install sentencepiece protobuf, or put its tokenizer.json "
+                "there"
+            ) from None
+
+
+@torch.no_grad()
+def _restore_dtypes(model: PreTrainedModel, folder: Path) -> None:
+    """Give each tensor of a model the dtype and the digits that it has in the model's safetensors files.
+
+    What transformers has put together otherwise than it lies there stays as it was loaded.
+    """
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    names = set(read_json(index)["weight_map"].values()) if index.is_file() else {SAFE_WEIGHTS_NAME}
+    parameters = dict(model.named_parameters())
+    for file in (folder / name for name in sorted(names) if (folder / name).is_file()):
+        with safe_open(file, framework="pt") as stream:
+            for name in stream.keys():  # noqa: SIM118
+                here = parameters.get(name, parameters.get(f"{model.base_model_prefix}.{name}"))
+                if here is None or stream.get_slice(name).get_dtype() == SAFETENSORS_DTYPES.get(here.dtype):
+                    continue
+                tensor = stream.get_tensor(name)
+                if tensor.is_floating_point() and torch.equal(tensor.to(here.dtype), here):
+                    here.data = tensor
+
+
+def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a model and its tokenizer as `read_model` gave them, in a folder of transformers' format.
+
+    The configuration keeps the dtype in which transformers loads the model; its own `save_pretrained` would put that
+    of the first tensor there.
+    """
+    dtype = model.config.dtype
+    model.save_pretrained(folder)
+    model.config.dtype = dtype
+    model.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def one_dtype(model: PreTrainedModel) -> AbstractContextManager[object]:
+    """Compute in one dtype for the length of a block where a model's tensors are of several: in the narrowest."""
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    narrowest = min(dtypes, key=lambda dtype: dtype.itemsize)
+    return torch.autocast(model.device.type, dtype=narrowest, enabled=len(dtypes) > 1)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
@@ -96,10 +165,15 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
 
 
 def save_model(source: str, folder: Path, dtype: torch.dtype, revision: str = "") -> None:
-    """Copy a model and its tokenizer, as `read_model` gives them, into `folder` as safetensors of one dtype."""
+    """Copy a model and its tokenizer, as `read_model` gives them, into `folder` as safetensors of one dtype.
+
+    UserError also for a tokenizer that would not be in the folder what it is in the source.
+    """
     model, tokenizer = read_model(source, dtype, revision)
     model.save_pretrained(folder, save_original_format=False)  # tensors are named as in the model
     tokenizer.save_pretrained(folder)
+    if different := tokenizer_difference(tokenizer, load_tokenizer(folder)):
+        raise UserError(f"its tokenizer can't be copied: {different}; use another", parameter="model", value=source)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

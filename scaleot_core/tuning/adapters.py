@@ -28,10 +28,16 @@ class TunedLayers:
         return list(self.weights)
 
     def plugged(self, name: str, base: Tensor, scale: float = 1.0) -> Tensor:
-        """Compute one weight of the plug-in from the real model's, in its dtype: base + scale · (tuned − base)."""
+        """Compute one weight of the plug-in from the real model's, in its dtype: base + scale · (tuned − shipped).
+
+        What was shipped is the base in the package's dtype. So a number that tuning left alone stays as it is, also
+        where the base has more digits than the package.
+        """
         tuned = self.weights[name].to(base.device)
-        moved = tuned if scale == 1 else base.float() + scale * (tuned.float() - base.float())
-        return _finite(name, moved.to(base.dtype))
+        if scale == 1 and tuned.dtype == base.dtype:
+            return _finite(name, tuned)
+        change = tuned.float() - base.to(tuned.dtype).float()
+        return _finite(name, (base.float() + scale * change).to(base.dtype))
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ def rows(file):
     return [row for _, row in read_rows(file)]
 
 
-def zstd(content):
+def compressed(content, codec):
     sink = pyarrow.BufferOutputStream()
-    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+    with pyarrow.CompressedOutputStream(sink, codec) as stream:
         stream.write(content)
     return sink.getvalue().to_pybytes()
 
@@ -49,7 +49,8 @@ def csv(newline="\n"):
         ("a.jsonl.gz", gzip.compress(LINES.encode())),
         ("members.jsonl.gz", b"".join(gzip.compress(line.encode() + b"\n") for line in LINES.split("\n"))),
         ("a.jsonl.bz2", bz2.compress(LINES.encode())),
-        ("a.jsonl.zst", zstd(LINES.encode())),
+        ("a.jsonl.zst", compressed(LINES.encode(), "zstd")),
+        ("a.jsonl.lz4", compressed(LINES.encode(), "lz4")),
         ("not_really.jsonl.gz", LINES.encode()),
         ("a.json", ARRAY.encode()),
         ("bom.json", b"\xef\xbb\xbf \r\n" + ARRAY.replace("\n", "\r\n").encode()),

@@ -12,6 +12,7 @@ from datasets import Dataset
 from helpers import piqa_rows, refusal, refused, scaleot, tiny_model, write_package
 from transformers import PreTrainedTokenizerFast
 
+from scaleot_core.common.files import write_csv
 from scaleot_core.data import questions
 from scaleot_core.evaluation import definitions
 from scaleot_core.evaluation.definitions import task_config, task_manager
@@ -179,6 +180,18 @@ def test_questions_of_any_file_are_the_same(tmp_path: Path, tokenizer: PreTraine
     FILES[name](folder / name, bad)
     said = refused("tune", package, "--task", "piqa", "--data", folder / name, "--out", tmp_path / "b", *FEW)
     assert f"task piqa, {folder / name}, " in said and " 5: " in said and "`label` is 7" in said
+
+
+def test_csv_serves_tasks_whose_fields_are_texts(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, told: Callable[[str, list[Row]], str]
+) -> None:
+    file, given = tmp_path / "mine.csv", [{"question": "How, many?", "answer": "Two.\n#### 2"}, *RIGHT["gsm8k"]]
+    write_csv(file, given, ["question", "answer"])
+    rows = questions.read(file)
+    assert [dict(row) for row in rows] == given
+    check_rows("gsm8k", rows, tokenizer, context_length=512, part="training")
+    write_csv(file, piqa_rows(4))
+    assert f"{file}, line 2: " in (said := told("piqa", questions.read(file))) and "`label` is '0' (text)" in said
 
 
 def test_two_files_of_one_part_are_refused(tmp_path: Path) -> None:

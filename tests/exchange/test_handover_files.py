@@ -1,20 +1,18 @@
-"""Where what crosses lies: permissions, links, what can't be written; and tokenizers with several chat templates."""
+"""Where what crosses lies: permissions, links, what can't be written, and what other programs make of it."""
 
 import json
 import os
 import stat
+import zipfile
 from pathlib import Path
 
 import pytest
-from helpers import refusal, tiny_model, write_package
+from helpers import refusal, refused, scaleot, tiny_model, write_package
 from transformers import PreTrainedTokenizerFast
 
 from scaleot_core.common.files import atomic_file, atomic_folder, write_json
 from scaleot_core.exchange.archive import new_output
 from scaleot_core.exchange.package import Package
-from scaleot_core.exchange.tokenizer import check_shippable, load_untrusted_tokenizer, save_tokenizer
-
-TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
 
 def mode(path: Path) -> int:
@@ -62,32 +60,87 @@ def test_links_are_followed_in_the_pipelines_own_folders_alone(linked: Path, tmp
     assert "it is a link, which is not followed" in refusal(lambda: Package(tmp_path / "name"))
 
 
+def test_files_that_a_library_writes_keep_the_umask_too(tmp_path: Path, umask: int) -> None:
+    """safetensors writes through a file that is its owner's alone."""
+    with atomic_folder(tmp_path / "model") as folder:
+        tiny_model("llama").save_pretrained(folder)
+        (folder / "inside").mkdir(mode=0o700)
+    assert {mode(file) for file in (tmp_path / "model").iterdir() if file.is_file()} == {0o666 & ~umask}
+    assert mode(tmp_path / "model" / "inside") == 0o777 & ~umask
+
+
 @pytest.mark.parametrize("name", ["adapter.zip", "adapter"])
-def test_what_cannot_be_written_is_told_before_the_work(name: str) -> None:
-    with pytest.raises(OSError), new_output(Path("/proc/nope") / name):
-        pytest.fail("the work began")
+@pytest.mark.parametrize("place", ["/proc/nope", "/proc", "file/below", "file"])
+def test_what_cannot_be_written_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("no folder")
+
+    def work() -> None:
+        with new_output(Path(place) / name):
+            pytest.fail("the work began")
+
+    said = refusal(work)
+    assert said.startswith(f"{place}/{name}: it can't be written (") and said.endswith("; name another place")
 
 
-def test_several_chat_templates_are_shipped(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    several = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>")
-    several.chat_template = {"default": TEMPLATE, "tool_use": "tools " + TEMPLATE}
-    check_shippable(several)
-    save_tokenizer(tmp_path, several)
-    assert not [file for file in tmp_path.iterdir() if file.is_dir()]
-    assert load_untrusted_tokenizer(tmp_path).chat_template == several.chat_template
-    chat = [{"role": "user", "content": "hello"}]
-    assert load_untrusted_tokenizer(tmp_path).apply_chat_template(chat, tokenize=False) == "user: hello\n"
+def test_folder_that_is_not_there_yet_is_made_and_one_in_the_way_of_a_private_file_told(tmp_path: Path) -> None:
+    with new_output(tmp_path / "deep" / "down" / "a.zip") as folder:
+        write_json(folder / "x.json", {})
+        assert folder.parent == tmp_path / "deep" / "down"  # not in a /tmp that may be memory
+    assert [file.name for file in (tmp_path / "deep" / "down").iterdir()] == ["a.zip"]
+    (tmp_path / "b.private.json").mkdir()
+
+    def work() -> None:
+        with new_output(tmp_path / "b", tmp_path / "b.private.json"):
+            pytest.fail("the work began")
+
+    assert "b.private.json: a folder is there" in refusal(work)
 
 
-def test_tokenizer_that_a_package_cannot_keep_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    class Shouting(PreTrainedTokenizerFast):
-        """Does in Python what its file doesn't say."""
+@pytest.fixture
+def package(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    return write_package(tmp_path / "package", tiny_model("llama"), tokenizer)
 
-        def __call__(self, text, *args, **options):
-            return super().__call__(text.upper(), *args, **options)
 
-    shouting = Shouting(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>")
-    assert "more than its tokenizer.json says" in refusal(lambda: check_shippable(shouting))
+def zipped(folder: Path, target: Path, *, prefix: str = "", more: dict[str, str] | None = None, **how: int) -> Path:
+    """A folder as an ordinary program zips it."""
+    with zipfile.ZipFile(target, "w", **how) as made:
+        for file in sorted(folder.iterdir()):
+            made.write(file, prefix + file.name)
+        for name, text in (more or {}).items():
+            made.writestr(name, text)
+    return target
+
+
+def test_what_ordinary_programs_make_of_a_package_is_told(tmp_path: Path, package: Path) -> None:
+    mac = {f"__MACOSX/._{file.name}": "x" for file in package.iterdir()} | {".DS_Store": "x"}
+    stored = {"compression": zipfile.ZIP_STORED}
+    for name, made, told in (
+        ("c", zipped(package, tmp_path / "c.zip", compression=zipfile.ZIP_DEFLATED), "it is compressed; unpack it"),
+        ("f", zipped(package, tmp_path / "f.zip", prefix="package/", **stored), "lie in a folder, 'package'"),
+        ("m", zipped(package, tmp_path / "m.zip", more=mac, **stored), "'__MACOSX/._adapter.safetensors' is the oper"),
+        ("d", zipped(package, tmp_path / "d.zip", more={".DS_Store": "x"}, **stored), "'.DS_Store' is the operating"),
+    ):
+        said = refused("inspect", made)
+        assert f"{name}.zip: " in said and told in said, said
+    assert scaleot("inspect", zipped(package, tmp_path / "sound.zip", **stored)).code == 0
+    for name in (".DS_Store", "Thumbs.db", "._manifest.json"):
+        (package / name).write_text("x")
+        assert f"{name!r} is the operating system's; delete it" in refused("inspect", package)
+        (package / name).unlink()
+    (package / "__MACOSX").mkdir()
+    assert "'__MACOSX' is the operating system's; delete it" in refused("inspect", package)
+
+
+def test_path_that_leads_nowhere_or_by_a_link_is_told(tmp_path: Path, package: Path) -> None:
+    assert "nowhere: no such folder or archive" in refused("inspect", tmp_path / "nowhere")
+    archive = zipped(package, tmp_path / "sound.zip", compression=zipfile.ZIP_STORED)
+    for target in (package, archive, tmp_path / "nowhere"):
+        link = tmp_path / f"link to {target.name}"
+        link.symlink_to(target)
+        assert "it is a link, which is not followed; name what it leads to" in refused("inspect", link)
 
 
 def test_private_files_of_the_manifest_are_unchanged_by_permissions(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Models in folders: what is refused, what a loaded one is like, and losses against naive ones."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from helpers import CPU, DAMAGES, WEIGHTS, refusal, tiny_model
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import read_json
 from scaleot_core.common.tensors import read_tensors
+from scaleot_core.models import loading
 from scaleot_core.models.families import FAMILIES, decoder_layers
 from scaleot_core.models.forward import mean_loss, next_token_loss, swapped_layers
-from scaleot_core.models.loading import load_model, load_tokenizer, save_model
+from scaleot_core.models.loading import load_model, load_tokenizer, read_model, save_model
 
 
 @pytest.fixture
@@ -101,6 +103,58 @@ def test_tokenizer_of_another_model_is_refused(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "m")
     said = refusal(save_model, str(tmp_path / "m"), tmp_path / "copy", torch.float32)
     assert f"its tokenizer has {len(tokenizer)} tokens and the model's embedding {len(tokenizer) - 1}" in said
+
+
+def test_place_where_no_model_is_is_told_as_what_it_is(tmp_path, folder, monkeypatch):
+    """Not as a repository's id that has a wrong form."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "weights.gguf").write_text("x")
+    for name, said in (
+        (str(tmp_path / "nowhere"), "no such folder; correct the path"),
+        ("./nowhere", "no such folder; correct the path"),
+        ("models/llama/7b", "no such folder; correct the path"),
+        ("nowhere", "no such folder is here, and from the hub it can't be loaded ("),
+        ("empty", "no config.json is in that folder"),
+        ("weights.gguf", "that is a file; name the folder"),
+    ):
+        assert refusal(read_model, name).startswith(f"model = {name!r}: {said}")
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert read_model(f"~/{folder.name}")[0].num_parameters()
+
+
+@pytest.mark.parametrize("largest", ["1GB", "20KB"])
+def test_every_tensor_is_read_in_its_own_dtype_from_one_file_or_several(tmp_path, tokenizer, largest):
+    model = tiny_model("llama").bfloat16()
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if "norm" in name else torch.bfloat16)
+        parameter.data += torch.tensor(2.0**-20).to(parameter.dtype)  # which bfloat16 has no digit for beside 1
+    expected = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    model.save_pretrained(tmp_path, max_shard_size=largest)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (largest == "20KB")
+    tokenizer.save_pretrained(tmp_path)
+    found = dict(read_model(str(tmp_path))[0].named_parameters())
+    assert {name: tensor.dtype for name, tensor in found.items()} == {name: t.dtype for name, t in expected.items()}
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_tokenizer_in_sentencepieces_format_alone_says_what_to_install(tmp_path, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    assert "pip install sentencepiece" in refusal(read_model, str(folder))
+
+
+def test_tokenizer_that_no_copy_keeps_is_refused(tmp_path, folder, monkeypatch):
+    load = loading.load_tokenizer
+
+    def other(place):
+        tokenizer = load(place)
+        tokenizer.add_tokens(["<more>"])
+        return tokenizer
+
+    monkeypatch.setattr(loading, "load_tokenizer", other)
+    said = refusal(save_model, str(folder), tmp_path / "copy", torch.float32)
+    assert said.startswith(f"model = {str(folder)!r}: its tokenizer can't be copied: it would have 258 tokens, not 257")
 
 
 def test_folder_without_tokenizer(tmp_path, folder):

@@ -426,3 +426,32 @@ def test_attacks_over_the_dial(sweep: Sweep) -> None:
         assert all(isinstance(row[name], float) for name in ("lacking", "lacking ±", "gap acc", "membership AUC"))
         assert 0 < row["bytes exact"] < 1 and row["bytes exact ±"] == 0
     assert (sweep.folder / "docs/studies/attacks.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("kind", ["symlink", "hardlink"])
+def test_stages_read_what_dvc_links_to_its_cache_and_pack_ships_the_files_themselves(
+    sweep: Sweep, tmp_path: Path, kind: str
+) -> None:
+    """`cache.type`, which DVC recommends for large files and shared caches."""
+    folder = Path(shutil.copytree(sweep.folder, tmp_path / "project", symlinks=True))
+
+    def call(*command: str) -> str:
+        done = subprocess.run(
+            command, cwd=folder, env=sweep.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        assert done.returncode == 0, f"{command}:\n{done.stdout}"
+        return done.stdout
+
+    call("dvc", "config", "cache.type", kind)
+    call("dvc", "checkout", "--relink")
+    linked = [
+        file for file in (folder / "artifacts/emulator").iterdir() if file.is_symlink() or file.stat().st_nlink > 1
+    ]
+    assert {file.name for file in linked} >= {"manifest.json", "base.safetensors", "tokenizer_config.json"}
+    done = call("dvc", "repro", "--force", "--single-item", "offsite_tune@piqa-layers", "evaluate")
+    assert stages_that("ran", done) == ["evaluate", "offsite_tune@piqa-layers"]
+    pack = [sys.executable, "-m", "scaleot_core.cli", "pack", "--out", str(tmp_path / "shipped")]
+    call(*pack)
+    assert not [file for file in (tmp_path / "shipped").iterdir() if file.is_symlink() or file.stat().st_nlink > 1]
+    assert Package(tmp_path / "shipped").plan
+    assert (tmp_path / "shipped.private.json").stat().st_mode & 0o777 == 0o600
