@@ -39,6 +39,15 @@ def test_every_kind_of_tokenizer_is_kept(tmp_path: Path, kind: str) -> None:
         assert tokenizer_difference(tokenizer, load_untrusted_tokenizer(folder)) == ""
 
 
+def test_side_of_padding_that_a_class_has_is_no_reason_to_refuse(tokenizer: PreTrainedTokenizerFast) -> None:
+    class Left(PreTrainedTokenizerFast):
+        """Pads on the left, as transformers' LlamaTokenizer does, and doesn't write that down."""
+
+        padding_side = "left"
+
+    check_shippable(Left(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>"))
+
+
 def test_tokenizer_that_a_package_cannot_keep_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     class Shouting(PreTrainedTokenizerFast):
         """Does in Python what its file doesn't say."""

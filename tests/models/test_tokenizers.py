@@ -19,7 +19,6 @@ CHANGES: dict[str, Callable[[PreTrainedTokenizerFast], Any]] = {
     ),
     "otherwise": lambda t: setattr(t.backend_tokenizer, "decoder", decoders.Fuse()),
     "chat templates would be others": lambda t: setattr(t, "chat_template", None),
-    "padding_side": lambda t: setattr(t, "padding_side", "left"),
     "model_max_length": lambda t: setattr(t, "model_max_length", 7),
 }
 
