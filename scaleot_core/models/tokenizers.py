@@ -22,7 +22,7 @@ CHATS: tuple[list[dict[str, Any]], ...] = (
     [{"role": "system", "content": "Be kind."}, *ASKED],
 )
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "Add.", "parameters": {}}}]
-SETTINGS = ("bos_token", "eos_token", "unk_token", "pad_token", "model_max_length")  # padding is our own
+SETTINGS = ("bos_token", "eos_token", "unk_token", "pad_token", "model_max_length")  # not padding_side: `collate` pads
 
 
 def tokenizer_difference(one: PreTrainedTokenizerBase, two: PreTrainedTokenizerBase) -> str:
