@@ -23,7 +23,7 @@ from scaleot_core.params import Params, changed
 from scaleot_core.settings import Tuning
 
 QUESTION_TOKENS = 30  # of a typical question with its answer
-CHOICES = 4  # scored for a typical question
+ALL_CHOICES_TOKENS = 50  # of a typical question with all of its choices, whose context runs once
 OVERHEAD_SECONDS = 15  # of one stage: imports and loading
 SMALL = 256  # rows and columns of the matrix that a decomposition is timed on
 EFFICIENCY = 0.4  # of a large matrix product's rate that a small model reaches
@@ -96,7 +96,7 @@ def forward_tokens(params: Params) -> dict[str, float]:
     block, tasks = params.data.block_size, len(params.tasks)
     fits, steps = params.layer_importance, params.dlr.steps
     layers = 30  # of the sensitivities, in a typical model
-    scoring = params.data.eval_questions * CHOICES * QUESTION_TOKENS * tasks
+    scoring = params.data.eval_questions * ALL_CHOICES_TOKENS * tasks
     lora = params.offsite_tune.model_copy(update={"lr": params.lora.lr})
     tunings = [lora if kind == "lora" else params.offsite_tune for kind in params.adapters]
     candidates = steps // params.dlr.score_interval * params.dlr.candidates

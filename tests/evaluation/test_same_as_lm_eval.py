@@ -15,7 +15,7 @@ import yaml
 from helpers import CPU, ROOT, TEST_DATA, form
 
 from scaleot_core.common.files import write_jsonl
-from scaleot_core.common.runtime import generator
+from scaleot_core.common.runtime import cpu_count, generator
 from scaleot_core.compression.emulator import layer_parameters, plug_in
 from scaleot_core.compression.plan import Plan
 from scaleot_core.data import embedded, questions
@@ -77,7 +77,7 @@ def command_line(model: Path, rows: Mapping[str, Rows], folder: Path, batch_size
 
 def check(model: Path, rows: Mapping[str, Rows], folder: Path) -> None:
     printed = command_line(model, rows, folder, batch_size=8)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(cpu_count())
     loaded = load_model(model, device=CPU, dtype=torch.float32)
     ours = evaluate(loaded, load_tokenizer(model), rows, batch_size=8, label="ours")
     for task in rows:
