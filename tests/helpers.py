@@ -421,6 +421,7 @@ class Ended(NamedTuple):
 def _ended(argv: list[str], action: Callable[[], object]) -> Ended:
     """Run a command in this process. Only SystemExit is caught: anything else would have been a traceback."""
     out, said, argv_before, code = StringIO(), StringIO(), sys.argv, 0
+    torch.backends.cuda.enable_flash_sdp(True)  # as in a new process: what ran before chose its own kernel
     try:
         sys.argv = argv
         with redirect_stdout(out), redirect_stderr(said):
