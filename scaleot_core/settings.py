@@ -12,6 +12,8 @@ from scaleot_core.common.validation import Block
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
+Threads = Annotated[int, Field(ge=0, le=1024)]
+"""OpenMP dies of a signal where it can't start as many as it is told to."""
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 Rates = Annotated[
@@ -184,7 +186,7 @@ class OffsiteTuning(Tuning):
     epsilon: Annotated[float, Field(ge=0)] = 0.0
     """ε of differential privacy (DP-SGD) for each training example; 0 for none"""
     delta: Annotated[float, Field(gt=0, lt=1)] = 0.0001
-    """δ of differential privacy: less than one over the number of examples"""
+    """δ of differential privacy: at most one over the number of examples"""
 
 
 class LoraForm(Block):
@@ -210,6 +212,17 @@ class Lora(LoraForm):
     def form(self) -> LoraForm:
         """What an adapter's reader has to know of it."""
         return LoraForm(**self.model_dump(exclude={"lr"}))
+
+
+class Machine(Block):
+    """Where the command line computes."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to compute"""
+    threads: Threads = 0
+    """CPU threads; 0 for all"""
+    dtype: str = "float32"
+    """what models compute in, which a package says"""
 
 
 class Attack(Block):

@@ -136,8 +136,34 @@ def test_help(command):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_without_its_arguments_says_what_is_missing(command):
-    ended = scaleot(command)
-    assert ended.code == 2 and "Missing" in "".join(ended.said)
+    said = refused(command, *(["x"] if command == "check" else []))
+    assert " is missing; `scaleot " in said and "--help`" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--epochs", 0), "--epochs = 0: Input should be greater than or equal to 1; the least is 1"),
+        (("--validation", 1.5), "--validation = 1.5: Input should be less than or equal to 1; the range is 0 to 1"),
+        (("--batch-size", "abc"), "--batch-size = abc: Input should be a valid integer; the least is 1"),
+        (("--lr", "abc"), "--lr = abc: Input should be a valid number; `scaleot tune --help` lists"),
+        (("--adapters", "all"), "--adapters = all: it is not one of 'layers', 'lora'; `scaleot tune --help` lists"),
+        (("--thread", 2), "--thread is no option; is --threads meant?"),
+        (("more",), "Got unexpected extra argument"),
+        (("--lr",), "Option '--lr' requires an argument; "),
+        (("--lr", 5), "--lr = 5.0: Input should be less than or equal to 1; the range is above 0, at most 1"),
+        (("--delta", 1), "--delta = 1.0: Input should be less than 1; the range is above 0, below 1"),
+        (("--threads", 100_000), "--threads = 100000: Input should be less than or equal to 1024; the range is 0 to"),
+    ],
+)
+def test_command_line_that_cannot_be_meant_ends_in_one_line(tmp_path, arguments, said):
+    assert said in refused("tune", "p", "--data", "x", "--out", tmp_path / "out", *arguments)
+
+
+def test_command_that_is_none_is_refused_and_no_command_is_answered_with_the_help():
+    assert "No such command 'tun'. Did you mean 'tune'? `scaleot --help`" in refused("tun")
+    ended = scaleot()
+    assert ended.code == 2 and "Usage: scaleot" in "".join([*ended.said, ended.out])
 
 
 def test_commands_that_read_only_need_no_dvc_no_git_and_no_heavy_import_for_help(tmp_path, package, records):

@@ -146,8 +146,9 @@ OUT_OF_RANGE: list[tuple[str, Any, str]] = [
     ("alpha", -0.1, "the range is 0 to 1"),
     ("beta", float("nan"), "the range is 0 to 1"),
     ("full_finetune.warmup_ratio", 1.01, "the range is 0 to 1"),
-    ("dlr.lr", 0, "the range is 0 to 1"),
-    ("offsite_tune.lr", 2.0, "the range is 0 to 1"),
+    ("dlr.lr", 0, "the range is above 0, at most 1"),
+    ("offsite_tune.lr", 2.0, "the range is above 0, at most 1"),
+    ("offsite_tune.delta", 1.0, "the range is above 0, below 1"),
     ("offsite_tune.lr", [], "at least 1 item"),
     ("full_finetune.validation_fraction", 1.1, "the range is 0 to 1"),
     ("adapter_layers", 0, "need at least 1"),
@@ -155,11 +156,11 @@ OUT_OF_RANGE: list[tuple[str, Any, str]] = [
     ("adapters", [], "at least 1 item"),
     ("adapters", ["lora", "lora"], "named twice"),
     ("lora.rank", 0, "the least is 1"),
-    ("lora.alpha", 0.0, "the least is 0"),
+    ("lora.alpha", 0.0, "the range is above 0"),
     ("seed", -1, "the least is 0"),
     ("data.block_size", 7, "the least is 8"),
     ("dlr.group_size", 1, "the least is 2"),
-    ("dlr.score_lr", float("inf"), "the least is 0"),
+    ("dlr.score_lr", float("inf"), "the range is above 0"),
     ("offsite_tune.max_steps", -1, "the least is 0"),
     ("tasks", [], "at least 1 item"),
     ("data.corpus", "", "at least 1 character"),
@@ -247,7 +248,7 @@ def test_text_that_yaml_cannot_take_is_one_line(tmp_path, text):
 
 def test_learning_rate_of_a_list_is_named(tmp_path):
     said = refused(tmp_path, with_value("offsite_tune.lr", [1e-4, 3.0]))
-    assert said.startswith("offsite_tune.lr.1 = 3.0: ") and "the range is 0 to 1" in said
+    assert said.startswith("offsite_tune.lr.1 = 3.0: ") and "the range is above 0, at most 1" in said
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "- alpha\n", "alpha\n"], ids=repr)

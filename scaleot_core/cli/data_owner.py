@@ -2,7 +2,6 @@
 
 import secrets
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,7 +13,7 @@ from scaleot_core.common.errors import UserError
 from scaleot_core.common.progress import say
 from scaleot_core.common.validation import validate_block
 from scaleot_core.params import Params
-from scaleot_core.settings import Lora, LoraForm, OffsiteTuning
+from scaleot_core.settings import Lora, LoraForm, Machine, OffsiteTuning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,13 +22,6 @@ if TYPE_CHECKING:
 
 PROGRESS_SECONDS = 60.0  # between two checkpoints
 DEFAULT_LR = {"lora": Lora().lr[0], "layers": OffsiteTuning().lr[0]}  # by --adapters
-
-
-@dataclass(frozen=True)
-class _RuntimeSettings:
-    device: str
-    dtype: str
-    threads: int
 
 
 def tune(
@@ -104,9 +96,10 @@ def tune(
     )
     form = {"rank": lora_rank, "alpha": lora_alpha, "modules": lora_modules}
     lora = validate_block(LoraForm, form) if adapters == "lora" else None
+    machine = validate_block(Machine, {"device": device, "threads": threads})
     with unpacked(package) as folder, new_output(out, private_file(out)) as target:
         shipped = Package(folder)
-        runtime = setup(_RuntimeSettings(device, shipped.manifest.dtype, threads), "tune")
+        runtime = setup(machine.model_copy(update={"dtype": shipped.manifest.dtype}), "tune")
         model, tokenizer = shipped.load(runtime.device), shipped.tokenizer()
         check_tokenizer(tokenizer, model.config)
         examples = _read_examples(model, tokenizer, task, data, block_size=block_size, packed=not epsilon)

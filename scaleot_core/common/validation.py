@@ -1,6 +1,7 @@
 """Check values against a pydantic model, and name what is wrong in one line."""
 
 import operator
+from dataclasses import dataclass, fields
 from functools import reduce
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -53,15 +54,29 @@ def _field(block: Any, location: tuple[int | str, ...]) -> FieldInfo | None:
     return found
 
 
-def _range(field: FieldInfo | None) -> str:
-    """Say the range of a numeric field, such as `; the range is 0 to 1`; an empty text without one."""
-    low = high = None
-    for bound in field.metadata if field else ():
-        low = getattr(bound, "ge", getattr(bound, "gt", low))
-        high = getattr(bound, "le", getattr(bound, "lt", high))
-    if high is not None:
-        return f"; the range is {low} to {high}"
-    return f"; the least is {low}" if low is not None else ""
+@dataclass(frozen=True)
+class Bounds:
+    """The ends of a number's range; each under pydantic's name for it."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+
+    @classmethod
+    def of(cls, field: FieldInfo | None) -> "Bounds":
+        """Find a field's; several annotations may each have one."""
+        given = field.metadata if field else ()
+        return cls(**{end.name: getattr(m, end.name) for m in given for end in fields(cls) if hasattr(m, end.name)})
+
+    def text(self) -> str:
+        """Say the range, such as `the range is above 0, at most 1`; an empty text without one."""
+        if self.gt is None:
+            if self.ge is None:
+                return ""
+            return f"the least is {self.ge}" if self.le is None else f"the range is {self.ge} to {self.le}"
+        most = f", at most {self.le}" if self.le is not None else f", below {self.lt}" if self.lt is not None else ""
+        return f"the range is above {self.gt}{most}"
 
 
 def validate_block(kind: type[B], data: Any) -> B:
@@ -82,5 +97,5 @@ def validate_block(kind: type[B], data: Any) -> B:
         if first["type"] == "missing":
             raise UserError(f"{key} is missing; add it (params.yaml in the repository shows how)") from None
         message = one_line(ValueError(first["msg"])).removeprefix("Value error, ")
-        message += _range(_field(kind, first["loc"]))
-        raise UserError(message, parameter=key, value=first["input"]) from None
+        bounds = Bounds.of(_field(kind, first["loc"])).text()
+        raise UserError(f"{message}; {bounds}" if bounds else message, parameter=key, value=first["input"]) from None
