@@ -50,7 +50,7 @@ def read_rows(file: Path) -> Iterator[tuple[str, Row]]:
         elif beginning.split("\n")[0].rstrip() == "{":
             raise UserError(f"{file}: its first object goes over several lines; give each its own, or all in one list")
         else:
-            for number, row in parse_jsonl(str(file), _checked(file, text)):
+            for number, row in parse_jsonl(str(file), _objects(file, _checked(file, text))):
                 yield f"{file}, line {number}", row
 
 
@@ -97,6 +97,18 @@ def _checked(file: Path, lines: TextIO) -> Iterator[str]:
         yield line
 
 
+def _objects(file: Path, lines: Iterator[str]) -> Iterator[str]:
+    """Yield lines less their ends; UserError names the first that begins as an object and doesn't end as one."""
+    for number, line in enumerate(lines, start=1):
+        text = line.rstrip()
+        if text.removeprefix("\ufeff").lstrip().startswith("{") and not text.endswith("}"):
+            raise UserError(
+                f"{file}, line {number}: not valid JSON (its object doesn't end in }} at column {len(text)}); give "
+                "each record one line, whole and without a comma behind it"
+            )
+        yield text
+
+
 def _read_array(file: Path, text: TextIO) -> Iterator[tuple[str, Row]]:
     rows = parse_json(str(file), "".join(_checked(file, text)).removeprefix("\ufeff"))
     for number, row in enumerate(rows, start=1):
@@ -109,6 +121,9 @@ def _read_csv(file: Path, text: TextIO) -> Iterator[tuple[str, Row]]:
     """Yield rows by the names in the first line; every value is text."""
     csv.field_size_limit(2**31 - 1)  # 131,072 characters, which a document may have, are the library's own limit
     reader = csv.DictReader(_checked(file, text), strict=True)
+    names = reader.fieldnames or []
+    if len(names) == 1 and (marks := [mark for mark in (";", "\t", "|") if mark in names[0]]):
+        raise UserError(f"{file}, line 1: fields are separated by commas, these by {marks[0]!r}; save it with commas")
     for row in reader:
         where = f"{file}, line {reader.line_num}"
         if None in row or None in row.values():

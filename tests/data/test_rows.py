@@ -145,7 +145,10 @@ DEEP = b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.jsonl", b'{"a": "b"}\n{"a": \n', "line 2: not valid JSON (Expecting value at column 1)"),
+        ("a.jsonl", b'{"a": "b"}\n{"a": \n', "line 2: not valid JSON (its object doesn't end in } at column 5); give"),
+        ("a.jsonl", b'{"a": "b"},\n', "line 1: not valid JSON (its object doesn't end in } at column 11); give"),
+        ("a.jsonl", b'{"a": "b"}\n{"a": }\n', "line 2: not valid JSON (Expecting value at column 7)"),
+        ("a.csv", b"prompt;completion\na;b\n", "line 1: fields are separated by commas, these by ';'; save it with"),
         ("a.jsonl", b'{"a": "b"}\n["a"]\n', "line 2: a JSON object is needed, this is a list"),
         ("a.jsonl", b'{"a": "b"}\n' + DEEP, "line 2: not valid JSON (maximum recursion depth"),
         ("a.jsonl", b'{"a": "b", "a": "c"}', "line 1: not valid JSON (the key 'a' is there twice)"),
