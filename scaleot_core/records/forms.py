@@ -42,6 +42,8 @@ class Chat:
     documents: list[dict[str, Any]] | None = None
     variables: dict[str, Any] | None = None
     """Further variables of the chat template, such as `enable_thinking`."""
+    switched_off: int = 0
+    """Answers that a switch of theirs, such as `weight`: 0, keeps from being learnt."""
 
 
 Record = Text | Pair | Chat
@@ -65,10 +67,11 @@ MEANT = {
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "text alone can be learnt"),
 }
 CONVERSATIONS = (
-    "ShareGPT's form; `trl.maybe_convert_to_chatml` makes `messages` of it, in which `from` is `role` (human is user, "
-    "gpt is assistant) and `value` is `content`"
+    "ShareGPT's form; rename `conversations` to `messages`, `from` to `role` (human is user, gpt is assistant) and "
+    "`value` to `content`"
 )
-ALPACA = "Alpaca's form; write `prompt`, the instruction and its input as the model will be asked, and `completion`"
+ALPACA = "Alpaca's form; write {}`prompt`, the instruction and its input as the model will be asked, and `completion`"
+WITH_TEMPLATE = "`messages`, for the model's chat template, or "
 
 # What people call our fields.
 SYNONYMS = {
@@ -99,14 +102,17 @@ def _repeats_a_message(row: Row) -> bool:
     return any(isinstance(message, dict) and message.get("content") == prompt for message in messages)
 
 
-def other_form(row: Row) -> str:
-    """Say what a row of no form of ours seems to be, as the end of a sentence, or nothing."""
+def other_form(row: Row, *, has_template: bool) -> str:
+    """Say what a row of no form of ours seems to be, as the end of a sentence, or nothing.
+
+    Where the model has a chat template, conversations come first.
+    """
     for name in SYNONYMS["messages"]:
         turns = row.get(name)
         if isinstance(turns, list) and turns and isinstance(turns[0], Mapping):
             return f"; this is {CONVERSATIONS}" if "value" in turns[0] else f"; rename `{name}` to `messages`"
     if "instruction" in row and not _suggest("messages", row):
-        return f"; this is {ALPACA}"
+        return f"; this is {ALPACA.format(WITH_TEMPLATE if has_template else '')}"
     if "chosen" in row and "rejected" in row:
         return f"; {MEANT['chosen']}"
     return "".join(filter(None, (_suggest(name, row) for name in ("prompt", "completion", "messages", "text"))))
@@ -155,6 +161,7 @@ def _chat(row: Row, form: str) -> Chat:
         tools=_objects(row, "tools"),
         documents=_objects(row, "documents"),
         variables=_variables(row),
+        switched_off=sum(m["role"] == "assistant" and not learnt for m, learnt in parsed),
     )
 
 
@@ -211,7 +218,7 @@ def _message(number: int, given: Any) -> tuple[Message, bool]:
     if "train_detail" in message:
         raise ValueError(f"{where}: `train_detail` can't be heeded; a message is learnt whole, or not (`weight`: 0)")
     if learnt and not calls and not message["content"].strip():
-        raise ValueError(f"{where} is empty")
+        raise ValueError(f"{where} is empty; write the answer, delete it, or set its `weight` to 0")
     return message, learnt
 
 

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +23,14 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 OTHER_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "ai": "assistant", "model": "assistant"}
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
 REASONING = ("reasoning_content", "reasoning", "thinking")  # one field: transformers hands each over as the others too
+
+
+class LeftOut(ValueError):
+    """The template leaves a field of a record out, whatever is in it."""
+
+    def __init__(self, field: str, remedy: str) -> None:
+        super().__init__(f"the model's chat template leaves `{field}` out{remedy}")
+        self.field = field
 
 
 class Conversation:
@@ -100,7 +109,8 @@ def in_template(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> Conversation:
     for number, message in enumerate(chat.messages, start=1):
         role = message["role"]
         if role not in ROLES and not any(f"{quote}{role}{quote}" in found.source for quote in "'\""):
-            meant = OTHER_ROLES.get(role.lower(), role.lower())
+            near = get_close_matches(role.lower(), ROLES, n=1, cutoff=0.75) or [role.lower()]
+            meant = OTHER_ROLES.get(role.lower(), near[0])
             hint = f"; write `{meant}`" if meant in ROLES else f"; roles are {', '.join(ROLES)}"
             raise ValueError(f"message {number}: the role `{role}` is not known{hint}")
     return found.of(_plain_arguments(found))
@@ -146,7 +156,9 @@ def check_nothing_is_lost(conversation: Conversation, answers: list[int]) -> Non
     given = messages[: answers[-1] + 1]
     for field in ("tools", "documents"):
         if conversation.variables[field] and not conversation.differs(shown, given, changed={field: None}):
-            raise ValueError(f"the model's chat template leaves `{field}` out; write them into a system message")
+            lost = any(loses(conversation, i, CALLS) for i in range(len(given)))
+            calls = ", and calls of tools too" if field == "tools" and lost else ""
+            raise LeftOut(field, f"{calls}; write them into a system message")
     for i, after in zip(answers, [-1, *answers], strict=False):
         for j in range(after + 1, i):
             said = messages[j]["content"].strip()

@@ -268,7 +268,13 @@ def test_what_the_template_makes_no_use_of_is_refused(tmp_path, bos, field):
     bos.chat_template = STABLE["chatml"]
     given = {"tools": [ADD], "documents": [{"title": "a", "text": "b"}]}[field]
     found = refusal(made, tmp_path, bos, {"messages": said("hi", "hello"), field: given})
-    assert f"line 1: the model's chat template leaves `{field}` out" in found
+    assert f"line 1: the model's chat template leaves `{field}` out; write them" in found
+    row = {"messages": said("hi", "hello")}
+    found = refusal(made, tmp_path, bos, *[{**row, field: given}] * 2, row, {**row, field: given})
+    assert found.endswith("(so have line 2, line 4)")
+    if field == "tools":
+        found = refusal(made, tmp_path, bos, {"messages": calls("{}"), field: given})
+        assert "leaves `tools` out, and calls of tools too; write them" in found
 
 
 def test_documents_and_variables_reach_the_template(tmp_path, bos):
@@ -308,6 +314,7 @@ def test_call_that_the_template_leaves_out_is_not_learnt_as_silence(tmp_path, bo
     (example,) = examples = made(tmp_path, bos, {"messages": calls("{}")})
     assert bos.decode(learnt(example)) == "two<|im_end|>\n"
     assert examples.tally.answers_left_out == {"the model's chat template leaves their calls of tools out": 1}
+    assert examples.tally.places == {"the model's chat template leaves their calls of tools out": ["line 1"]}
     assert "nothing in it to learn" in refusal(made, tmp_path, bos, {"messages": calls("{}")[:2]})
 
 
@@ -354,9 +361,10 @@ def test_answer_that_is_switched_off_is_read_and_not_learnt(tmp_path, kind, swit
     kind.chat_template, messages = templates["llama 3"], said("hi", "hello", "bye", "see you")
     messages[1] |= switch
     messages[3] |= {"weight": 1}
-    (example,) = made(tmp_path, kind, {"messages": messages})
+    (example,) = examples = made(tmp_path, kind, {"messages": messages})
     assert whole(example) == kind.apply_chat_template(said("hi", "hello", "bye", "see you"), return_dict=False)
     assert kind.decode(learnt(example)).strip() == "see you<|im_end|>"
+    assert examples.tally.switched_off == 1 and examples.tally.answers_left_out == {}
 
 
 @pytest.mark.parametrize("switch", [{"weight": 0.5}, {"weight": "0"}, {"train": "no"}, {"train_detail": []}])

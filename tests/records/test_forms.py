@@ -147,11 +147,11 @@ def test_texts_are_cut_and_counted_where_they_are_not_packed(tmp_path, bos):
         ({"prompt": "a", "messages": HI}, "it has `prompt` and `messages`"),
         (
             {"conversations": [{"from": "human", "value": "hi"}]},
-            "this is ShareGPT's form; `trl.maybe_convert_to_chatml`",
+            "this is ShareGPT's form; rename `conversations` to `messages`, `from` to `role` (human is user, gpt is",
         ),
         ({"messages": [{"from": "human", "value": "hi"}]}, "message 1 has no `role`; this is ShareGPT's form"),
         ({"conversations": HI}, "rename `conversations` to `messages`"),
-        ({"instruction": "a", "input": "", "output": "b"}, "this is Alpaca's form; write `prompt`"),
+        ({"instruction": "a", "input": "", "output": "b"}, "Alpaca's form; write `messages`, for the model's chat template, or `p"),
         ({"mesages": HI}, "is `mesages` meant for `messages`?"),
         ({"promt": "a", "completoin": "b"}, "is `promt` meant for `prompt`?; is `completoin` meant for `completion`?"),
         ({"question": "a", "answer": "b"}, "is `question` meant for `prompt`?; is `answer` meant for `completion`?"),
@@ -195,7 +195,7 @@ def test_form_that_cannot_be_meant_is_refused_in_a_line_that_helps(tmp_path, bos
         ([{"role": "user", "contents": "hi"}], "message 1 (user) has no `content`; is `contents` meant for `content`?"),
         ([{"role": "user", "content": None}, HI[1]], "message 1 (user) has no `content`"),
         ([HI[0], {"role": "assistant", "content": None}], "message 2 (assistant) has no `content`"),
-        ([HI[0], {"role": "assistant", "content": " "}], "message 2 (assistant) is empty"),
+        ([HI[0], {"role": "assistant", "content": " "}], "message 2 (assistant) is empty; write the answer, "),
         ([HI[0], {"role": "assistant", "content": 7}], "message 2 (assistant): its `content` is a int"),
         (
             [
@@ -210,6 +210,7 @@ def test_form_that_cannot_be_meant_is_refused_in_a_line_that_helps(tmp_path, bos
             [HI[0], {"role": "Assistant", "content": "a"}],
             "message 2: the role `Assistant` is not known; write `assistant`",
         ),
+        ([HI[0], {"role": "asistant", "content": "a"}], "the role `asistant` is not known; write `assistant`"),
         ([{"role": "narrator", "content": "hi"}, HI[1]], "the role `narrator` is not known; roles are system, "),
         (HI[:1], "no message has the role `assistant`"),
         ([HI[0], {**HI[1], "weight": 0}], "every answer is switched off"),
@@ -254,6 +255,24 @@ def test_fields_that_are_not_read_are_told(tmp_path, bos, capsys):
     assert "fields that are not read" in capsys.readouterr().err
     bos.chat_template = STABLE["chatml"].replace("{{ m.role }}", "{{ m.role }}{{ m.name }}")
     assert made(tmp_path, bos, {"messages": named}).tally.ignored == {}
+
+
+def test_records_that_are_cut_are_named(tmp_path, bos, capsys):
+    far = {"prompt": "far " * 200, "completion": "hello"}
+    examples = made(tmp_path, bos, PAIR, far, *[PAIR, far] * 6)
+    assert examples.tally.cut == 7
+    assert "(line 2, line 4, line 6, line 8, line 10 and 2 more)" in capsys.readouterr().err
+
+
+def test_prompt_that_goes_by_the_chat_template_is_told_once(tmp_path, bos, capsys):
+    made(tmp_path, bos, PAIR, PAIR)
+    assert capsys.readouterr().err.count("without the model's chat template") == 1
+    made(tmp_path, bos, {"messages": HI})
+    bos.chat_template = None
+    made(tmp_path, bos, PAIR)
+    assert "chat template" not in capsys.readouterr().err
+    said = refusal(made, tmp_path, bos, {"instruction": "a", "input": "", "output": "b"})
+    assert "this is Alpaca's form; write `prompt`" in said
 
 
 def test_template_in_the_sandbox_reaches_nothing(tmp_path, bos):
