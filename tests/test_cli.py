@@ -1,5 +1,6 @@
 """The two parties at their commands: packed, inspected, tuned, checked, plugged in, each from files alone."""
 
+import copy
 import json
 import os
 import shutil
@@ -297,6 +298,22 @@ def test_inspect_says_what_a_package_is(package):
     assert sizes == {f.name: f.stat().st_size for f in package.iterdir() if f.name != "manifest.json"}
 
 
+def test_inspect_says_what_records_a_package_takes(tmp_path, package, tokenizer):
+    shown = gives("inspect", package)
+    assert shown["context in tokens"] == 128 and shown["chat template"] is False
+    chatty = copy.deepcopy(tokenizer)
+    system = "{% if m.role != 'system' %}"
+    chatty.chat_template = (
+        f"{{% for m in messages %}}{system}{{{{ m.content }}}}{{% endif %}}{{% endfor %}}{{{{ tools }}}}"
+    )
+    chat = write_package(tmp_path / "chat", tiny_model("llama"), chatty)
+    shown = gives("inspect", chat)
+    assert shown["chat template"] is True
+    assert shown["chat template renders"] == {"system messages": False, "tools": True, "calls of tools": False}
+    table = scaleot("inspect", chat).out
+    assert "system messages: no" in table and shown["files"]["adapter.safetensors"]["sha256"][:20] not in table
+
+
 def test_inspect_says_what_an_adapter_is(adapter, package):
     shown = gives("inspect", adapter)
     assert shown["tuned on package"] == gives("inspect", package)["id"] and shown["layers"] == [1]
@@ -357,6 +374,16 @@ def test_killed_tuning_goes_on_to_the_same_bytes(tmp_path, package, records, mon
     assert not (tmp_path / ".again.progress").exists()
 
 
+def test_tuning_that_is_begun_anew_says_so_and_leaves_nothing(tmp_path, package, records, monkeypatch):
+    arguments = ("tune", package, "--data", records, "--out", tmp_path / "out", *RANK, *FEW)
+    monkeypatch.setattr(data_owner, "PROGRESS_SECONDS", 0.0)
+    with dies_after(tuner, "answer_loss", 3):
+        assert scaleot(*arguments).code == 130
+    ended = scaleot(*arguments, "--seed", 1)
+    assert ended.code == 0 and "other options, package or records than before: starting anew" in ended.said
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.private.json"]
+
+
 @pytest.mark.parametrize("kind", ["layers", "lora"])
 def test_private_tuning_states_its_epsilon_and_draws_what_no_one_can_guess(tmp_path, package, records, kind):
     command = ("tune", package, "--data", records, "--epsilon", 8, "--delta", 0.01, "--adapters", kind, *RANK, *FEW)
@@ -374,6 +401,9 @@ def test_private_tuning_states_its_epsilon_and_draws_what_no_one_can_guess(tmp_p
 def test_tune_says_that_its_losses_are_not_the_real_models(tmp_path, package, records):
     ended = scaleot("tune", package, "--data", records, "--out", tmp_path / "out", *RANK, *FEW)
     assert ended.code == 0 and "not of the real model" in ended.said[-1]
+    rows = [row.split("│")[1].strip() for row in ended.out.splitlines() if row.count("│") == 3]
+    assert {"send back", "keep", "records tuned on", "records held out"} <= set(rows)
+    assert not {"adapter", "private"} & set(rows)
 
 
 def test_package_without_adapter_layers_takes_lora(tmp_path, pruned_package, records):
@@ -390,7 +420,8 @@ def test_tune_says_how_many_records_there_were_and_what_of_them_is_not_learnt(tm
     found = gives("tune", package, "--data", tmp_path / "a.jsonl", "--out", tmp_path / "out", *RANK, *FEW)
     assert found["records"] == found["examples"] == 5
     assert found["records cut"] == 1 and found["tokens cut"] > 200 and found["fields ignored"] == {"id": 1}
-    assert found["answers left out"] == found["answers reworded"] == 0
+    assert found["answers left out"] == found["answers reworded"] == found["answers switched off"] == 0
+    assert (found["records tuned on"], found["records held out"]) == (4, 1)
     ended = scaleot("tune", package, "--data", tmp_path / "a.jsonl", "--out", tmp_path / "again", *RANK, *FEW)
     assert any("1 of 5 records are too long" in line for line in ended.said)
     assert any("fields that are not read" in line and "`id`" in line for line in ended.said)

@@ -1,8 +1,8 @@
 """The data owner's command: `tune`."""
 
 import secrets
-from contextlib import suppress
 from pathlib import Path
+from shutil import rmtree
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -105,7 +105,10 @@ def tune(
         examples = _read_examples(model, tokenizer, task, data, block_size=block_size, packed=not epsilon)
         _check_enough(f"{data or task}", examples, settings, min(block_size, examples.tally.context_length))
         key = fingerprint(settings.model_dump(), lora and lora.model_dump(), seed, shipped.sha256, examples)
-        checkpoint = Checkpoint(out.with_name(f".{out.name}.progress") / key, PROGRESS_SECONDS)
+        progress = out.with_name(f".{out.name}.progress")
+        checkpoint = Checkpoint(progress / key, PROGRESS_SECONDS)
+        if progress.is_dir() and not checkpoint.folder.exists():
+            say("other options, package or records than before: starting anew", style="yellow")
         parameters = adapter.trainable(model, shipped.plan, lora, seed)
         seed = secrets.randbits(256) if epsilon else seed  # whoever could guess it could take the noise off
         try:
@@ -125,13 +128,11 @@ def tune(
         adapter.save(target, shipped, parameters, lora=lora, tuning=settings, tuned=result)
     losses = {"validation_loss": result.validation_loss, "history": result.history}
     write_json(private_file(out), losses, private=True)
-    checkpoint.remove()
-    with suppress(OSError):  # it isn't there, or another command's progress is in it
-        checkpoint.folder.parent.rmdir()
+    rmtree(progress, ignore_errors=True)  # with what was begun with other options
     show(
         {
             "adapter": str(out),
-            **_count_examples(examples),
+            **_count_examples(examples, settings),
             "learning rate": result.lr,
             "steps": result.steps,
             "held-out loss": result.validation_loss,
@@ -139,6 +140,7 @@ def tune(
             "private": str(private_file(out)),
         },
         as_json,
+        {"adapter": "send back", "private": "keep"},
     )
     say("the losses are those of the tuned package, not of the real model: what it will gain, its owner alone can tell")
 
@@ -185,15 +187,25 @@ def _check_enough(source: str, examples: "Examples", settings: OffsiteTuning, bl
     )
 
 
-def _count_examples(examples: "Examples") -> dict[str, Any]:
-    """Count the records, the examples made of them, and what of the records isn't learnt."""
-    tally = examples.tally
+def _count_examples(examples: "Examples", settings: OffsiteTuning) -> dict[str, Any]:
+    """Count the records, the examples made of them, those held out, and what of the records isn't learnt.
+
+    What is held out are whole records, or blocks of texts.
+    """
+    from scaleot_core.tuning.selection import held_out
+
+    tally, parts = examples.tally, len(set(examples.origins))
+    held = 0 if settings.epsilon else held_out(settings, parts)
+    unit = "blocks" if examples.are_blocks else "records"
     return {
         "records": tally.records,
         "examples": len(examples),
+        f"{unit} tuned on": parts - held if settings.patience else parts,  # rates are compared before all are tuned on
+        f"{unit} held out": held,
         "records cut": tally.cut,
         "tokens cut": tally.tokens_cut,
         "answers left out": tally.answers_left_out.total(),
+        "answers switched off": tally.switched_off,
         "answers reworded": tally.reworded,
         "fields ignored": dict(sorted(tally.ignored.items())),
     }

@@ -41,9 +41,10 @@ def inspect(
             "format": f"{manifest.format} {manifest.format_version}",
             **properties,
             "id": manifest_sha256(folder),
-            "files": {name: entry.model_dump() for name, entry in manifest.files.items()},
+            "bytes": sum(entry.bytes for entry in manifest.files.values()),
         }
-    show(summary, as_json)
+        files = {name: entry.model_dump() for name, entry in manifest.files.items()}
+    show({**summary, "files": files} if as_json else summary, as_json)
 
 
 def _adapter_properties(manifest: "AdapterManifest") -> dict[str, Any]:
@@ -58,12 +59,18 @@ def _adapter_properties(manifest: "AdapterManifest") -> dict[str, Any]:
 
 
 def _package_properties(package: "Package") -> dict[str, Any]:
-    """List what a sound package is."""
+    """List what a sound package is, and what records it takes."""
+    from scaleot_core.records.probes import rendered_parts
+
     manifest, model = package.manifest, package.meta_model
+    rendered = rendered_parts(package.tokenizer())
     return {
         "license": manifest.license,
         "architecture": model.config.model_type,
         "parameters": model.num_parameters(),
+        "context in tokens": model.config.max_position_embeddings,
+        "chat template": bool(rendered),
+        "chat template renders": rendered,
         "dtype": manifest.dtype,
         "layers": list(manifest.layers),
         "beta": manifest.beta,

@@ -1,8 +1,10 @@
 """What commands show, as a table or, with `--json`, as one object, and where they write what stays at home."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -20,8 +22,11 @@ def private_file(out: Path) -> Path:
     return out.with_name(f"{out.name}.private.json")
 
 
-def show(summary: dict[str, Any], as_json: bool) -> None:
-    """Print a summary: a line of a table for each key, without those that are None or empty, or one JSON object."""
+def show(summary: dict[str, Any], as_json: bool, rows: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Print a summary: a line of a table for each key, without those that are None or empty, or one JSON object.
+
+    `rows` has what a table calls keys that programs know by another name.
+    """
     if as_json:
         print(json.dumps(summary))
         return
@@ -31,7 +36,7 @@ def show(summary: dict[str, Any], as_json: bool) -> None:
             lines = (
                 [f"{name}: {_text(one)}" for name, one in value.items()] if isinstance(value, dict) else [_text(value)]
             )
-            table.add_row(key, "\n".join(lines))
+            table.add_row(rows.get(key, key), "\n".join(lines))
     Console().print(table, markup=False)
 
 
@@ -61,6 +66,8 @@ def _text(value: Any) -> str:
         return ", ".join(f"{name} {_text(one)}" for name, one in value.items())
     if isinstance(value, list):
         return ", ".join(map(_text, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else printable(str(value))
+    return f"{value:,}" if isinstance(value, int) else printable(str(value))

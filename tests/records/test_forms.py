@@ -151,7 +151,10 @@ def test_texts_are_cut_and_counted_where_they_are_not_packed(tmp_path, bos):
         ),
         ({"messages": [{"from": "human", "value": "hi"}]}, "message 1 has no `role`; this is ShareGPT's form"),
         ({"conversations": HI}, "rename `conversations` to `messages`"),
-        ({"instruction": "a", "input": "", "output": "b"}, "Alpaca's form; write `messages`, for the model's chat template, or `p"),
+        (
+            {"instruction": "a", "input": "", "output": "b"},
+            "Alpaca's form; write `messages`, for the model's chat template, or `p",
+        ),
         ({"mesages": HI}, "is `mesages` meant for `messages`?"),
         ({"promt": "a", "completoin": "b"}, "is `promt` meant for `prompt`?; is `completoin` meant for `completion`?"),
         ({"question": "a", "answer": "b"}, "is `question` meant for `prompt`?; is `answer` meant for `completion`?"),
