@@ -213,7 +213,7 @@ def test_form_that_cannot_be_meant_is_refused_in_a_line_that_helps(tmp_path, bos
             [HI[0], {"role": "Assistant", "content": "a"}],
             "message 2: the role `Assistant` is not known; write `assistant`",
         ),
-        ([HI[0], {"role": "asistant", "content": "a"}], "the role `asistant` is not known; write `assistant`"),
+        ([HI[0], {"role": "assistnat", "content": "a"}], "the role `assistnat` is not known; write `assistant`"),
         ([{"role": "narrator", "content": "hi"}, HI[1]], "the role `narrator` is not known; roles are system, "),
         (HI[:1], "no message has the role `assistant`"),
         ([HI[0], {**HI[1], "weight": 0}], "every answer is switched off"),
