@@ -403,31 +403,6 @@ def test_two_clones_share_finished_stages_and_experiments(sweep: Sweep, tmp_path
     assert read_metrics(two)["emulator"] == read_metrics(sweep.at_changed)["emulator"]
 
 
-@pytest.mark.usefixtures("inside")
-def test_attacks_over_the_dial(sweep: Sweep) -> None:
-    """The pipeline and the attack in one experiment a setting; the last here, since it changes the repository."""
-    shutil.copytree(
-        ROOT / "studies", sweep.folder / "studies", ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True
-    )
-    settings = yaml.safe_load((sweep.folder / "studies/attacks.yaml").read_text())
-    small = {"tasks": ["piqa"], "attack.steps": 4, "attack.eval_points": 1, "attack.membership_records": 10}
-    settings |= {"alphas": [0.5], "betas": [0.8], "channels": [], "variants": {}, "seeds": [0, 1]}
-    settings["changes"] |= small
-    (sweep.folder / "studies/attacks.yaml").write_text(yaml.safe_dump(settings))
-    for command in (("add", "studies"), ("commit", "--quiet", "--message", "studies")):
-        subprocess.run(["git", *command], check=True)
-    done = subprocess.run(["python", "studies/attacks.py"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = read_csv(sweep.folder / "docs/studies/attacks.csv")
-    assert [row["adapters"] for row in rows] == ["layers", "lora"]
-    assert rows[0]["line"] == "β = 0.8, over α" != rows[1]["line"]
-    for row in rows:
-        assert (row["alpha"], row["beta"], row["channels"]) == (0.5, 0.8, 0.0)
-        assert all(isinstance(row[name], float) for name in ("lacking", "lacking ±", "gap acc", "membership AUC"))
-        assert 0 < row["bytes exact"] < 1 and row["bytes exact ±"] == 0
-    assert (sweep.folder / "docs/studies/attacks.png").stat().st_size > 10_000
-
-
 @pytest.mark.parametrize("kind", ["symlink", "hardlink"])
 def test_stages_read_what_dvc_links_to_its_cache_and_pack_ships_the_files_themselves(
     sweep: Sweep, tmp_path: Path, kind: str
@@ -455,3 +430,28 @@ def test_stages_read_what_dvc_links_to_its_cache_and_pack_ships_the_files_themse
     assert not [file for file in (tmp_path / "shipped").iterdir() if file.is_symlink() or file.stat().st_nlink > 1]
     assert Package(tmp_path / "shipped").plan
     assert (tmp_path / "shipped.private.json").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.usefixtures("inside")
+def test_attacks_over_the_dial(sweep: Sweep) -> None:
+    """The pipeline and the attack in one experiment a setting; the last here, since it changes the repository."""
+    shutil.copytree(
+        ROOT / "studies", sweep.folder / "studies", ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True
+    )
+    settings = yaml.safe_load((sweep.folder / "studies/attacks.yaml").read_text())
+    small = {"tasks": ["piqa"], "attack.steps": 4, "attack.eval_points": 1, "attack.membership_records": 10}
+    settings |= {"alphas": [0.5], "betas": [0.8], "channels": [], "variants": {}, "seeds": [0, 1]}
+    settings["changes"] |= small
+    (sweep.folder / "studies/attacks.yaml").write_text(yaml.safe_dump(settings))
+    for command in (("add", "studies"), ("commit", "--quiet", "--message", "studies")):
+        subprocess.run(["git", *command], check=True)
+    done = subprocess.run(["python", "studies/attacks.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = read_csv(sweep.folder / "docs/studies/attacks.csv")
+    assert [row["adapters"] for row in rows] == ["layers", "lora"]
+    assert rows[0]["line"] == "β = 0.8, over α" != rows[1]["line"]
+    for row in rows:
+        assert (row["alpha"], row["beta"], row["channels"]) == (0.5, 0.8, 0.0)
+        assert all(isinstance(row[name], float) for name in ("lacking", "lacking ±", "gap acc", "membership AUC"))
+        assert 0 < row["bytes exact"] < 1 and row["bytes exact ±"] == 0
+    assert (sweep.folder / "docs/studies/attacks.png").stat().st_size > 10_000
