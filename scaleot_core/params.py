@@ -28,6 +28,7 @@ from scaleot_core.settings import (
     Name,
     OffsiteTuning,
     RankCompression,
+    Threads,
     Tuning,
 )
 
@@ -63,7 +64,7 @@ class Params(Block):
     """where to compute"""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """what models compute in; trained weights stay float32"""
-    threads: Count = 0
+    threads: Threads = 0
     """CPU threads; 0 for all"""
     launch: Name = "python"
     """python, or `accelerate launch --num_processes 4`, or on CPUs `torchrun --nproc_per_node 4`"""

@@ -84,8 +84,8 @@ def check(model: Path, rows: Mapping[str, Rows], folder: Path) -> None:
         theirs = {key.partition(",")[0]: value for key, value in printed[task].items() if "," in key}
         theirs = {metric: value for metric, value in theirs.items() if isinstance(value, float)}
         assert theirs.keys() <= ours[task].keys() and len(theirs) >= 2
-        # a text's float32 sums depend in their last digits on the batch and the threads: 4e-7 was seen
-        assert theirs == pytest.approx({metric: ours[task][metric] for metric in theirs}, rel=1e-6), task
+        # float32 sums depend in their last digits on what is run together: the batch, the threads, a shared context
+        assert theirs == pytest.approx({metric: ours[task][metric] for metric in theirs}, rel=1e-5), task
 
 
 def test_on_embedded_questions(plugged: Path, wheels: dict[str, Path], tmp_path: Path) -> None:
