@@ -1,5 +1,6 @@
 """Either party's command: `inspect`."""
 
+from contextlib import chdir
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,10 +61,12 @@ def _adapter_properties(manifest: "AdapterManifest") -> dict[str, Any]:
 
 def _package_properties(package: "Package") -> dict[str, Any]:
     """List what a sound package is, and what records it takes."""
+    from scaleot_core.exchange.package import Package
     from scaleot_core.records.probes import rendered_parts
 
     manifest, model = package.manifest, package.meta_model
-    rendered = rendered_parts(package.tokenizer())
+    with chdir(package.folder):  # tokenizers can't open a path that the locale has no letters for
+        rendered = rendered_parts(Package(Path()).tokenizer())
     return {
         "license": manifest.license,
         "architecture": model.config.model_type,

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -203,7 +204,8 @@ def test_ascii_terminal_gets_help_tables_json_and_errors(
     said = python(tmp_path, "-c", COMMANDS, str(package), **environment)
     usage, table, as_json, refused, rest = said.split("ended with ")
     assert "--epsilon" in usage and "?" in usage  # the letters that ASCII lacks
-    assert table.startswith("0\n+--") and "ckage" in table and "| sound" in table
+    assert table.startswith("0\n+--") and "| sound" in table
+    assert "ckage" in re.sub(r"[\s|]+", "", table)  # a long path goes over several lines
     found = json.loads(as_json.partition("\n")[2])
     path = found["path"].encode("utf-8", errors="surrogateescape").decode("utf-8")
     assert Path(path) == package and found["sound"] is True
