@@ -107,6 +107,17 @@ class Params(Block):
             raise ValueError("with adapter_layers = 0 no layer is there for LoRA; set lora.layers to all")
         return lora
 
+    @field_validator("lora")
+    @classmethod
+    def _rates_can_be_compared(cls, lora: Lora, info: ValidationInfo) -> Lora:
+        tuning = info.data.get("offsite_tune", OffsiteTuning())
+        if len(lora.lr) > 1 and (tuning.epsilon or not tuning.validation_fraction):
+            raise ValueError(
+                "held-out examples choose one of several lr: set offsite_tune.validation_fraction above 0 and "
+                "offsite_tune.epsilon to 0, or give one lr"
+            )
+        return lora
+
 
 def changed(params: Params, values: dict[str, Any]) -> Params:
     """Parameters with some changed, by keys such as `dlr.steps`; UserError names the first that is wrong."""

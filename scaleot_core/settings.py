@@ -6,7 +6,7 @@ with them.
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from scaleot_core.common.validation import Block
 
@@ -177,6 +177,13 @@ class Tuning(Block):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """largest norm of the gradient"""
 
+    @field_validator("validation_fraction")
+    @classmethod
+    def _some_to_compare_rates_on(cls, fraction: float, info: ValidationInfo) -> float:
+        if not fraction and len(info.data.get("lr", [])) > 1:
+            raise ValueError("several learning rates are compared on held-out examples; raise it, or give one rate")
+        return fraction
+
 
 class OffsiteTuning(Tuning):
     """Stage offsite_tune: how the data owner tunes (method section 5)."""
@@ -187,6 +194,13 @@ class OffsiteTuning(Tuning):
     """ε of differential privacy (DP-SGD) for each training example; 0 for none"""
     delta: Annotated[float, Field(gt=0, lt=1)] = 0.0001
     """δ of differential privacy: at most one over the number of examples"""
+
+    @field_validator("epsilon")
+    @classmethod
+    def _nothing_chosen_outside_the_budget(cls, epsilon: float, info: ValidationInfo) -> float:
+        if epsilon and (len(info.data.get("lr", [])) > 1 or info.data.get("patience")):
+            raise ValueError("with it held-out examples can't choose; give one learning rate, and patience 0")
+        return epsilon
 
 
 class LoraForm(Block):

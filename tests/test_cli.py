@@ -481,7 +481,11 @@ def test_parameter_is_told_as_the_option_that_sets_it(tmp_path, package, base, a
     told = refused("tune", package, "--data", records, *out, "--epsilon", 8, "--delta", 0.5)
     assert told.startswith("error: --delta = 0.5: above one over the 20 examples")
     assert refused("tune", package, "--data", records, *out, "--epsilon", 8, "--patience", 1).startswith(
-        "error: --epsilon: with it held-out examples can't choose"
+        "error: --epsilon = 8.0: with it held-out examples can't choose"
+    )
+    rates = ("--lr", 1e-3, "--lr", 1e-4)
+    assert refused("tune", package, "--data", records, *out, *rates, "--validation", 0).startswith(
+        "error: --validation = 0.0: several learning rates are compared"
     )
     (tmp_path / "empty").mkdir()
     told = refused("plug", tmp_path / "empty", adapter, "--package", package, "--out", tmp_path / "out")

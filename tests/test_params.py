@@ -251,6 +251,23 @@ def test_learning_rate_of_a_list_is_named(tmp_path):
     assert said.startswith("offsite_tune.lr.1 = 3.0: ") and "the range is above 0, at most 1" in said
 
 
+RATES = {"offsite_tune.lr": [1e-4, 1e-3]}
+CONTRADICTIONS = [
+    (RATES | {"offsite_tune.validation_fraction": 0.0}, "offsite_tune.validation_fraction = 0.0: several"),
+    ({"full_finetune.lr": [1e-4, 1e-3], "full_finetune.validation_fraction": 0.0}, "full_finetune.validation_fraction"),
+    (RATES | {"offsite_tune.epsilon": 8.0}, "offsite_tune.epsilon = 8.0: with it held-out examples can't choose"),
+    ({"offsite_tune.patience": 1, "offsite_tune.epsilon": 8.0}, "offsite_tune.epsilon = 8.0: with it"),
+    ({"lora.lr": [1e-4, 1e-3], "offsite_tune.epsilon": 8.0}, "lora: held-out examples choose one of several lr"),
+    ({"lora.lr": [1e-4, 1e-3], "offsite_tune.validation_fraction": 0.0}, "lora: held-out examples choose"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), CONTRADICTIONS)
+def test_settings_that_contradict_each_other_are_named(changes, said):
+    assert refusal(changed, Params(), changes).startswith(said)
+    assert changed(Params(), {key: value for key, value in changes.items() if "lr" in key})
+
+
 @pytest.mark.parametrize("text", ["", "# nothing\n", "- alpha\n", "alpha\n"], ids=repr)
 def test_file_without_keys_is_refused(tmp_path, text):
     assert refused(tmp_path, text).startswith("the file = ")

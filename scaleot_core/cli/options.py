@@ -44,4 +44,4 @@ def _sentence(description: str) -> str:
 def option_name(parameter: str) -> str:
     """Give what a person at the command line calls a parameter: its option or argument."""
     name = next((part for part in reversed(parameter.split(".")) if not part.isdigit()), parameter)
-    return OPTIONS.get(parameter, f"--{name.replace('_', '-')}")
+    return OPTIONS.get(parameter) or OPTIONS.get(name, f"--{name.replace('_', '-')}")

@@ -97,5 +97,7 @@ def validate_block(kind: type[B], data: Any) -> B:
         if first["type"] == "missing":
             raise UserError(f"{key} is missing; add it (params.yaml in the repository shows how)") from None
         message = one_line(ValueError(first["msg"])).removeprefix("Value error, ")
-        bounds = Bounds.of(_field(kind, first["loc"])).text()
-        raise UserError(f"{message}; {bounds}" if bounds else message, parameter=key, value=first["input"]) from None
+        between_fields = first["type"] == "value_error"
+        bounds = "" if between_fields else Bounds.of(_field(kind, first["loc"])).text()
+        value = ... if between_fields and isinstance(first["input"], dict) else first["input"]
+        raise UserError(f"{message}; {bounds}" if bounds else message, parameter=key, value=value) from None

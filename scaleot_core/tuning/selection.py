@@ -92,14 +92,7 @@ def tune(
 
 
 def held_out(tuning: Tuning, records: int) -> int:
-    """How many of the records are held out of training: none where nothing is decided by them.
-
-    UserError where several learning rates are to be chosen from, and `validation_fraction` is 0.
-    """
-    if len(tuning.lr) > 1 and not tuning.validation_fraction:
-        raise UserError(
-            "lr: several learning rates are compared on examples that are held out; raise `validation_fraction`"
-        )
+    """How many of the records are held out of training: none where nothing is decided by them."""
     if not tuning.validation_fraction or (len(tuning.lr) == 1 and not tuning.patience):
         return 0
     return max(1, round(tuning.validation_fraction * records))
@@ -107,10 +100,10 @@ def held_out(tuning: Tuning, records: int) -> int:
 
 def _by_record(origins: Sequence[int]) -> list[list[int]]:
     """The numbers of each record's examples."""
-    found: dict[int, list[int]] = {}
+    by_record: dict[int, list[int]] = {}
     for i, origin in enumerate(origins):
-        found.setdefault(origin, []).append(i)
-    return list(found.values())
+        by_record.setdefault(origin, []).append(i)
+    return list(by_record.values())
 
 
 def _search_lr(
@@ -131,12 +124,12 @@ def _search_lr(
         own = checkpoint.within(f"lr-{lr}")
         try:
             train(model, parameters, rest, tuning, lr=lr, seed=seed, label=f"{label}, lr {lr}", checkpoint=own)
-            found = mean_answer_loss(model, validation, tuning.batch_size)
+            held_out_loss = mean_answer_loss(model, validation, tuning.batch_size)
         except Diverged:
-            found = math.nan
+            held_out_loss = math.nan
         _restore(parameters, start)
         own.remove()
-        return found if math.isfinite(found) else None
+        return held_out_loss if math.isfinite(held_out_loss) else None
 
     return {lr: cached_json(checkpoint.folder / f"lr-{lr}.json", partial(loss, lr)) for lr in tuning.lr}
 
