@@ -17,7 +17,7 @@ from scaleot_core.compression.svd import decompose
 from scaleot_core.data.corpus import local_files
 from scaleot_core.data.local_files import ROWS, TEXTS, has_suffix
 from scaleot_core.exchange.tokenizer import check_shippable
-from scaleot_core.models.families import family
+from scaleot_core.models.families import context_length, family
 from scaleot_core.models.loading import load_tokenizer, read_config
 from scaleot_core.params import Params, changed
 from scaleot_core.settings import Tuning
@@ -73,8 +73,7 @@ def check_model(params: Params, folder: Path) -> None:
         "adapter_layers", params.adapter_layers, layers, least=int("layers" in params.adapters), most=layers - 1
     )
     dlr.validate(params.dlr, layers=layers, blocks=params.data.train_blocks)
-    if params.data.block_size > config.max_position_embeddings:
-        context = config.max_position_embeddings
+    if params.data.block_size > (context := context_length(config)):
         raise UserError(
             f"the model's context is {context} tokens; the range is 8 to {context}",
             parameter="data.block_size",

@@ -13,6 +13,7 @@ from scaleot_core.common.files import atomic_folder, write_jsonl
 from scaleot_core.common.tensors import write_tensors
 from scaleot_core.data import corpus, embedded, questions
 from scaleot_core.evaluation.tasks import check_rows
+from scaleot_core.models.families import context_length
 from scaleot_core.models.loading import load_tokenizer, read_config, save_model
 from scaleot_core.pipeline import run_stage
 
@@ -38,7 +39,7 @@ def main() -> None:
             preflight.check_tokenizer(out)
         preflight.show(params, artifacts.model, runtime)
         tokenizer = load_tokenizer(artifacts.model)
-        context = read_config(artifacts.model).max_position_embeddings
+        context = context_length(read_config(artifacts.model))
         with atomic_folder(artifacts.tasks) as out:
             for task in params.tasks:
                 train, evaluation = questions.load(

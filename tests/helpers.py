@@ -22,16 +22,26 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
+    GPTJConfig,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     OPTConfig,
+    Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
+    StableLmConfig,
 )
 
 from scaleot_core import cli
@@ -73,8 +83,10 @@ COMMON: dict[str, Any] = {
     "tie_word_embeddings": False,
     **TOKENS,
 }
+SHAPE: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "tie_word_embeddings": False, **TOKENS}
 
-# Every family, and what one of them does in two ways: OPT-350m has its norms behind, and narrower embeddings.
+# Every family, and what one of them does in two ways: OPT-350m has its norms behind, and narrower embeddings; Falcon
+# has rotary positions and a head of keys for some of queries, or ALiBi and one head of keys for all.
 CONFIGS: dict[str, PretrainedConfig] = {
     "gpt_neox": GPTNeoXConfig(**COMMON),
     "llama": LlamaConfig(num_key_value_heads=2, **COMMON),
@@ -84,6 +96,43 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "opt": OPTConfig(word_embed_proj_dim=32, ffn_dim=64, **COMMON),
     "opt-350m": OPTConfig(word_embed_proj_dim=16, ffn_dim=64, do_layer_norm_before=False, **COMMON),
     "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=4, n_head=4, n_positions=128, **TOKENS),
+    "gemma2": Gemma2Config(num_key_value_heads=2, head_dim=8, sliding_window=16, **COMMON),
+    "gemma3_text": Gemma3TextConfig(
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=16,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        **COMMON,
+    ),
+    "bloom": BloomConfig(n_layer=4, n_head=4, seq_length=128, **SHAPE),
+    "falcon": FalconConfig(
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        new_decoder_architecture=True,
+        ffn_hidden_size=64,
+        max_position_embeddings=128,
+        **SHAPE,
+    ),
+    "falcon-alibi": FalconConfig(
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        alibi=True,
+        multi_query=True,
+        parallel_attn=False,
+        bias=True,
+        ffn_hidden_size=64,
+        max_position_embeddings=128,
+        **SHAPE,
+    ),
+    "gptj": GPTJConfig(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=4, n_head=4, n_positions=128, rotary_dim=4, n_inner=64, **TOKENS
+    ),
+    "granite": GraniteConfig(num_key_value_heads=2, residual_multiplier=0.5, logits_scaling=2.0, **COMMON),
+    "olmo2": Olmo2Config(num_key_value_heads=2, **COMMON),
+    "phi3": Phi3Config(num_key_value_heads=2, original_max_position_embeddings=128, **COMMON),
+    "smollm3": SmolLM3Config(num_key_value_heads=2, no_rope_layer_interval=2, **COMMON),
+    "stablelm": StableLmConfig(num_key_value_heads=2, use_qkv_bias=True, **COMMON),
 }
 IDS = torch.tensor([[5, 80, 200, 41, 17, 222, 9, 133]])
 each_family = pytest.mark.parametrize("name", sorted(CONFIGS))
@@ -95,19 +144,32 @@ _EQUAL = {"q_proj": [_SQUARE], "k_proj": [_SQUARE], "v_proj": [_SQUARE], "out_pr
 SHAPES: dict[str, dict[str, list[tuple[int, int]]]] = {  # of every attention matrix (out, in), fused ones apart
     "gpt2": {"c_attn": [_SQUARE] * 3, "c_proj": [_SQUARE]},
     "gpt_neox": {"query_key_value": [_SQUARE] * 3, "dense": [_SQUARE]},
+    "bloom": {"query_key_value": [_SQUARE] * 3, "dense": [_SQUARE]},
+    "falcon": {"query_key_value": [_SQUARE, (16, 32), (16, 32)], "dense": [_SQUARE]},
+    "falcon-alibi": {"query_key_value": [_SQUARE, (8, 32), (8, 32)], "dense": [_SQUARE]},
+    "gptj": _EQUAL,
+    "gemma2": _GROUPED,
+    "gemma3_text": _GROUPED,
+    "granite": _GROUPED,
     "llama": _GROUPED,
     "mistral": _GROUPED,
+    "olmo2": _GROUPED,
     "opt": _EQUAL,
     "opt-350m": _EQUAL,
+    "phi3": {"qkv_proj": [_SQUARE, (16, 32), (16, 32)], "o_proj": [_SQUARE]},
     "qwen2": _GROUPED,
     "qwen3": {"q_proj": [(64, 32)], "k_proj": [(32, 32)], "v_proj": [(32, 32)], "o_proj": [(32, 64)]},
+    "smollm3": _GROUPED,
+    "stablelm": _GROUPED,
 }
 
 
 def tiny_model(name: str, **changes: object) -> PreTrainedModel:
     """Make a seeded random model of one family: 4 layers of width 32, float32, frozen."""
     torch.manual_seed(0)
-    fields = {key: value for key, value in CONFIGS[name].to_dict().items() if key != "layer_types"}  # follow the count
+    fields = CONFIGS[name].to_dict()
+    if "num_hidden_layers" in changes:  # these lists follow the count
+        fields = {key: value for key, value in fields.items() if key not in ("layer_types", "no_rope_layers")}
     config = type(CONFIGS[name]).from_dict({**fields, **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():  # large enough that layers differ and biases count
@@ -125,7 +187,9 @@ def projections(model: PreTrainedModel) -> dict[str, nn.Module]:
 def silence(model: PreTrainedModel, index: int) -> None:
     """Make one decoder layer an identity: whatever is added to the residual stream in it becomes zero."""
     for name, p in decoder_layers(model)[index].named_parameters():
-        if any(part in name for part in ("o_proj", "down_proj", "out_proj", "fc2", "c_proj", "dense.", "4h_to_h")):
+        if any(
+            part in name for part in ("o_proj", "down_proj", "out_proj", "fc2", "c_proj", "dense.", "4h_to_h", "fc_out")
+        ):
             p.data.zero_()
 
 

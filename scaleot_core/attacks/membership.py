@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from scaleot_core.compression.plan import Plan
-from scaleot_core.models.forward import last_hidden_state
+from scaleot_core.models.forward import last_hidden_state, logits_of
 from scaleot_core.tuning.adapters import TunedAdapter, plugged_in
 from scaleot_core.tuning.examples import IGNORED, Example, collate
 from scaleot_core.tuning.tuner import answer_loss
@@ -82,7 +82,7 @@ def extracted(model: PreTrainedModel, data: Sequence[Example]) -> float:
         inputs, targets = collate([example])
         hidden = last_hidden_state(model, inputs)
         wanted = targets[0] != IGNORED
-        said: Tensor = model.get_output_embeddings()(hidden[0][wanted.to(hidden.device)]).argmax(-1).cpu()
+        said: Tensor = logits_of(model, hidden[0][wanted.to(hidden.device)]).argmax(-1).cpu()
         found += bool(torch.equal(said, targets[0][wanted]))
     return found / len(data)
 

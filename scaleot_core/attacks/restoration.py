@@ -22,7 +22,7 @@ from scaleot_core.compression.harmonizer import Harmonizer
 from scaleot_core.compression.low_rank import FusedProjection, LowRankLinear, dense
 from scaleot_core.compression.plan import DECODER_KINDS, Plan
 from scaleot_core.models.families import attention, decoder_layers, family
-from scaleot_core.models.forward import mean_loss, next_token_loss
+from scaleot_core.models.forward import hidden_of, mean_loss, next_token_loss
 from scaleot_core.settings import Attack
 from scaleot_core.training.blocks import BlockTrainer
 from scaleot_core.training.checkpoint import Checkpoint
@@ -38,7 +38,7 @@ class Widened(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        output: Tensor = self.layer(self.harmonizer(hidden_states), *args, **kwargs)
+        output: Tensor = self.layer(hidden_of(self.harmonizer(hidden_states)), *args, **kwargs)
         return output
 
 
@@ -65,8 +65,8 @@ def widen(model: PreTrainedModel, plan: Plan) -> None:
             for parameter in layer.get_submodule(written).parameters():
                 parameter.zero_()
         layers[i] = Widened(layers[i], layer)  # type: ignore[arg-type]
-    inner = (layer.layer if isinstance(layer, Widened) else layer for layer in layers)
-    number_attention(model, [layer for layer in inner if not isinstance(layer, Removed)])
+    inner = {i: layer.layer if isinstance(layer, Widened) else layer for i, layer in enumerate(layers)}
+    number_attention(model, {i: layer for i, layer in inner.items() if not isinstance(layer, Removed)})
 
 
 @torch.no_grad()

@@ -160,13 +160,14 @@ def _read_examples(
     """
     from scaleot_core.data import questions
     from scaleot_core.evaluation.tasks import check_rows
+    from scaleot_core.models.families import context_length
     from scaleot_core.tuning.examples import from_file, from_task
 
     if task is None:
         assert data is not None
         return from_file(model, tokenizer, data, block_size=block_size, packed=packed)
     rows = questions.private(task, data)
-    check_rows(task, rows, tokenizer, context_length=model.config.max_position_embeddings, part="training")
+    check_rows(task, rows, tokenizer, context_length=context_length(model.config), part="training")
     return from_task(model, tokenizer, task, rows, block_size=block_size, packed=packed)
 
 

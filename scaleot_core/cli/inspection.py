@@ -1,6 +1,5 @@
 """Either party's command: `inspect`."""
 
-from contextlib import chdir
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,17 +60,16 @@ def _adapter_properties(manifest: "AdapterManifest") -> dict[str, Any]:
 
 def _package_properties(package: "Package") -> dict[str, Any]:
     """List what a sound package is, and what records it takes."""
-    from scaleot_core.exchange.package import Package
+    from scaleot_core.models.families import context_length
     from scaleot_core.records.probes import rendered_parts
 
     manifest, model = package.manifest, package.meta_model
-    with chdir(package.folder):  # tokenizers can't open a path that the locale has no letters for
-        rendered = rendered_parts(Package(Path()).tokenizer())
+    rendered = rendered_parts(package.tokenizer())
     return {
         "license": manifest.license,
         "architecture": model.config.model_type,
         "parameters": model.num_parameters(),
-        "context in tokens": model.config.max_position_embeddings,
+        "context in tokens": context_length(model.config),
         "chat template": bool(rendered),
         "chat template renders": rendered,
         "dtype": manifest.dtype,

@@ -11,7 +11,13 @@ from scaleot_core.models.families import decoder_layers, family
 
 def channels_of(model: PreTrainedModel, index: int) -> int:
     """Count the channels of one layer's feed-forward part."""
-    return len(weight_of(decoder_layers(model)[index].get_submodule(family(model.config).feed_forward_in[0]))[0])
+    taking = decoder_layers(model)[index].get_submodule(family(model.config).feed_forward_out)
+    return weight_of(taking)[0].shape[1]
+
+
+def channel_rows(kept: Tensor, channels: int, fused: int) -> Tensor:
+    """Give the rows of some channels in a matrix that gives `channels`: one each of the `fused` matrices in it."""
+    return torch.cat([kept + k * channels for k in range(fused)])
 
 
 def select_channels(weight: Tensor, covariance: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -37,9 +43,9 @@ def prune_channels(model: PreTrainedModel, index: int, kept: Tensor, refitted: T
     meta device too.
     """
     layer, names = decoder_layers(model)[index], family(model.config)
-    for into in names.feed_forward_in:
+    for into, fused in names.feed_forward_in.items():
         weight, bias = weight_of(layer.get_submodule(into))
-        at = kept.to(weight.device)
+        at = channel_rows(kept, len(weight) // fused, fused).to(weight.device)
         layer.set_submodule(into, linear(weight[at], None if bias is None else bias[at]))
     weight, bias = weight_of(layer.get_submodule(names.feed_forward_out))
     left = weight[:, kept.to(weight.device)] if refitted is None else refitted

@@ -21,6 +21,7 @@ from scaleot_core.compression.plan import DECODER_KINDS, LayerKind, Plan
 from scaleot_core.compression.rank_compression import compress_layer
 from scaleot_core.compression.svd import Decompose, empty_factors
 from scaleot_core.models.families import attention, decoder_layers, family
+from scaleot_core.models.forward import StandIn
 
 
 def apply_plan(
@@ -32,13 +33,14 @@ def apply_plan(
     model has no room for.
     """
     layers, channels = decoder_layers(model), channels or {}
-    size = model.config.hidden_size
+    size, in_tuple = model.config.hidden_size, family(model.config).in_tuple
     for i, kind in enumerate(plan.kinds):
         if kind == "harmonizer":
             like = next(layers[i].parameters())
-            layers[i] = Harmonizer(size, plan.harmonizer).to(device=like.device, dtype=like.dtype)
+            harmonizer = Harmonizer(size, plan.harmonizer, in_tuple=in_tuple)
+            layers[i] = harmonizer.to(device=like.device, dtype=like.dtype)
         elif kind == "removed":
-            layers[i] = Removed()
+            layers[i] = Removed(in_tuple=in_tuple)
         elif kind == "compressed":
             compress_layer(model, i, ranks=plan.ranks(model, i), decompose=decompose)
             if cut := plan.cuts.get(i):
@@ -47,20 +49,28 @@ def apply_plan(
                 prune_channels(model, i, channels.get(i, torch.arange(cut.channels)))
     for i, other in plan.like.items():
         layers[i] = copy.deepcopy(layers[other])
-    number_attention(model, [layers[i] for i, kind in enumerate(plan.kinds) if kind in DECODER_KINDS])
+    number_attention(model, {i: layers[i] for i, kind in enumerate(plan.kinds) if kind in DECODER_KINDS})
     model.requires_grad_(False)
 
 
-def number_attention(model: PreTrainedModel, layers: Iterable[nn.Module]) -> None:
-    """Number the decoder layers that have attention, in their order: a key-value cache counts those that use it."""
-    for number, layer in enumerate(layers):
-        attention(model.config, layer).layer_idx = number  # type: ignore[assignment]
+def number_attention(model: PreTrainedModel, layers: Mapping[int, nn.Module]) -> None:
+    """Number the decoder layers, by index, that have attention: a key-value cache counts from 0 those that use it.
+
+    Where layers are of several types, as in Gemma, the cache has a type for each number, and layers take numbers of
+    their own. Number 0 always goes to one, since the cache has its length from there.
+    """
+    types = getattr(model.config, "layer_types", None) or [""] * len(decoder_layers(model))
+    if types[0] not in {types[i] for i in layers}:
+        types = [""] * len(types)
+    numbers = {kind: iter([i for i, other in enumerate(types) if other == kind]) for kind in set(types)}
+    for i, layer in sorted(layers.items()):
+        attention(model.config, layer).layer_idx = next(numbers[types[i]])  # type: ignore[assignment]
 
 
-class Removed(nn.Module):
+class Removed(StandIn):
     """Where a layer was: hidden states (B, T, D) go through as they are."""
 
-    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def replacement(self, hidden_states: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
         return hidden_states
 

@@ -6,20 +6,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from scaleot_core.models.forward import StandIn
 from scaleot_core.settings import HarmonizerForm
 
 
-class Harmonizer(nn.Module):
+class Harmonizer(StandIn):
     """h(x) = x + W_up · ReLU(W_down · x + b_down) + b_up, with W_down (r, D) and W_up (D, r).
 
-    Replaces a decoder layer in place. It takes what the layer takes and ignores all but the hidden states
-    (B, T, D), and returns what the layer returns, hidden states of that shape and dtype, so that the model's own
-    forward runs unchanged. W_up starts at zero: the untrained harmonizer is the identity. W_down does not,
-    since a ReLU between two zero matrices passes no gradient.
+    Replaces a decoder layer in place, so that the model's own forward runs unchanged. W_up starts at zero: the
+    untrained harmonizer is the identity. W_down does not, since a ReLU between two zero matrices passes no gradient.
     """
 
-    def __init__(self, hidden_size: int, form: HarmonizerForm) -> None:
-        super().__init__()
+    def __init__(self, hidden_size: int, form: HarmonizerForm, *, in_tuple: bool = False) -> None:
+        super().__init__(in_tuple=in_tuple)
         self.down = nn.Linear(hidden_size, form.rank)
         self.up = nn.Linear(form.rank, hidden_size)
 
@@ -31,7 +30,7 @@ class Harmonizer(nn.Module):
             for zero in (self.down.bias, self.up.weight, self.up.bias):
                 zero.zero_()
 
-    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def replacement(self, hidden_states: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D); computed in the weights' own dtype, so float32 while they are trained."""
         x = hidden_states.to(self.down.weight.dtype)
         return hidden_states + self.up(F.relu(self.down(x))).to(hidden_states.dtype)

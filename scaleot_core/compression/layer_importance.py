@@ -17,8 +17,16 @@ from scaleot_core.common.progress import progress
 from scaleot_core.common.runtime import generator, keep_freed_memory
 from scaleot_core.common.tensors import read_tensors
 from scaleot_core.compression.harmonizer import Harmonizer, Harmonizers
-from scaleot_core.models.families import decoder_layers
-from scaleot_core.models.forward import hidden_states, hooks, mean_loss, next_token_loss, swapped_layers
+from scaleot_core.models.families import decoder_layers, family
+from scaleot_core.models.forward import (
+    StandIn,
+    hidden_of,
+    hidden_states,
+    hooks,
+    mean_loss,
+    next_token_loss,
+    swapped_layers,
+)
 from scaleot_core.settings import HarmonizerForm
 from scaleot_core.training.checkpoint import Checkpoint
 from scaleot_core.training.loop import run_steps
@@ -30,7 +38,7 @@ def new_harmonizers(model: PreTrainedModel, form: HarmonizerForm, seed: int) -> 
     draw = generator(seed, "harmonizers")
     harmonizers = Harmonizers()
     for _ in decoder_layers(model):
-        harmonizer = Harmonizer(model.config.hidden_size, form)
+        harmonizer = Harmonizer(model.config.hidden_size, form, in_tuple=family(model.config).in_tuple)
         harmonizer.reset(draw)
         harmonizers.append(harmonizer)
     return harmonizers.to(model.device)
@@ -152,22 +160,22 @@ def fit_locally(
     return history
 
 
-class Restart(nn.Module):
+class Restart(StandIn):
     """Stands where a layer was: drops what comes and gives hidden states that are known from before."""
 
-    def __init__(self, states: Tensor) -> None:
-        super().__init__()
+    def __init__(self, states: Tensor, *, in_tuple: bool = False) -> None:
+        super().__init__(in_tuple=in_tuple)
         self.states = states
 
-    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def replacement(self, hidden_states: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
         return self.states
 
 
-class Skip(nn.Module):
+class Skip(StandIn):
     """Stands where a layer was that needn't run."""
 
-    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def replacement(self, hidden_states: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
         return hidden_states
 
@@ -178,14 +186,15 @@ def sensitivity(model: PreTrainedModel, harmonizers: Harmonizers, blocks: Tensor
 
     The layers before it run once for all: what comes of layer i's harmonizer on its known input is put in its place.
     """
-    whole = mean_loss(model, blocks, batch_blocks)
+    whole, in_tuple = mean_loss(model, blocks, batch_blocks), family(model.config).in_tuple
     costs = [0.0] * len(harmonizers)
     with progress("sensitivity", len(harmonizers) * math.ceil(len(blocks) / batch_blocks)) as tick:
         for batch in blocks.split(batch_blocks):
             inputs = hidden_states(model, batch, batch_blocks)
             for i, harmonizer in enumerate(harmonizers):
-                replaced = harmonizer(inputs[i].unflatten(0, batch.shape))
-                with swapped_layers(model, {**dict.fromkeys(range(i), Skip()), i: Restart(replaced)}):
+                replaced = harmonizer.replacement(inputs[i].unflatten(0, batch.shape))
+                skipped: dict[int, nn.Module] = dict.fromkeys(range(i), Skip(in_tuple=in_tuple))
+                with swapped_layers(model, {**skipped, i: Restart(replaced, in_tuple=in_tuple)}):
                     loss = mean_loss(model, batch, batch_blocks)
                 costs[i] += (loss - whole) * len(batch) / len(blocks)
                 tick(tokens=batch.numel(), loss=loss - whole)
@@ -209,9 +218,10 @@ def taylor(model: PreTrainedModel, blocks: Tensor) -> list[float]:
     totals = [0.0] * len(layers)
     states: list[Tensor] = []
 
-    def keep(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        out.retain_grad()
-        states.append(out)
+    def keep(module: nn.Module, args: tuple[Tensor, ...], out: Tensor | tuple[Tensor, ...]) -> None:
+        state = hidden_of(out)
+        state.retain_grad()
+        states.append(state)
 
     def start(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         first = args[0].detach().requires_grad_()

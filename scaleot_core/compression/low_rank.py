@@ -1,5 +1,7 @@
 """Linear maps as two factors or fused side by side, and a projection cut into its matrices."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -34,7 +36,7 @@ class FusedProjection(nn.Module):
         self.in_features, self.out_features = sizes[0][0], sum(out for _, out in sizes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([part(x).unflatten(-1, (self.runs, -1)) for part in self.parts], dim=-2).flatten(-3)
+        return torch.cat([part(x).unflatten(-1, (self.runs, -1)) for part in self.parts], dim=-1).flatten(-2)
 
 
 def features(module: nn.Module) -> tuple[int, int]:
@@ -50,15 +52,17 @@ def dense(module: LowRankLinear) -> nn.Linear:
     return linear(module.left @ module.right, module.bias)
 
 
-def part_rows(out: int, fused: int, runs: int) -> list[Tensor]:
-    """Find which outputs of a fused projection belong to each matrix."""
-    return [part.flatten() for part in torch.arange(out).unflatten(0, (runs, fused, -1)).unbind(1)]
+def part_rows(out: int, fused: Sequence[int], runs: int) -> list[Tensor]:
+    """Find which of `out` outputs of a fused projection belong to each matrix, whose shares in a run are `fused`."""
+    unit = out // (runs * sum(fused))
+    parts = torch.arange(out).unflatten(0, (runs, -1)).split([unit * share for share in fused], dim=1)
+    return [part.flatten() for part in parts]
 
 
-def split_projection(module: nn.Linear | Conv1D, fused: int, runs: int) -> list[tuple[Tensor, Tensor | None]]:
+def split_projection(module: nn.Linear | Conv1D, fused: Sequence[int], runs: int) -> list[tuple[Tensor, Tensor | None]]:
     """Cut a projection into its matrices (out, in) and biases, where several are fused."""
     weight, bias = weight_of(module)
-    if fused == 1:
+    if len(fused) == 1:
         return [(weight, bias)]
     rows = [part.to(weight.device) for part in part_rows(len(weight), fused, runs)]
     return [(weight[part], None if bias is None else bias[part]) for part in rows]

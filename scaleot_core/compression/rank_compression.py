@@ -13,7 +13,14 @@ from transformers.pytorch_utils import Conv1D
 
 from scaleot_core.compression.low_rank import FusedProjection, LowRankLinear, linear, split_projection, weight_of
 from scaleot_core.compression.svd import Decompose, Factors
-from scaleot_core.models.families import attention, decoder_layers, family, fused_runs, projection_name
+from scaleot_core.models.families import (
+    attention,
+    decoder_layers,
+    family,
+    fused_heads,
+    fused_runs,
+    projection_name,
+)
 
 
 def round_half_up(value: float) -> int:
@@ -40,9 +47,10 @@ def _truncated(weight: Tensor, bias: Tensor | None, rank: int, factors: Callable
 def matrix_shapes(model: PreTrainedModel, index: int) -> dict[str, list[tuple[int, int]]]:
     """List the shapes (out, in) of the matrices in one layer's attention projections, by the projection's name."""
     block, shapes = attention(model.config, decoder_layers(model)[index]), {}
-    for name, fused in family(model.config).projections.items():
+    for name in family(model.config).projections:
         out, into = weight_of(block.get_submodule(name))[0].shape
-        shapes[name] = [(out // fused, into)] * fused
+        heads = fused_heads(model.config, name)
+        shapes[name] = [(out * share // sum(heads), into) for share in heads]
     return shapes
 
 
@@ -66,16 +74,16 @@ def compress_layer(
     full = {name: [min(shape) for shape in shapes] for name, shapes in matrix_shapes(model, index).items()}
     if {name: len(each) for name, each in full.items()} != {name: len(each) for name, each in ranks.items()}:
         raise ValueError(f"layer {index} has projections {', '.join(full)}, and ranks for others are given")
-    for name, fused in family(model.config).projections.items():
+    for name in family(model.config).projections:
         if all(rank >= whole for rank, whole in zip(ranks[name], full[name], strict=True)):
             continue
         module = block.get_submodule(name)
         assert isinstance(module, nn.Linear | Conv1D)
-        where = projection_name(model.config, index, name)
+        where, fused = projection_name(model.config, index, name), fused_heads(model.config, name)
         parts = [
             _truncated(weight, bias, rank, partial(decompose, where, k))
             for k, (rank, (weight, bias)) in enumerate(
                 zip(ranks[name], split_projection(module, fused, runs), strict=True)
             )
         ]
-        setattr(block, name, parts[0] if fused == 1 else FusedProjection(parts, runs))
+        setattr(block, name, parts[0] if len(fused) == 1 else FusedProjection(parts, runs))

@@ -13,6 +13,7 @@ from scaleot_core.common.progress import Tick, progress, say
 from scaleot_core.evaluation.definitions import OWN_TASKS
 from scaleot_core.evaluation.scoring import score
 from scaleot_core.evaluation.tasks import Rows, answer_pairs, load_task, metric_name, metrics, right_choices
+from scaleot_core.models.families import context_length
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -54,7 +55,8 @@ def lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: i
             self.tick(tokens=made.numel())
             return made
 
-    return View(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    context = context_length(model.config)
+    return View(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=context)
 
 
 def evaluate(

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from scaleot_core.common.progress import Tick
-from scaleot_core.models.forward import last_hidden_state
+from scaleot_core.models.families import takes_positions
+from scaleot_core.models.forward import last_hidden_state, logits_of
 
 Request = tuple[list[int], list[int]]  # the tokens of a context and of its continuation, neither of them empty
 
@@ -34,6 +35,7 @@ class Row:
 def make_rows(requests: Sequence[Request], max_length: int, window: float = math.inf) -> list[Row]:
     """Put requests of the same context in a row as long as it fits both the model and its attention's sliding window.
 
+    With a window of 0 each has a row of its own.
     Of a request that is longer than `max_length` itself the context loses its beginning. Longest rows come first.
     """
     rows: list[Row] = []
@@ -68,7 +70,8 @@ def score(
 
     `tick` is called once for every request.
     """
-    rows = make_rows(requests, max_length, getattr(model.config, "sliding_window", None) or math.inf)
+    window = getattr(model.config, "sliding_window", None) or math.inf
+    rows = make_rows(requests, max_length, window if takes_positions(model.config) else 0)
     alone = [row for row in rows if len(row.continuations) == 1]
     shared = [row for row in rows if len(row.continuations) > 1]
     scores: dict[int, tuple[float, bool]] = {}
@@ -102,7 +105,7 @@ def _score_rows(model: PreTrainedModel, rows: Sequence[Row]) -> dict[int, tuple[
     shared = any(len(row.continuations) > 1 for row in rows)
     hidden = last_hidden_state(model, tokens, *([positions, visible(owner)] if shared else []))
     where = torch.tensor(at, device=hidden.device)
-    logits = model.get_output_embeddings()(hidden[where[:, 0], where[:, 1]]).float()
+    logits = logits_of(model, hidden[where[:, 0], where[:, 1]])
     wanted = [(number, continuation) for row in rows for number, continuation in row.continuations.items()]
     scored = torch.tensor([token for _, continuation in wanted for token in continuation], device=hidden.device)
     likelihoods = logits.log_softmax(-1).gather(1, scored[:, None])[:, 0].cpu()

@@ -10,6 +10,7 @@ from scaleot_core.common.errors import UserError
 from scaleot_core.data.corpus import read_text
 from scaleot_core.exchange.package import Package
 from scaleot_core.exchange.scale import BLOCK_SIZE, BLOCKS, MeasuredScale, emulator_effect, measure_scale
+from scaleot_core.models.families import context_length
 from scaleot_core.models.loading import one_dtype
 from scaleot_core.tuning.adapters import TunedAdapter
 
@@ -26,7 +27,7 @@ def measure_on_text(
 
     UserError for a package that isn't sound, and for text that can't be read or is too short.
     """
-    blocks = _blocks(text, tokenizer, model.config.max_position_embeddings)
+    blocks = _blocks(text, tokenizer, context_length(model.config))
     target = emulator_effect(package.load(model.device), package.plan, adapter, blocks)
     with one_dtype(model):
         return measure_scale(model, package.plan, fitted, target, blocks)

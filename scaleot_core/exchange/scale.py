@@ -53,6 +53,7 @@ def effect(
 ) -> float:
     """Measure the root mean square change of a model's logits on blocks (N, T), over tokens and vocabulary.
 
+    Logits as the head gives them, before a cap or a divisor, which would be the same for the emulator.
     `change` changes the model for the length of a block, but not its head; `untuned` are its `states` without it.
     """
     before = states(model, blocks) if untuned is None else untuned

@@ -1,6 +1,7 @@
 """Ship a tokenizer as plain files, and load one that the other party shipped."""
 
 import tempfile
+from contextlib import chdir
 from pathlib import Path
 
 from transformers import (
@@ -75,7 +76,8 @@ def load_untrusted_tokenizer(folder: Path, *, links: bool = False) -> PreTrained
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder}: 'tokenizer.json' is missing; fetch it again")
     try:
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with chdir(folder):  # tokenizers can't open a path that the locale has no letters for
+            return PreTrainedTokenizerFast.from_pretrained(".", local_files_only=True, trust_remote_code=False)
     except BaseException as error:  # a damaged file may end in a panic of the tokenizers library, which is no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise

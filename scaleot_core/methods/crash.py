@@ -21,7 +21,7 @@ from scaleot_core.compression.plan import LayerKind, Plan
 from scaleot_core.compression.svd import svd_factors
 from scaleot_core.methods.base import BuiltEmulator, ModelOwner, largest_fitting
 from scaleot_core.models.families import decoder_layers
-from scaleot_core.models.forward import hooks, last_hidden_state
+from scaleot_core.models.forward import hidden_of, hooks, last_hidden_state
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def representations(model: PreTrainedModel, blocks: Tensor, batch_blocks: int = 
     kept: list[list[Tensor]] = [[] for _ in layers]
 
     def keep(i: int) -> Callable[[nn.Module, object, Tensor], None]:
-        return lambda module, args, out: kept[i].append(torch.einsum("t,btd->bd", weights, out.float()))
+        return lambda module, args, out: kept[i].append(torch.einsum("t,btd->bd", weights, hidden_of(out).float()))
 
     with hooks(*(layer.register_forward_hook(keep(i)) for i, layer in enumerate(layers))):
         for batch in blocks.split(batch_blocks):

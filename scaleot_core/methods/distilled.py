@@ -7,6 +7,8 @@ with our schedule instead of its cosine.
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -18,27 +20,25 @@ from scaleot_core.compression.svd import svd_factors
 from scaleot_core.methods import uniform
 from scaleot_core.methods.base import BuiltEmulator, ModelOwner
 from scaleot_core.models.families import decoder_layers
-from scaleot_core.models.forward import hooks, last_hidden_state, swapped_layers
+from scaleot_core.models.forward import hidden_of, hooks, last_hidden_state, next_token_loss, swapped_layers
 from scaleot_core.training.blocks import BlockTrainer
 
 
-def _forward(model: PreTrainedModel, blocks: Tensor, middle: int) -> tuple[Tensor, Tensor]:
-    """Compute the last hidden states and those after decoder layer `middle`, both (B, T, D)."""
+@contextmanager
+def _states_after(model: PreTrainedModel, index: int) -> Iterator[list[Tensor]]:
+    """Collect the states (B, T, D) after a decoder layer, of each forward pass in the block."""
     left: list[Tensor] = []
-    layer = decoder_layers(model)[middle]
-    with hooks(layer.register_forward_hook(lambda module, args, out: left.append(out))):
-        last = last_hidden_state(model, blocks)
-    return last, left[0]
+    layer = decoder_layers(model)[index]
+    with hooks(layer.register_forward_hook(lambda module, args, out: left.append(hidden_of(out)))):
+        yield left
 
 
 def loss(model: PreTrainedModel, blocks: Tensor, teacher: Tensor, middle: int, weight: float) -> Tensor:
     """Add to the cross-entropy (nats) weight · the normalised error of states (B, T, D) after a layer."""
-    last, student = _forward(model, blocks, middle)
-    logits = model.get_output_embeddings()(last[:, :-1]).float()
-    targets = blocks[:, 1:].to(model.device).long()
-    entropy = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    teacher = teacher.float()
-    return entropy + weight * (teacher - student.float()).square().mean() / teacher.square().mean()
+    with _states_after(model, middle) as left:
+        entropy = next_token_loss(model, blocks)
+    teacher, student = teacher.float(), left[0].float()
+    return entropy + weight * (teacher - student).square().mean() / teacher.square().mean()
 
 
 def build(owner: ModelOwner) -> BuiltEmulator:
@@ -55,9 +55,9 @@ def build(owner: ModelOwner) -> BuiltEmulator:
     middle = max(originals)
 
     def of(blocks: Tensor) -> Tensor:
-        with torch.no_grad(), swapped_layers(model, originals):
-            teacher = _forward(model, blocks, middle)[1]
-        return loss(model, blocks, teacher, middle, distill.hidden_weight)
+        with torch.no_grad(), swapped_layers(model, originals), _states_after(model, middle) as left:
+            last_hidden_state(model, blocks)
+        return loss(model, blocks, left[0], middle, distill.hidden_weight)
 
     trained = emulator.layer_parameters(model, kept, "compressed")
     BlockTrainer(

@@ -10,6 +10,7 @@ and of gate, up and down, λ as in params.yaml.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from scaleot_core.compression.plan import Cut, Plan, choose_layers
 from scaleot_core.compression.rank_compression import matrix_shapes
 from scaleot_core.compression.svd import Factors, decompose
 from scaleot_core.methods.base import BuiltEmulator, ModelOwner, largest_fitting
-from scaleot_core.models.families import family, fused_runs, projection_name
+from scaleot_core.models.families import family, fused_heads, fused_runs, projection_name
 from scaleot_core.models.forward import hooks
 
 ALWAYS = 0.05  # share of the singular values that stay whatever their score
@@ -61,17 +62,22 @@ def statistics(
 
         return keep
 
-    def after(name: str) -> Callable[..., None]:
-        def add(module: nn.Module, into: object, out: tuple[Tensor, ...]) -> None:
-            x, g = inputs.pop(name), out[0].flatten(0, -2).float()
-            made = [x.T @ x, g.T @ g, g.T @ x, g.sum(0)]
-            sums[name] = made if name not in sums else [a + b for a, b in zip(sums[name], made, strict=True)]
+    def add(name: str, gradient: Tensor) -> None:
+        x, g = inputs.pop(name), gradient.flatten(0, -2).float()
+        made = [x.T @ x, g.T @ g, g.T @ x, g.sum(0)]
+        sums[name] = made if name not in sums else [a + b for a, b in zip(sums[name], made, strict=True)]
 
-        return add
+    def after(name: str) -> Callable[..., None]:
+        def wait(
+            module: nn.Module, args: object, out: Tensor
+        ) -> None:  # a module's hook forbids Falcon to add in place
+            out.register_hook(partial(add, name))
+
+        return wait
 
     modules = {name: model.get_submodule(name) for name in names}
     handles = [module.register_forward_pre_hook(before(name)) for name, module in modules.items()]
-    handles += [module.register_full_backward_hook(after(name)) for name, module in modules.items()]
+    handles += [module.register_forward_hook(after(name)) for name, module in modules.items()]
     with hooks(*handles):
         for batch in blocks.split(batch_blocks):
             ids = batch.to(model.device).long()
@@ -143,8 +149,8 @@ def build(owner: ModelOwner) -> BuiltEmulator:
 
     def factors(name: str, part: int, weight: Tensor) -> Factors:
         left, right = decompose(weight)
-        fused = names.projections[name.rpartition(".")[2]]
-        rows = part_rows(len(weight) * fused, fused, fused_runs(config))[part].to(weight.device)
+        whole, heads = weight_of(model.get_submodule(name))[0], fused_heads(config, name.rpartition(".")[2])
+        rows = part_rows(len(whole), heads, fused_runs(config))[part].to(weight.device)
         scores = component_scores((left, right), found[name].part(rows), settings.lambda_attention)
         order = in_order(scores).to(weight.device)
         return left[:, order], right[order]
@@ -152,12 +158,19 @@ def build(owner: ModelOwner) -> BuiltEmulator:
     channels = {}
     for i, cut in cut_down.cuts.items():
 
-        def map_of(name: str, i: int = i) -> tuple[Tensor, Tensor | None, Statistics]:
+        def matrices(name: str, fused: int, i: int = i) -> list[tuple[Tensor, Tensor | None, Statistics]]:
             weight, bias = weight_of(model.get_submodule(f"{prefix[i]}{name}"))
-            return weight.float(), None if bias is None else bias.float(), found[f"{prefix[i]}{name}"]
+            return [
+                (
+                    weight[rows].float(),
+                    None if bias is None else bias[rows].float(),
+                    found[f"{prefix[i]}{name}"].part(rows),
+                )
+                for rows in torch.arange(len(weight), device=weight.device).chunk(fused)
+            ]
 
-        out, _, after = map_of(names.feed_forward_out)
-        into = [map_of(name) for name in names.feed_forward_in]
+        [(out, _, after)] = matrices(names.feed_forward_out, 1)
+        into = [each for name, fused in names.feed_forward_in.items() for each in matrices(name, fused)]
         scores = channel_scores(into, (out, after), settings.lambda_feed_forward)
         channels[i] = scores.cpu().argsort(descending=True, stable=True)[: cut.channels].sort().values
     emulator.apply_plan(model, cut_down, factors, channels=channels)

@@ -22,45 +22,74 @@ class Family:
     """From a decoder layer to its attention."""
     projections: Mapping[str, int]
     """From the attention to each projection, and how many matrices are fused in it along its outputs."""
-    feed_forward_in: tuple[str, ...]
-    """From a decoder layer to each matrix that gives the feed-forward channels."""
+    feed_forward_in: Mapping[str, int]
+    """From a decoder layer to each matrix that gives the feed-forward channels, and how many are fused in it."""
     feed_forward_out: str
     """From a decoder layer to the matrix that takes them."""
     by_head: bool = False
-    """Whether the outputs of fused matrices alternate from head to head, or each matrix's lie together."""
+    """Whether the outputs of fused projections alternate from head to head, or each matrix's lie together."""
     transposed: bool = False
     """Whether matrices are stored as (in, out), as transformers' Conv1D has them, or as (out, in)."""
+    in_tuple: bool = False
+    """Whether a decoder layer returns its hidden states as the first of a tuple, or alone."""
 
 
 _LLAMA = Family(
     "model.layers",
     "self_attn",
     {"q_proj": 1, "k_proj": 1, "v_proj": 1, "o_proj": 1},
-    ("mlp.gate_proj", "mlp.up_proj"),
+    {"mlp.gate_proj": 1, "mlp.up_proj": 1},
     "mlp.down_proj",
 )
 
+_BLOOM = Family(
+    "transformer.h",
+    "self_attention",
+    {"query_key_value": 3, "dense": 1},
+    {"mlp.dense_h_to_4h": 1},
+    "mlp.dense_4h_to_h",
+    by_head=True,
+    in_tuple=True,
+)
+
 FAMILIES: dict[str, Family] = {
-    "gpt2": Family("transformer.h", "attn", {"c_attn": 3, "c_proj": 1}, ("mlp.c_fc",), "mlp.c_proj", transposed=True),
+    "bloom": _BLOOM,
+    "falcon": _BLOOM,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "gpt2": Family("transformer.h", "attn", {"c_attn": 3, "c_proj": 1}, {"mlp.c_fc": 1}, "mlp.c_proj", transposed=True),
     "gpt_neox": Family(  # Pythia
         "gpt_neox.layers",
         "attention",
         {"query_key_value": 3, "dense": 1},
-        ("mlp.dense_h_to_4h",),
+        {"mlp.dense_h_to_4h": 1},
         "mlp.dense_4h_to_h",
         by_head=True,
     ),
+    "gptj": Family(
+        "transformer.h",
+        "attn",
+        {"q_proj": 1, "k_proj": 1, "v_proj": 1, "out_proj": 1},
+        {"mlp.fc_in": 1},
+        "mlp.fc_out",
+        in_tuple=True,
+    ),
+    "granite": _LLAMA,
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "olmo2": _LLAMA,
     "opt": Family(
         "model.decoder.layers",
         "self_attn",
         {"q_proj": 1, "k_proj": 1, "v_proj": 1, "out_proj": 1},
-        ("fc1",),
+        {"fc1": 1},
         "fc2",
     ),
+    "phi3": Family("model.layers", "self_attn", {"qkv_proj": 3, "o_proj": 1}, {"mlp.gate_up_proj": 2}, "mlp.down_proj"),
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "smollm3": _LLAMA,
+    "stablelm": _LLAMA,
 }
 
 
@@ -70,7 +99,17 @@ def family(config: PretrainedConfig) -> Family:
         return FAMILIES[config.model_type]
     except KeyError:
         known = ", ".join(sorted(FAMILIES))
-        raise UserError(f"model: architecture {config.model_type!r} is not supported; supported are {known}") from None
+        what = "a mixture of experts, which no method here can cut" if _has_experts(config) else "not supported"
+        raise UserError(f"model: architecture {config.model_type!r} is {what}; supported are {known}") from None
+
+
+def _has_experts(config: PretrainedConfig) -> bool:
+    return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+
+
+def decoder_stack(config: PretrainedConfig) -> str:
+    """Give the path to what holds the decoder layers, and gives the last hidden states."""
+    return family(config).layers.rpartition(".")[0]
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -96,5 +135,33 @@ def attention(config: PretrainedConfig, layer: nn.Module) -> nn.Module:
 
 
 def fused_runs(config: PretrainedConfig) -> int:
-    """Count the runs in which each matrix's outputs come in a fused projection: one, or one per head."""
-    return int(config.num_attention_heads) if family(config).by_head else 1
+    """Count the runs in which each matrix's outputs come in a fused projection: one, or one per head of the keys."""
+    return _key_heads(config) if family(config).by_head else 1
+
+
+def _key_heads(config: PretrainedConfig) -> int:
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        return 1  # of Falcon
+    given = (getattr(config, name, None) for name in ("num_key_value_heads", "num_kv_heads", "num_attention_heads"))
+    return int(next(filter(None, given)))
+
+
+def fused_heads(config: PretrainedConfig, name: str) -> tuple[int, ...]:
+    """Give how many heads each matrix fused in a projection has in a run; 1 for a projection that is one matrix.
+
+    Fused are queries, keys and values; the latter two may have fewer heads.
+    """
+    if family(config).projections[name] == 1:
+        return (1,)
+    heads, shared, runs = int(config.num_attention_heads), _key_heads(config), fused_runs(config)
+    return heads // runs, shared // runs, shared // runs
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """Give the most tokens that a model takes; of BLOOM, which takes any number, those it was trained on."""
+    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "seq_length", 2048))
+
+
+def takes_positions(config: PretrainedConfig) -> bool:
+    """Tell whether a model can be told the positions of its tokens; one with ALiBi counts them itself."""
+    return config.model_type != "bloom" and not getattr(config, "alibi", False)

@@ -7,12 +7,34 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from scaleot_core.common.errors import UserError
-from scaleot_core.models.families import decoder_layers
+from scaleot_core.models.families import decoder_layers, decoder_stack
+
+
+class StandIn(nn.Module):
+    """A module in a decoder layer's place: it takes what the layer takes, and returns what the layer returns."""
+
+    def __init__(self, *, in_tuple: bool = False) -> None:
+        super().__init__()
+        self.in_tuple = in_tuple
+        """As the family has it."""
+
+    def replacement(self, hidden_states: Tensor) -> Tensor:
+        """Compute (B, T, D) from (B, T, D)."""
+        raise NotImplementedError
+
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor, None]:
+        """Ignore all but the hidden states."""
+        out = self.replacement(hidden_states)
+        return (out, None) if self.in_tuple else out
+
+
+def hidden_of(out: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Return the hidden states in what a decoder layer returns."""
+    return out[0] if isinstance(out, tuple) else out
 
 
 @contextmanager
@@ -59,6 +81,34 @@ def last_hidden_state(
     return output
 
 
+class _Given(nn.Module):
+    """Stands where the stack of decoder layers was: gives last hidden states that are known."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *args: object, **kwargs: object) -> BaseModelOutputWithPastAndCrossAttentions:
+        """Anything to (B, T, D)."""
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.hidden)  # type: ignore[arg-type]
+
+
+def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Compute the logits (N, V), in float32, of last hidden states (N, D), as the model's own forward does.
+
+    Which may do more than multiply by the head: Gemma 2 caps logits, Granite divides them.
+    """
+    path = decoder_stack(model.config)
+    stack = model.get_submodule(path)
+    model.set_submodule(path, _Given(hidden[None]))
+    try:
+        nothing = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        logits: Tensor = model(input_ids=nothing, use_cache=False).logits[0].float()
+    finally:
+        model.set_submodule(path, stack)
+    return logits
+
+
 def next_token_loss(model: PreTrainedModel, blocks: Tensor) -> Tensor:
     """Compute the mean next-token cross-entropy (nats) of blocks (B, T), without a key-value cache."""
     blocks = blocks.to(model.device).long()
@@ -90,7 +140,9 @@ def hidden_states(model: PreTrainedModel, blocks: Tensor, batch_blocks: int = 8)
         return lambda module, args: kept[i].append(args[0].flatten(0, 1))
 
     handles = [layer.register_forward_pre_hook(keep_input(i)) for i, layer in enumerate(layers)]
-    handles.append(layers[-1].register_forward_hook(lambda module, args, out: kept[-1].append(out.flatten(0, 1))))
+    handles.append(
+        layers[-1].register_forward_hook(lambda module, args, out: kept[-1].append(hidden_of(out).flatten(0, 1)))
+    )
     with hooks(*handles):
         for batch in blocks.split(batch_blocks):
             last_hidden_state(model, batch)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from scaleot_core.common import distributed
 from scaleot_core.common.errors import UserError, one_line
 from scaleot_core.models.families import decoder_layers, family
-from scaleot_core.models.forward import last_hidden_state, swapped_layers
+from scaleot_core.models.forward import hidden_of, last_hidden_state, swapped_layers
 from scaleot_core.models.loading import load_model, read_config
 
 LayerHook = Callable[[int, nn.Module], AbstractContextManager[object]]
@@ -109,9 +109,11 @@ class StreamedModel:
 
         Memory: embeddings and twice the N · T · D numbers of the hidden states, beside a layer.
         """
-        last = len(self._layers) - 1
+        last, in_tuple = len(self._layers) - 1, family(self.model.config).in_tuple
         passing = {
-            i: StreamedLayer(partial(self.layer, i), partial(around, i), batch_blocks, last=i == last)
+            i: StreamedLayer(
+                partial(self.layer, i), partial(around, i), batch_blocks, last=i == last, in_tuple=in_tuple
+            )
             for i in range(len(self._layers))
         }
         stack = f"{self.model.base_model_prefix}."
@@ -139,21 +141,27 @@ class StreamedLayer(nn.Module):
         rows: int,
         *,
         last: bool,
+        in_tuple: bool,
     ) -> None:
         super().__init__()
-        self.layer, self.around, self.rows, self.last = layer, around, rows, last
+        self.layer, self.around, self.rows, self.last, self.in_tuple = layer, around, rows, last, in_tuple
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
         """(B, T, D) to (B, T, D); of the last layer nobody needs more than one sequence."""
         count = len(hidden_states)
 
         def part(value: Any, at: slice) -> Any:
-            return value[at] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
+            """Cut what has a row, or several as BLOOM's ALiBi has, for each sequence."""
+            if not isinstance(value, Tensor) or not value.ndim or len(value) % count:
+                return value
+            rows = len(value) // count
+            return value[at.start * rows : at.stop * rows]
 
         out = torch.empty_like(hidden_states)
         with self.layer() as layer, self.around(layer):
             for start in range(0, count, self.rows):
                 at = slice(start, start + self.rows)
                 named = {name: part(value, at) for name, value in kwargs.items()}
-                out[at] = layer(hidden_states[at], *(part(value, at) for value in args), **named)
-        return out[:1] if self.last else out
+                out[at] = hidden_of(layer(hidden_states[at], *(part(value, at) for value in args), **named))
+        out = out[:1] if self.last else out
+        return (out, None) if self.in_tuple else out

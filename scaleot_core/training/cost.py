@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scaleot_core.common.runtime import Runtime
-from scaleot_core.models.families import family
+from scaleot_core.models.families import decoder_stack
 
 
 def peak_memory() -> int:
@@ -43,7 +43,7 @@ class Meter:
             given = next(tensor for tensor in inputs if tensor is not None)
             self.tokens += given.shape[0] * given.shape[1]
 
-        stack = model.get_submodule(family(model.config).layers.rpartition(".")[0])
+        stack = model.get_submodule(decoder_stack(model.config))
         stack.register_forward_pre_hook(hook, with_kwargs=True)
 
     def read(self) -> dict[str, float]:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from scaleot_core.common.errors import UserError
 from scaleot_core.compression import emulator
+from scaleot_core.compression.channels import channel_rows
 from scaleot_core.compression.low_rank import features
 from scaleot_core.compression.plan import Plan
 from scaleot_core.models.families import family
@@ -90,7 +91,8 @@ def fit_to_model(adapter: TunedLora, model: PreTrainedModel, channels: Mapping[i
                 if inner == names.feed_forward_out:
                     factors[name] = _spread(a.T, kept, into).T.contiguous(), b
                 else:
-                    factors[name] = a, _spread(b, kept, out)
+                    fused = names.feed_forward_in[inner]
+                    factors[name] = a, _spread(b, channel_rows(kept, out // fused, fused), out)
     for name, (a, b) in factors.items():
         into, out = features(model.get_submodule(name))
         if (a.shape[1], b.shape[0]) != (into, out):

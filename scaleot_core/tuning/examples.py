@@ -12,6 +12,7 @@ from scaleot_core.common.errors import UserError
 from scaleot_core.common.progress import say
 from scaleot_core.evaluation.harness import lm
 from scaleot_core.evaluation.tasks import Rows, answer_pairs, load_task, texts
+from scaleot_core.models.families import context_length
 from scaleot_core.records.tally import CUT, PRIVATE, Tally
 
 IGNORED = -100  # no loss at this target
@@ -90,7 +91,7 @@ def from_file(
     """
     from scaleot_core.records.encoded import encode_records  # no stage comes by here
 
-    tally = Tally(model.config.max_position_embeddings)
+    tally = Tally(context_length(model.config))
     whole: list[list[int]] = []
     made: list[Example] = []
     origins: list[int] = []

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from scaleot_core.common import distributed
 from scaleot_core.common.runtime import choose_attention, generator, secret_draw
-from scaleot_core.models.forward import last_hidden_state
+from scaleot_core.models.forward import last_hidden_state, logits_of
 from scaleot_core.settings import OffsiteTuning, Tuning
 from scaleot_core.training import gradients
 from scaleot_core.training.checkpoint import Checkpoint
@@ -26,8 +26,7 @@ def answer_loss(model: PreTrainedModel, inputs: Tensor, targets: Tensor) -> Tens
     """Mean cross-entropy (nats) over the answer tokens; the head is computed only where there is one."""
     hidden = last_hidden_state(model, inputs)  # (B, T, D)
     wanted = targets != IGNORED
-    logits = model.get_output_embeddings()(hidden[wanted]).float()
-    return nn.functional.cross_entropy(logits, targets[wanted])
+    return nn.functional.cross_entropy(logits_of(model, hidden[wanted]), targets[wanted])
 
 
 def epoch_batches(lengths: list[int], batch_size: int, draw: torch.Generator) -> list[list[int]]:

@@ -29,10 +29,14 @@ def dense(module: torch.nn.Module, size: int) -> torch.Tensor:
 
 
 def apart(family: str, projection: str, matrix: torch.Tensor) -> list[torch.Tensor]:
-    """A projection's matrices, of which some families fuse three in one: GPT-NeoX head by head."""
-    if projection == "query_key_value":
+    """A projection's matrices, of which some families fuse three in one: GPT-NeoX and BLOOM head by head."""
+    if projection == "query_key_value" and family in ("gpt_neox", "bloom"):
         return [torch.cat([matrix[24 * head + 8 * i :][:8] for head in range(4)]) for i in range(3)]
-    return list(matrix.chunk(len(SHAPES[family][projection])))
+    if (
+        family == "falcon" and projection == "query_key_value"
+    ):  # two heads of queries, one of keys, one of values; twice
+        return [torch.cat([matrix[a:b], matrix[32 + a : 32 + b]]) for a, b in ((0, 16), (16, 24), (24, 32))]
+    return list(matrix.split([shape[0] for shape in SHAPES[family][projection]]))
 
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))

@@ -8,6 +8,7 @@ from helpers import CONFIGS, tiny_model
 from lm_eval.models.huggingface import HFLM
 
 from scaleot_core.evaluation.scoring import Request, batches_of, make_rows, score
+from scaleot_core.models.families import context_length, takes_positions
 from scaleot_core.models.forward import last_hidden_state
 
 
@@ -28,7 +29,7 @@ def requests(longest: int) -> list[Request]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_scores_are_those_of_lm_eval(name, tokenizer, batch_size):
     model = tiny_model(name)
-    longest, ticks = model.config.max_position_embeddings, []
+    longest, ticks = context_length(model.config), []
     asked = requests(longest)
     reference = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=longest)
     expected = reference._loglikelihood_tokens([(("", ""), *pair) for pair in asked], disable_tqdm=True)
@@ -66,7 +67,7 @@ def test_context_runs_once_for_all_of_its_continuations():
     assert len(list(batches_of(rows, 1))) == len(rows) == len(list(groupby(rows, key=id)))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if takes_positions(config)])
 def test_positions_and_visibility_are_the_models_own_where_nothing_is_shared(name):
     model, sequence = tiny_model(name), torch.tensor([tokens(12, 3)])
     causal = torch.ones(1, 12, 12, dtype=torch.bool).tril()

@@ -85,9 +85,10 @@ def test_no_attention_matrix_leaves_at_full_rank_but_those_of_adapters(tmp_path,
     package = shipped(write_package(tmp_path / "package", tiny_model(name), tokenizer, Plan(PLAN.kinds, beta, form(8))))
     for i, kind in enumerate(PLAN.kinds):
         block = attention(model.config, decoder_layers(model)[i])
-        for projection, fused in family(model.config).projections.items():
+        for projection, shapes in SHAPES[name].items():
             weight = block.get_submodule(projection).weight
-            parts = [weight, weight.T, *weight.chunk(fused), *weight.T.chunk(fused)]
+            whole = weight.T if family(model.config).transposed else weight
+            parts = [weight, weight.T, *whole.split([shape[0] for shape in shapes])]
             there = any(torch.equal(t, part) for t in package.values() for part in parts)
             assert there == (kind == "adapter"), (i, projection)
         inside = f"{family(model.config).layers}.{i}.{family(model.config).attention}."

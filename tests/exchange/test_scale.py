@@ -22,13 +22,13 @@ def layers(name):
 
 
 @each_family
-def test_effect_is_the_root_mean_square_change_of_the_logits(name, blocks):
+def test_effect_is_the_root_mean_square_change_of_what_the_head_gives(name, blocks):
     model, tuned = tiny_model(name), layers(name)
     with torch.no_grad():
         before = model(blocks.long()).logits
         with plugged_in(model, PLAN, tuned):
             change = model(blocks.long()).logits - before
-    expected = float(change.square().mean().sqrt())
+    expected = float(change.square().mean().sqrt()) * getattr(model.config, "logits_scaling", 1.0)
     assert effect(model, plugged_in(model, PLAN, tuned), blocks) == pytest.approx(expected, rel=1e-3)
     assert effect(model, nullcontext(), blocks) == 0
 

@@ -10,7 +10,7 @@ from torch import nn
 from scaleot_core.common.files import folder_bytes, write_json
 from scaleot_core.common.runtime import Runtime
 from scaleot_core.common.tensors import write_tensors
-from scaleot_core.compression.channels import channels_of
+from scaleot_core.compression.channels import channel_rows, channels_of
 from scaleot_core.compression.emulator import assemble, layer_parameters, package_tensors, plan_bytes, plug_in
 from scaleot_core.compression.layer_importance import new_harmonizers
 from scaleot_core.compression.low_rank import weight_of
@@ -19,7 +19,7 @@ from scaleot_core.compression.svd import decompose
 from scaleot_core.exchange.package import Package, save
 from scaleot_core.methods import METHODS, ModelOwner, base, crash, distilled, gradot, uniform
 from scaleot_core.models.families import attention, decoder_layers, family
-from scaleot_core.models.forward import next_token_loss
+from scaleot_core.models.forward import hidden_states, next_token_loss
 from scaleot_core.params import changed
 from scaleot_core.training.checkpoint import Checkpoint
 
@@ -165,7 +165,7 @@ def test_distillation_moves_the_kept_layers_alone_and_towards_the_model(owner, b
     assert moved and moved <= layer_parameters(done, plan, "compressed").keys()
     real = tiny_model("llama", num_hidden_layers=LAYERS)
     middle = LAYERS - 2
-    teacher = distilled._forward(real, blocks, middle)[1]
+    teacher = hidden_states(real, blocks)[middle + 1].unflatten(0, blocks.shape)
     before, now = (distilled.loss(m, blocks, teacher, middle, 30.0).item() for m in (start, done))
     assert now < 0.9 * before
 
@@ -174,7 +174,7 @@ def test_distillation_loss_is_the_sources(owner, blocks):
     who = owner(method="uniform")
     _, made = emulated(who)
     real, middle = tiny_model("llama", num_hidden_layers=LAYERS), LAYERS - 2
-    teacher, student = (distilled._forward(m, blocks, middle)[1] for m in (real, made))
+    teacher, student = (hidden_states(m, blocks)[middle + 1].unflatten(0, blocks.shape) for m in (real, made))
     rms = teacher.pow(2).mean().sqrt()
     expected = next_token_loss(made, blocks) + 30 * ((teacher - student) / rms).pow(2).mean()
     assert distilled.loss(made, blocks, teacher, middle, 30.0).item() == pytest.approx(expected.item(), rel=1e-5)
@@ -341,7 +341,9 @@ def test_channels_are_cut_beside_the_attention_and_peers_get_as_many_bytes(name,
     assert list(plan.cuts) == plan.layers("compressed") != []
     for i in plan.cuts:
         assert channels_of(made, i) == plan.cuts[i].channels == channels_of(real, i) * 3 // 4
-        into, whole = (weight_of(decoder_layers(m)[i].get_submodule(names.feed_forward_in[0]))[0] for m in (made, real))
+        into, whole = (
+            weight_of(decoder_layers(m)[i].get_submodule(next(iter(names.feed_forward_in))))[0] for m in (made, real)
+        )
         assert {tuple(row.tolist()) for row in into} < {tuple(row.tolist()) for row in whole}
         ours, theirs = (attention(who.config, decoder_layers(m)[i]).state_dict() for m in (made, real))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
@@ -361,10 +363,11 @@ def test_owner_knows_which_channels_are_in_the_package(name, method, owner):
     assert built.channels.keys() == built.plan.cuts.keys() and built.channels
     for i, kept in built.channels.items():
         assert len(kept) == built.plan.cuts[i].channels and torch.equal(kept, kept.unique())
-        for inner in names.feed_forward_in:
+        for inner, fused in names.feed_forward_in.items():
             here, there = (weight_of(decoder_layers(m)[i].get_submodule(inner)) for m in (made, real))
-            assert torch.equal(here[0], there[0][kept])
-            assert here[1] is None or torch.equal(here[1], there[1][kept])
+            rows = channel_rows(kept, channels_of(real, i), fused)
+            assert torch.equal(here[0], there[0][rows])
+            assert here[1] is None or torch.equal(here[1], there[1][rows])
 
 
 def test_plan_that_makes_no_sense():

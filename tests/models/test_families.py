@@ -5,23 +5,46 @@ import math
 import pytest
 import torch
 import yaml
-from helpers import CONFIGS, ROOT, SHAPES, projections, tiny_model
+from helpers import CONFIGS, ROOT, SHAPES, form, projections, refusal, tiny_model
 from torch import nn
-from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig, OPTConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BloomConfig,
+    DeepseekV3Config,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTJConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Olmo2Config,
+    OPTConfig,
+    Phi3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
+    StableLmConfig,
+)
 from transformers.pytorch_utils import Conv1D
 
 from scaleot_core.common.errors import UserError
 from scaleot_core.compression.emulator import apply_plan, layer_parameters
+from scaleot_core.compression.low_rank import split_projection
 from scaleot_core.compression.plan import Plan, choose_layers
 from scaleot_core.compression.svd import empty_factors
-from scaleot_core.models.families import FAMILIES, attention, decoder_layers, family
+from scaleot_core.models.families import FAMILIES, attention, decoder_layers, family, fused_heads, fused_runs
+from scaleot_core.models.forward import StandIn
 from scaleot_core.params import changed
+from scaleot_core.settings import LoraForm
+from scaleot_core.tuning.lora import lora_features
 
 
-class Zero(nn.Module):
+class Zero(StandIn):
     """A layer that forgets its input."""
 
-    def forward(self, hidden_states, *args, **kwargs):
+    def replacement(self, hidden_states):
         return torch.zeros_like(hidden_states)
 
 
@@ -36,12 +59,12 @@ def test_assigning_to_an_entry_replaces_the_layer_in_the_models_forward(model, b
     layers = decoder_layers(model)
     assert len(layers) == 4
     for i, layer in enumerate(layers):
-        layers[i] = Zero()
+        layers[i] = Zero(in_tuple=family(model.config).in_tuple)
         logits = model(ids).logits
         assert not torch.allclose(logits, whole)
         layers[i] = layer
     assert torch.equal(model(ids).logits, whole)
-    layers[3] = Zero()  # nothing but the final norm and the head comes after it
+    layers[3] = Zero(in_tuple=family(model.config).in_tuple)  # nothing but the final norm and the head comes after it
     logits = model(ids).logits
     assert torch.equal(logits, logits[:1, :1].expand_as(logits))
 
@@ -53,9 +76,11 @@ def test_projections_are_all_matrices_of_the_attention_with_their_fused_counts(n
         found = {}
         for projection, module in attention(model.config, layer).named_modules():
             if isinstance(module, nn.Linear | Conv1D):
-                weight = module.weight.T if isinstance(module, Conv1D) else module.weight
                 found[projection] = [
-                    tuple(part.shape) for part in weight.chunk(family(model.config).projections[projection])
+                    tuple(part.shape)
+                    for part, _ in split_projection(
+                        module, fused_heads(model.config, projection), fused_runs(model.config)
+                    )
                 ]
         assert found == SHAPES[name]
 
@@ -96,6 +121,93 @@ PAPER = {
     ),
     "llama-7b": (LlamaConfig(), 32, 6_738_415_616),
 }
+
+
+# Other families' models, as published.
+PUBLISHED = {
+    "bloom-7b1": (BloomConfig(hidden_size=4096, n_layer=30, n_head=32), 30, 7_069_016_064),
+    "falcon-7b": (FalconConfig(), 32, 6_921_720_704),
+    "gemma-2-2b": (Gemma2Config(), 26, 2_614_341_888),
+    "gemma-3-1b": (
+        Gemma3TextConfig(
+            hidden_size=1152,
+            intermediate_size=6912,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            vocab_size=262144,
+        ),
+        26,
+        999_885_952,
+    ),
+    "gpt-j-6b": (GPTJConfig(tie_word_embeddings=False), 28, 6_050_882_784),
+    "granite-3.1-2b": (
+        GraniteConfig(
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=40,
+            num_key_value_heads=8,
+            vocab_size=49155,
+            tie_word_embeddings=True,
+        ),
+        40,
+        2_533_531_648,
+    ),
+    "olmo-2-7b": (
+        Olmo2Config(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, vocab_size=100352),
+        32,
+        7_298_617_344,
+    ),
+    "phi-3-mini": (Phi3Config(), 32, 3_821_079_552),
+    "smollm3-3b": (
+        SmolLM3Config(
+            hidden_size=2048,
+            intermediate_size=11008,
+            num_hidden_layers=36,
+            num_attention_heads=16,
+            num_key_value_heads=4,
+            vocab_size=128256,
+            tie_word_embeddings=True,
+        ),
+        36,
+        3_075_098_624,
+    ),
+    "stablelm-2-1.6b": (
+        StableLmConfig(
+            hidden_size=2048,
+            intermediate_size=5632,
+            num_hidden_layers=24,
+            num_attention_heads=32,
+            num_key_value_heads=32,
+            vocab_size=100352,
+            use_qkv_bias=True,
+        ),
+        24,
+        1_644_515_328,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_published_model_has_its_layers_and_a_smaller_emulator_that_lora_fits(name):
+    config, count, parameters = PUBLISHED[name]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        assert model.num_parameters() == parameters and len(decoder_layers(model)) == count
+        scores = [float(i) for i in range(count)]
+        kinds = choose_layers(scores, adapter_layers=4, alpha=0.25, placement="importance")
+        plan = Plan(kinds, 0.8, form(64))
+        apply_plan(model, plan, empty_factors)
+        assert 0.3 < model.num_parameters() / parameters < 0.95
+        there = [i for i, kind in enumerate(kinds) if kind != "harmonizer"]
+        numbers = [attention(config, decoder_layers(model)[i]).layer_idx for i in there]
+        assert len(set(numbers)) == len(there) and 0 in numbers
+        matrices = len(family(config).projections) + len(family(config).feed_forward_in) + 1
+        assert len(lora_features(model, plan, LoraForm())) == len(there) * matrices
+
+
+@pytest.mark.parametrize("kind", [MixtralConfig, Qwen3MoeConfig, DeepseekV3Config])
+def test_mixture_of_experts_is_refused_as_such(kind):
+    assert "is a mixture of experts" in refusal(family, kind())
 
 
 @pytest.mark.parametrize("name", sorted(PAPER))

@@ -16,7 +16,7 @@ from scaleot_core.common.tensors import read_tensors, write_tensors
 from scaleot_core.compression.layer_importance import new_harmonizers
 from scaleot_core.exchange.package import Package
 from scaleot_core.models.families import decoder_layers
-from scaleot_core.models.forward import hidden_states, hooks
+from scaleot_core.models.forward import hidden_of, hidden_states, hooks
 from scaleot_core.models.loading import read_config
 from scaleot_core.models.streaming import StreamedModel
 from scaleot_core.params import changed
@@ -57,7 +57,7 @@ def test_what_passes_the_layers_is_what_passes_the_models(tmp_path, blocks, name
     @contextmanager
     def around(i, layer):
         def keep(module, args, out):
-            passed.setdefault(i, []).append(out.flatten(0, 1))
+            passed.setdefault(i, []).append(hidden_of(out).flatten(0, 1))
 
         with hooks(layer.register_forward_hook(keep)):
             yield

@@ -64,7 +64,7 @@ def test_sum_is_that_of_every_examples_own_clipped_gradient(name, dtype, data, m
         torch.testing.assert_close(given, expected[key], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("name", sorted(CONFIGS.keys() - {"falcon"}))  # adds in place to what hooks give
 def test_why_gradients_are_not_taken_by_opacus_hooks(name, data):
     """They are right but where the decoder flattens the batch, as OPT's does; once they are there too, use them."""
     from opacus.grad_sample import GradSampleModule
@@ -180,8 +180,6 @@ def test_killed_private_tuning_goes_on_to_the_same_bytes(data, settings, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"lr": [1e-3, 1e-4]}, "can't choose"),
-        ({"patience": 1}, "can't choose"),
         ({"delta": 0.06}, "above one over the 20 examples"),
         ({"epsilon": 1e-4, "delta": 1e-5}, "no noise keeps to it"),
     ],
