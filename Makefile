@@ -48,7 +48,7 @@ ablations: repro  ## the open questions of the method, one run each; hours
 sweep: repro  ## the dial: alpha by beta, a table and a picture; an hour and a half on 2 cores
 	python -m studies.sweep
 
-demo: repro  ## two parties, sixteen invented facts, and what the real model says of them: a quarter of an hour on 2 cores
+demo: repro  ## two parties, sixteen invented facts, and what the real model says of them: ten minutes on 2 cores
 	python -m studies.demo
 
 attack: repro  ## what an attacker makes of the package and of the adapters: restoration, weights, membership

@@ -94,13 +94,13 @@ def forward_tokens(params: Params) -> dict[str, float]:
     """
     block, tasks = params.data.block_size, len(params.tasks)
     fits, steps = params.layer_importance, params.dlr.steps
-    layers = 30  # of the sensitivities, in a typical model
+    layers = 30  # of a typical model, each with its sensitivity, which takes those behind it
     scoring = params.data.eval_questions * ALL_CHOICES_TOKENS * tasks
     lora = params.offsite_tune.model_copy(update={"lr": params.lora.lr})
     tunings = [lora if kind == "lora" else params.offsite_tune for kind in params.adapters]
     candidates = steps // params.dlr.score_interval * params.dlr.candidates
     return {
-        "layer_importance": block * (fits.calibration_blocks + layers * fits.sensitivity_blocks)
+        "layer_importance": block * (fits.calibration_blocks + layers / 2 * fits.sensitivity_blocks)
         + 0.1 * fits.steps * fits.batch_tokens,
         "train_harmonizers": block * params.dlr.batch_blocks * (2 * steps + candidates),
         "compress": block * params.rank_compression.calibration_blocks if params.rank_compression.whiten else 0,

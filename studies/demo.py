@@ -1,14 +1,16 @@
 """Demo: facts that a data owner teaches an emulator, said by the real model; the two parties' own commands alone.
 
 The model owner compresses the model by the preset `recommended` and packs it; the data owner tunes the package on the
-chats in demo.jsonl; the model owner checks what comes back and plugs it in. Then both models are asked. `make demo`
-runs it after `make repro`; what it makes lies in .scaleot/demo until the next.
+chats in demo.jsonl, where each fact is asked for in four ways; the model owner checks what comes back and plugs it in.
+Then both models are asked for each fact in the first of the ways. `make demo` runs it after `make repro`; what it makes
+lies in .scaleot/demo until the next.
 """
 
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from studies.table import preset
 
 FOLDER = Path(".scaleot/demo")
 FACTS = Path(__file__).with_suffix(".jsonl")
-TUNING = ("--lora-rank", "64", "--epochs", "60", "--patience", "0")
+TUNING = ("--lora-rank", "128", "--lora-alpha", "256", "--epochs", "5", "--patience", "0")
 PUBLIC_BLOCKS = 8  # of the public corpus, as text
 LONGEST_ANSWER = 40  # tokens
 
@@ -77,7 +79,15 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat: Cha
     return str(tokenizer.decode(said[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
 
 
-def ask(folder: Path, chats: list[Chat]) -> list[str]:
+def facts_in(chats: list[Chat]) -> dict[str, Chat]:
+    """Give for each answer the first chat that asks for it."""
+    first: dict[str, Chat] = {}
+    for chat in chats:
+        first.setdefault(chat[1]["content"], chat)
+    return first
+
+
+def ask(folder: Path, chats: Iterable[Chat]) -> list[str]:
     """Give a model's answers to all chats."""
     tokenizer, dtype = load_tokenizer(folder), torch.float32
     model = load_model(folder, device=torch.device("cpu"), dtype=dtype)
@@ -86,7 +96,7 @@ def ask(folder: Path, chats: list[Chat]) -> list[str]:
 
 def main() -> None:
     logging.set_verbosity_error()
-    artifacts, chats = Artifacts(), [row["messages"] for row in read_jsonl(FACTS)]
+    artifacts, facts = Artifacts(), facts_in([row["messages"] for row in read_jsonl(FACTS)])
     if not artifacts.model.is_dir():
         raise UserError(f"{artifacts.model}: no model is there; run `make repro` first")
     shutil.rmtree(FOLDER, ignore_errors=True)
@@ -97,10 +107,9 @@ def main() -> None:
     scaleot("tune", package, "--data", FACTS, "--out", adapter, *TUNING)
     scaleot("check", adapter, "--package", package)
     scaleot("plug", artifacts.model, adapter, "--package", package, "--out", plugged, "--public", text)
-    before, after = ask(artifacts.model, chats), ask(plugged, chats)
+    before, after = (ask(folder, facts.values()) for folder in (artifacts.model, plugged))
     table = Table("question", "before", "after", show_lines=True)
-    facts = [chat[1]["content"] for chat in chats]
-    for chat, old, new, fact in zip(chats, before, after, facts, strict=True):
+    for (fact, chat), old, new in zip(facts.items(), before, after, strict=True):
         table.add_row(chat[0]["content"], old, new if new == fact else f"[red]{new}[/]")
     console = Console()
     console.print(table)
