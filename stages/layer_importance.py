@@ -7,6 +7,7 @@ from scaleot_core.common.entrypoint import run_command
 from scaleot_core.common.files import atomic_folder, write_json
 from scaleot_core.common.tensors import write_tensors
 from scaleot_core.compression import layer_importance
+from scaleot_core.compression.local_fit import fit_locally
 from scaleot_core.models.forward import mean_loss
 from scaleot_core.models.loading import load_model
 from scaleot_core.pipeline import run_stage
@@ -19,7 +20,7 @@ def main() -> None:
         model = load_model(artifacts.model, device=runtime.device, dtype=runtime.dtype)
         stage.meter.count(model)
         harmonizers = layer_importance.new_harmonizers(model, params.harmonizer, params.seed)
-        history = layer_importance.fit_locally(
+        history = fit_locally(
             model,
             harmonizers,
             blocks[: fits.calibration_blocks],

@@ -25,6 +25,7 @@ from scaleot_core.common.runtime import setup
 from scaleot_core.common.tensors import read_tensors
 from scaleot_core.compression import dlr, layer_importance
 from scaleot_core.compression.harmonizer import Harmonizers
+from scaleot_core.compression.local_fit import fit_locally
 from scaleot_core.compression.plan import choose_layers
 from scaleot_core.models.forward import hidden_states, mean_loss, swapped_layers
 from scaleot_core.models.loading import load_model
@@ -88,7 +89,7 @@ def fitted(model: PreTrainedModel, blocks: Tensor, params: Params) -> tuple[Harm
         harmonizers = layer_importance.new_harmonizers(model, params.harmonizer, params.seed)
         start = time.perf_counter()
         options = fits.model_dump(include={"steps", "batch_tokens", "lr"})
-        layer_importance.fit_locally(model, harmonizers, blocks, **options, seed=params.seed)
+        fit_locally(model, harmonizers, blocks, **options, seed=params.seed)
         FITTED[key] = (harmonizers, time.perf_counter() - start)
     harmonizers, seconds = FITTED[key]
     return copy.deepcopy(harmonizers), seconds

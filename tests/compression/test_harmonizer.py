@@ -3,7 +3,8 @@ import torch
 from helpers import form
 
 from scaleot_core.compression.harmonizer import Harmonizer
-from scaleot_core.compression.layer_importance import fit_locally, new_harmonizers, sensitivity
+from scaleot_core.compression.layer_importance import new_harmonizers, sensitivity
+from scaleot_core.compression.local_fit import LocalFit, fit_locally
 from scaleot_core.models.families import decoder_layers
 from scaleot_core.models.forward import hidden_of, hidden_states, next_token_loss, swapped_layers
 
@@ -64,6 +65,24 @@ def test_local_fit_approaches_the_layer(model, blocks):
     for i, h in enumerate(harmonizers):
         target = states[i + 1]
         assert (hidden_of(h(states[i])) - target).square().mean() < (states[i] - target).square().mean()
+
+
+def test_outputs_are_the_best_that_the_hidden_units_allow(model, blocks):
+    harmonizers = new_harmonizers(model, form(8), seed=0)
+    fit = LocalFit(harmonizers, hidden_states(model, blocks))
+    rows = torch.arange(blocks.numel())
+    torch.nn.init.normal_(fit.weights["up"])
+    before = fit.loss(rows).item()
+    fit.solve_outputs(rows)
+    best = fit.loss(rows).item()
+    assert best < before
+    for name in ("up", "up_bias"):
+        for step in (1e-2, -1e-2):
+            with torch.no_grad():
+                moved = step * torch.randn(fit.weights[name].shape, generator=torch.Generator().manual_seed(0))
+                fit.weights[name] += moved
+                assert fit.loss(rows).item() > best
+                fit.weights[name] -= moved
 
 
 def test_sensitivity_is_the_loss_of_replacing_one_layer(model, blocks):
