@@ -204,7 +204,7 @@ class OffsiteTuning(Tuning):
 
 
 class LoraForm(Block):
-    """Where LoRA is put in an emulator, and how large it is (method section 5)."""
+    """Where LoRA is put in an emulator, and how large it is (method section 8)."""
 
     rank: Positive = 16
     """rank of LoRA's matrices"""
@@ -217,7 +217,7 @@ class LoraForm(Block):
 
 
 class Lora(LoraForm):
-    """Stage offsite_tune, adapters lora (method section 5)."""
+    """Stage offsite_tune, adapters lora (method section 8)."""
 
     lr: Rates = [0.001]
     """AdamW's peak learning rate; of several the one with the lowest held-out loss is taken"""

@@ -104,7 +104,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
         layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
         **COMMON,
     ),
-    "bloom": BloomConfig(n_layer=4, n_head=4, seq_length=128, **SHAPE),
+    "bloom": BloomConfig(n_layer=4, n_head=4, **SHAPE, **{"seq_length": 128}),
     "falcon": FalconConfig(
         num_hidden_layers=4,
         num_attention_heads=4,

@@ -27,8 +27,8 @@ def pack(
 ) -> None:
     """Model owner: make the package to ship from what the pipeline wrote.
 
-    Beside it comes OUT.private.json, with the layers' scores, the parameters and which feed-forward channels are in the
-    package, which stays with you: plugging in an adapter needs it.
+    Beside it comes OUT.private.json, with the layers' scores, the parameters, which feed-forward channels are in the
+    package, and what metrics.json and attack.json have of it. It stays with you: plugging in an adapter needs it.
     """
     from scaleot_core.artifacts import Artifacts
     from scaleot_core.common.files import read_json, write_json
@@ -53,8 +53,22 @@ def pack(
     with new_output(out, private_file(out)) as folder:
         copy_files(artifacts.emulator, folder, package.manifest, license=license, **recovery)
         identity = manifest_sha256(folder)
-    write_json(private_file(out), {**private, "package": identity}, private=True)
+    measured = _measured(project, package.sha256)
+    write_json(private_file(out), {**private, "package": identity, "measured": measured}, private=True)
     show({"package": str(out), "id": identity, "private": str(private_file(out))}, as_json)
+
+
+def _measured(project: Path, package: str) -> dict[str, Any]:
+    """Read what a project has measured of a package, by file, so that a decision can be looked up later."""
+    from scaleot_core.common.files import read_json
+
+    files = {name: project / name for name in ("metrics.json", "attack.json")}
+    found = {name: read_json(file) for name, file in files.items() if file.is_file()}
+    owners = {
+        "metrics.json": found.get("metrics.json", {}).get("emulator", {}),
+        "attack.json": found.get("attack.json", {}),
+    }
+    return {name: figures for name, figures in found.items() if owners[name].get("package") == package}
 
 
 def check(adapter: AdapterArgument, package: PackageOption, as_json: AsJson = False) -> None:

@@ -1,4 +1,4 @@
-"""The model owner's scale: how strongly an adapter is plugged in, chosen on public text (method section 5b).
+"""The model owner's scale: how strongly an adapter is plugged in, chosen on public text (method section 8).
 
 What is tuned in an emulator changes the real model less, or more. The scale is that with which the change of the real
 model's logits on public text is as large as that of the emulator's was.

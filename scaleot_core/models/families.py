@@ -143,7 +143,7 @@ def _key_heads(config: PretrainedConfig) -> int:
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
         return 1  # of Falcon
     given = (getattr(config, name, None) for name in ("num_key_value_heads", "num_kv_heads", "num_attention_heads"))
-    return int(next(filter(None, given)))
+    return next(int(heads) for heads in given if heads)
 
 
 def fused_heads(config: PretrainedConfig, name: str) -> tuple[int, ...]:
@@ -159,7 +159,8 @@ def fused_heads(config: PretrainedConfig, name: str) -> tuple[int, ...]:
 
 def context_length(config: PretrainedConfig) -> int:
     """Give the most tokens that a model takes; of BLOOM, which takes any number, those it was trained on."""
-    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "seq_length", 2048))
+    given: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "seq_length", None)
+    return given or 2048
 
 
 def takes_positions(config: PretrainedConfig) -> bool:

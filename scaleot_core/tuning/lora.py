@@ -1,4 +1,4 @@
-"""LoRA in an emulator: PEFT's matrices beside those that are there, whole, rank-cut, fused or pruned (section 5b)."""
+"""LoRA in an emulator: PEFT's matrices beside those that are there, of any form (method section 8)."""
 
 import math
 import warnings

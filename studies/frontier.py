@@ -1,0 +1,75 @@
+"""What has to hold of a setting, the best one for it, and the frontier of utility and secrecy."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+"""A setting with one kind of adapters: `line`, `label`, `adapters`, `changes`, the figures and, of seeds, their ±."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What has to hold of a setting; None where it may be anything."""
+
+    recovery: float | None = None
+    """At least, in the task's least noisy metric."""
+    lacks: float | None = None
+    """At least, in nats."""
+    bytes: float | None = None
+    """At most, as a share of the model's."""
+
+    def misses(self, row: Row) -> dict[str, float]:
+        """Say by how much a setting misses what has to hold, by its name; empty where it holds."""
+        found = {}
+        for name, asked, there in (
+            ("recovery", self.recovery, row["recovery"]),
+            ("lacks", self.lacks, row["lacking"]),
+            ("bytes", self.bytes and -self.bytes, -row["bytes"]),
+        ):
+            if asked is not None and not (there is not None and there >= asked):
+                found[name] = math.inf if there is None else asked - there
+        return found
+
+    def best(self, rows: Sequence[Row]) -> Row:
+        """Choose the setting to ship.
+
+        Of those that hold, where a recovery is asked for the one of which the attacker lacks most, else the one that
+        recovers most. Where none holds the nearest, by the share of what is asked that it misses.
+        """
+        if holding := [row for row in rows if not self.misses(row)]:
+            wanted = "recovery" if self.recovery is None else "lacking"
+            return max(holding, key=lambda row: known(row[wanted]))
+        asked = {"recovery": self.recovery, "lacks": self.lacks, "bytes": self.bytes}
+        return min(rows, key=lambda row: sum(miss / (asked[name] or 1) for name, miss in self.misses(row).items()))
+
+
+def known(value: float | None) -> float:
+    """Order a figure that a run doesn't have below all others."""
+    return -math.inf if value is None else value
+
+
+def frontier(rows: Sequence[Row]) -> list[Row]:
+    """Leave out settings that another one beats in both recovery and what the attacker lacks; by rising recovery."""
+
+    def beaten(row: Row) -> bool:
+        own = (known(row["recovery"]), known(row["lacking"]))
+        others = ((known(other["recovery"]), known(other["lacking"])) for other in rows)
+        return any(other != own and other[0] >= own[0] and other[1] >= own[1] for other in others)
+
+    return sorted((row for row in rows if not beaten(row)), key=lambda row: known(row["recovery"]))
+
+
+def neighbours(rows: Sequence[Row], chosen: Row) -> list[Row]:
+    """Give the settings of the frontier on either side of the chosen one: more utility, more secrecy."""
+    there = [row for row in frontier(rows) if row is not chosen]
+    less = [row for row in there if known(row["recovery"]) < known(chosen["recovery"])]
+    more = [row for row in there if known(row["recovery"]) >= known(chosen["recovery"])]
+    return [*less[-1:], *more[:1]]
+
+
+def between(values: Sequence[float], holds: Sequence[bool]) -> list[float]:
+    """Give the values between neighbours of a line of which one holds and the other doesn't."""
+    pairs = zip(values, values[1:], holds, holds[1:], strict=False)
+    return [round((a + b) / 2, 4) for a, b, one, other in pairs if one != other]

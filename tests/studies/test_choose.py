@@ -1,0 +1,169 @@
+"""`make choose`: what has to hold, which setting is recommended, and what is run for it."""
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers import ROOT, refusal
+
+from scaleot_core.common.files import read_csv
+from scaleot_core.params import Params, changed
+from studies import choose
+from studies.frontier import Needs, between, frontier, neighbours
+
+SETTINGS = yaml.safe_load((ROOT / "studies/choose.yaml").read_text())
+
+
+def row(recovery: float | None, lacking: float, share: float = 0.7) -> dict[str, Any]:
+    return {"recovery": recovery, "lacking": lacking, "bytes": share}
+
+
+ROWS = [row(0.95, 0.2, 0.8), row(0.9, 0.5, 0.7), row(0.85, 0.4, 0.7), row(0.7, 1.0, 0.5), row(None, 1.5, 0.4)]
+
+
+@pytest.mark.parametrize(
+    ("needs", "index", "misses"),
+    [
+        (Needs(recovery=0.8), 1, {}),
+        (Needs(recovery=0.95), 0, {}),
+        (Needs(lacks=0.45), 1, {}),
+        (Needs(lacks=1.2), 4, {}),
+        (Needs(bytes=0.6), 3, {}),
+        (Needs(recovery=0.6, bytes=0.75), 3, {}),
+        (Needs(recovery=0.99), 0, {"recovery": 0.04}),
+        (Needs(bytes=0.3), 4, {"bytes": 0.1}),
+        (Needs(recovery=0.9, lacks=0.6), 1, {"lacks": 0.1}),
+    ],
+    ids=str,
+)
+def test_best_setting_holds_what_is_asked_and_gives_most_of_the_rest(
+    needs: Needs, index: int, misses: dict[str, float]
+) -> None:
+    best = needs.best(ROWS)
+    assert ROWS.index(best) == index
+    assert needs.misses(best) == pytest.approx(misses)
+
+
+def test_frontier_leaves_out_what_another_setting_beats() -> None:
+    assert frontier(ROWS) == [ROWS[i] for i in (4, 3, 1, 0)]
+    assert neighbours(ROWS, ROWS[1]) == [ROWS[3], ROWS[0]]
+    assert neighbours(ROWS, ROWS[0]) == [ROWS[1]] and neighbours(ROWS[:1], ROWS[0]) == []
+
+
+def test_what_is_between_a_setting_that_holds_and_one_that_does_not_is_tried() -> None:
+    assert between([0.3, 0.45, 0.6], [True, True, False]) == [0.525]
+    assert between([0.3, 0.45], [True, True]) == between([0.3], [True]) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "say what has to hold"),
+        (["alpha=0.5"], "say what has to hold"),
+        (["RECOVERY=high"], "RECOVERY = 'high': a number above 0"),
+        (["BYTES=1.5"], "BYTES = 1.5: a number above 0 is needed, at most 1"),
+        (["LACKS=-1"], "LACKS = -1"),
+        (["RECOVERY=true"], "RECOVERY = True"),
+        (["RECOVERY"], "a setting is KEY=VALUE"),
+    ],
+    ids=str,
+)
+def test_wrong_needs_are_one_line(arguments: list[str], said: str) -> None:
+    assert said in refusal(choose.parse, arguments)
+
+
+def test_needs_and_changes_are_told_apart() -> None:
+    assert choose.parse(["RECOVERY=0.9", "BYTES=0.6", "tasks=[sciq]"]) == (
+        Needs(recovery=0.9, bytes=0.6),
+        {"tasks": ["sciq"]},
+    )
+
+
+def test_every_setting_that_is_searched_is_a_valid_one() -> None:
+    for line in SETTINGS["lines"].values():
+        for value in line["values"]:
+            changed(Params(), {**SETTINGS["changes"], **line["changes"], line["over"]: value})
+
+
+def measured(recovery: float, perplexity: float, error: float = 0.1) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What metrics.json and attack.json have of a run whose task gains 2 nats by full fine-tuning."""
+    kind = {
+        "recovery": {"answer_nll": recovery},
+        "gap": {"answer_nll": 0.5},
+        "plug_in": {"answer_nll": 10 - 2 * recovery, "answer_nll_stderr": error},
+    }
+    task = {
+        "metrics": ["acc", "answer_nll"],
+        "zero_shot": {"answer_nll": 10.0},
+        "full_finetune": {"answer_nll": 8.0},
+        "adapters": {"layers": kind, "lora": kind},
+    }
+    metrics = {
+        "tasks": {"piqa": task},
+        "corpus_perplexity": {"model": 20.0},
+        "emulator": {"share_of_model": recovery * 0.8},
+    }
+    return metrics, {"restoration": {"package": {"perplexity": perplexity}}, "weights": {"exact": 0.5}}
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    """Run the study on runs whose recovery falls, and whose attacker lacks more, the more is cut; return what ran."""
+    monkeypatch.setattr(choose, "OUT", tmp_path)
+    monkeypatch.chdir(ROOT)
+    ran: list[dict[str, Any]] = []
+
+    def study(*arguments: str, error: float = 0.1) -> list[dict[str, Any]]:
+        def run_all(wanted: dict[str, Any], label: str, targets: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+            for name, changes in wanted.items():
+                ran.append(changes)
+                yield name, changes
+
+        def read(run: dict[str, Any], name: str = "metrics.json") -> Any:
+            cut = run.get("channel_pruning.ratio", 0.6) + run["alpha"]
+            return measured(1 - cut / 2, 20 * math.exp(cut), error)[name == "attack.json"]
+
+        ran.clear()
+        monkeypatch.setattr(choose, "run_all", run_all)
+        monkeypatch.setattr(choose, "read_metrics", read)
+        monkeypatch.setattr(sys, "argv", ["choose", *arguments])
+        choose.main()
+        return list(ran)
+
+    return study
+
+
+def test_study_recommends_a_setting_with_its_seeds_and_runs_nothing_twice(
+    made: Callable[..., list[dict[str, Any]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = made("RECOVERY=0.75")
+    said = capsys.readouterr().err
+    assert "recommended: " in said and "channel_pruning.ratio" in said and "dvc exp run" in said
+    assert {run["seed"] for run in runs} == {0, 1, 2}
+    rows = read_csv(tmp_path / "choose.csv")
+    best = max((r for r in rows if r["recovery"] >= 0.75), key=lambda r: r["lacking"])
+    assert best["lacking ±"] == 0 and f"recommended: {best['changes']}" in said
+    assert len([r for r in rows if r["lacking ±"] != ""]) == 3
+    assert (tmp_path / "choose.png").stat().st_size > 10_000
+    assert made("RECOVERY=0.75") == []  # all figures are in choose-runs.csv
+
+
+def test_what_nothing_reaches_ends_with_the_nearest_and_by_how_much(
+    made: Callable[..., list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    made("RECOVERY=1.5")
+    assert "nothing here reaches RECOVERY: the nearest misses it by 0.65" in capsys.readouterr().err
+
+
+def test_task_that_can_tell_no_settings_apart_is_told_after_the_first_run(
+    made: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "raise data.eval_questions" in refusal(lambda: made("RECOVERY=0.8", error=0.6))
+
+
+def test_task_on_which_full_fine_tuning_gains_nothing_is_told() -> None:
+    assert "gains nothing" in refusal(choose.check_task, {"recovery": None, "recovery error": 0.1})
