@@ -83,6 +83,7 @@ COMMON: dict[str, Any] = {
     "tie_word_embeddings": False,
     **TOKENS,
 }
+CONTEXT: dict[str, Any] = {"seq_length": 128}  # as BLOOM's files have it, and its class has not
 SHAPE: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "tie_word_embeddings": False, **TOKENS}
 
 # Every family, and what one of them does in two ways: OPT-350m has its norms behind, and narrower embeddings; Falcon
@@ -104,7 +105,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
         layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
         **COMMON,
     ),
-    "bloom": BloomConfig(n_layer=4, n_head=4, **SHAPE, **{"seq_length": 128}),
+    "bloom": BloomConfig(n_layer=4, n_head=4, **SHAPE, **CONTEXT),
     "falcon": FalconConfig(
         num_hidden_layers=4,
         num_attention_heads=4,

@@ -242,6 +242,16 @@ def test_pack_ships_the_package_and_keeps_the_scores(project, package, name):
     assert not [word for word in ("scores", "channels", "alpha", "train_blocks", str(project)) if word in text]
 
 
+def test_pack_keeps_what_was_measured_of_the_package_and_of_no_other(project, package):
+    shipped = manifest_sha256(package)
+    write_json(project / "metrics.json", {"emulator": {"package": shipped}, "tasks": {}})
+    write_json(project / "attack.json", {"package": "another", "weights": {}})
+    gives("pack", "--project", project, "--out", project / "shipped")
+    measured = json.loads((project / "shipped.private.json").read_text())["measured"]
+    assert measured == {"metrics.json": {"emulator": {"package": shipped}, "tasks": {}}}
+    assert not [f for f in (project / "shipped").glob("*.json") if "measured" in f.read_text()]
+
+
 def test_pack_refuses_what_params_no_longer_describes(project):
     values = yaml.safe_load((project / "params.yaml").read_text())
     for change in ({"alpha": 0.9}, {"beta": 0.5}):
