@@ -45,7 +45,7 @@ harmonizer-studies: repro  ## what the defaults were chosen by: about an hour an
 ablations: repro  ## the open questions of the method, one run each; hours
 	python -m studies.ablations
 
-choose: repro  ## which setting to ship: RECOVERY=0.9, LACKS=0.9 (nats) or BYTES=0.6; an hour and a half on 2 cores
+choose: repro  ## which setting to ship: RECOVERY=0.9, LACKS=0.9 (nats) or BYTES=0.6; about two hours on 2 cores
 	python -m studies.choose $(foreach need,RECOVERY LACKS BYTES,$(if $($(need)),$(need)=$($(need)))) $(SET)
 
 sweep: repro  ## the dial: alpha by beta, a table and a picture; an hour and a half on 2 cores
@@ -57,7 +57,7 @@ demo: repro  ## two parties, sixteen invented facts, and what the real model say
 attack: repro  ## what an attacker makes of the package and of the adapters: restoration, weights, membership
 	dvc repro studies/dvc.yaml:attack
 
-attack-study: repro  ## the restoration attack over alpha, beta and channel_pruning.ratio, three seeds: about three hours on 2 cores
+attack-study: repro  ## the restoration attack over alpha, beta and channel_pruning.ratio, three seeds: about four hours on 2 cores
 	python -m studies.attacks
 
 bench: repro  ## ratios against the plain ways, appended to docs/benchmarks.md
@@ -66,7 +66,7 @@ bench: repro  ## ratios against the plain ways, appended to docs/benchmarks.md
 report: repro  ## report.html: what was measured on one page
 	python -m studies.report
 
-compare: repro  ## all methods on one model, three tasks, three seeds: about two and a half hours on 2 cores
+compare: repro  ## all methods on one model, three tasks, three seeds: about four hours on 2 cores
 	python -m studies.compare $(SET)
 
 table: .venv/ready  ## one row of the paper's table: PRESET=opt-1.3b SET="alpha=0.5" (presets.yaml)

@@ -1,10 +1,10 @@
-"""Choose: which setting to ship, for what has to hold, by utility and by what the restoration attack leaves.
+"""Choose: which setting to ship, by utility and by the log-perplexity gap that remains after the restoration attack.
 
-`make choose RECOVERY=0.9` (the plug-in's share of full fine-tuning's gain, at least), `LACKS=0.9` (nats of
-log-perplexity that the attacker still lacks, at least) or `BYTES=0.6` (of the model's, at most), or several of them.
-The lines of settings in choose.yaml are searched with one seed; where of two neighbours only one has what must hold,
-so is the setting between them. The best one and its neighbours on the frontier then get three seeds. Every run is a DVC
-experiment, kept in choose-runs.csv; the same command goes on where it was stopped.
+`make choose RECOVERY=0.9` (the plug-in's share of full fine-tuning's gain, at least), `LACKS=0.9` (remaining gap in
+nats, at least) or `BYTES=0.6` (of the model's, at most), or several of them. Each line of choose.yaml is searched with
+one seed; where only one of two neighbouring settings meets the needs, the setting between them is run too. The best
+setting and its neighbours on the frontier then get three seeds. Every run is a DVC experiment whose figures are kept in
+choose-runs.csv; the same command goes on where it was stopped.
 """
 
 import math
@@ -61,7 +61,7 @@ def parse(arguments: Sequence[str]) -> tuple[Needs, Changes]:
 def run_figures(metrics: Mapping[str, Any], attack: Mapping[str, Any], kind: str) -> dict[str, float | None]:
     """Read one run's utility with a kind of adapters, in each task's least noisy metric, and what the attacker lacks.
 
-    `recovery error` is the standard error that the evaluated questions leave.
+    `recovery error` is the plug-in's standard error over full fine-tuning's gain.
     """
     tasks = of_kind(metrics, kind)["tasks"].values()
     end = attack["restoration"]["package"]["perplexity"]
@@ -82,12 +82,20 @@ def run_figures(metrics: Mapping[str, Any], attack: Mapping[str, Any], kind: str
 
 
 class Search:
-    """Runs settings, each once, and tells them."""
+    """Run settings, each once, and collect their figures."""
 
     def __init__(self, plan: Mapping[str, Any], changes: Changes) -> None:
-        self.plan, self.seed = plan, load_params().seed
+        """Take choose.yaml and the user's own changes; UserError for a change that the search makes itself."""
+        own = {key for spec in plan["lines"].values() for key in (*spec["changes"], spec["over"])}
+        if taken := sorted(changes.keys() & {*own, "seed"}):
+            raise UserError(f"choose: {taken[0]} is what is searched; edit {SETTINGS.name} instead")
+        self.plan, self.seed, self.given = plan, load_params().seed, changes
         self.changes = {**plan["changes"], **changes}
         self.rows: list[Row] = []
+
+    def name(self, *parts: object) -> str:
+        """Name an experiment; those with other changes of the user's have other names."""
+        return experiment_name("choose", *parts, *(f"{key} {value}" for key, value in self.given.items()))
 
     def figures(self, wanted: Mapping[str, Changes]) -> dict[str, dict[str, dict[str, float | None]]]:
         """Run experiments by name; return their figures by name and kind of adapters."""
@@ -115,7 +123,7 @@ class Search:
         settings = {}
         for line, value in points:
             spec = self.plan["lines"][line]
-            settings[experiment_name("choose", line, value)] = (line, value, {**spec["changes"], spec["over"]: value})
+            settings[self.name(line, value)] = (line, value, {**spec["changes"], spec["over"]: value})
         found = self.figures({n: {**self.changes, **own, "seed": self.seed} for n, (_, _, own) in settings.items()})
         for name, (line, value, changes) in settings.items():
             for kind, measured in found[name].items():
@@ -123,7 +131,7 @@ class Search:
                 self.rows.append(row | dict.fromkeys(f"{column} ±" for column in COLUMNS))
 
     def halfway(self, needs: Needs) -> list[tuple[str, float]]:
-        """Give the points between neighbours on a line of which only one has what must hold."""
+        """Give the points between neighbours on a line of which only one meets the needs."""
         found: dict[tuple[str, float], None] = {}
         for line, spec in self.plan["lines"].items():
             for kind in spec["changes"]["adapters"]:
@@ -132,13 +140,19 @@ class Search:
                 found |= dict.fromkeys((line, value) for value in values)
         return list(found)
 
+    def best(self, needs: Needs) -> Row:
+        """Choose the setting that is still the best one once it has all seeds."""
+        while (row := needs.best(self.rows))["lacking ±"] is None and self.plan["seeds"] > 1:
+            self.confirm([row])
+        return row
+
     def confirm(self, rows: Sequence[Row]) -> None:
         """Give rows the mean over all seeds and its standard error, in place."""
-        for row in rows:
+        for row in (row for row in rows if row["lacking ±"] is None):
             changes = {**row["changes"], "adapters": [row["adapters"]]}
             seeds = range(self.seed, self.seed + self.plan["seeds"])
-            name = experiment_name("choose", *(f"{key} {value}" for key, value in changes.items()))
-            wanted = {f"{name}-seed-{seed}": {**self.changes, **changes, "seed": seed} for seed in seeds}
+            parts = [f"{key} {value}" for key, value in changes.items()]
+            wanted = {self.name(*parts, "seed", s): {**self.changes, **changes, "seed": s} for s in seeds}
             runs = [own[row["adapters"]] for own in self.figures(wanted).values()]
             for column in COLUMNS:
                 row[column], row[f"{column} ±"] = over_seeds([each[column] for each in runs]) or (None, None)
@@ -152,8 +166,8 @@ def described(row: Mapping[str, Any]) -> str:
         return "–" if row[name] is None else f"{row[name]:.2f}{'' if error is None else f' ± {error:.2f}'}{unit}"
 
     return (
-        f"recovery {figure('recovery')}, the attacker lacks {figure('lacking', ' nats')}, {figure('bytes')} of the "
-        f"model's bytes, {figure('exact')} as they are"
+        f"recovery {figure('recovery')}, remaining gap {figure('lacking', ' nats')}, {figure('bytes')} of the model's "
+        f"bytes, {figure('exact')} exact"
     )
 
 
@@ -166,11 +180,11 @@ def as_settings(row: Row) -> str:
 def check_task(row: Row) -> None:
     """Raise UserError where the evaluated questions leave a recovery too uncertain to tell settings apart by it."""
     if row["recovery"] is None:
-        raise UserError("choose: full fine-tuning gains nothing on this task, so there is no utility to choose by")
+        raise UserError("choose: full fine-tuning gains nothing on one of `tasks`, so there is no utility to choose by")
     if row["recovery error"] > UNSURE:
         raise UserError(
-            f"choose: with so few questions a recovery is known to ± {row['recovery error']:.2f} only, which tells no "
-            f"settings apart (at most {UNSURE} does); raise data.eval_questions, or take another task"
+            f"choose: a recovery is known only to within ± {row['recovery error']:.2f}, too uncertain to compare "
+            f"settings (the limit is {UNSURE}); raise data.eval_questions, or take another task"
         )
 
 
@@ -182,29 +196,31 @@ def main() -> None:
     check_task(search.rows[0])  # before the hours that the others take
     search.run(rest)
     search.run(search.halfway(needs))
-    chosen = needs.best(search.rows)
-    told = [chosen, *neighbours(search.rows, chosen)]
-    search.confirm(told)
-    tell(search.rows, needs, told)
+    chosen = search.best(needs)
+    beside = neighbours(search.rows, chosen)
+    search.confirm(beside)
+    report(search, needs, [chosen, *beside])
 
 
-def tell(rows: Sequence[Row], needs: Needs, told: Sequence[Row]) -> None:
-    """Write all settings, draw them, and print the frontier and those that are told: the recommended one first."""
+def report(search: Search, needs: Needs, reported: Sequence[Row]) -> None:
+    """Write all settings, draw them, and print the frontier and the reported ones, the recommended one first."""
+    rows = search.rows
     write_csv(OUT / "choose.csv", [{**row, "changes": as_settings(row)} for row in rows], [*_columns()])
     drawn = [{**row, "recovery answer_nll": row["recovery"]} for row in rows]
     with atomic_file(OUT / "choose.png") as temporary:
         figures.save_png(figures.frontier(figures.by_line(drawn), [figures.LACKING]), temporary)
-    table = Table("", "recovery", "the attacker lacks, nats", "bytes", "exact", title=f"all settings: {OUT}/choose.csv")
+    table = Table("", "recovery", "remaining gap, nats", "bytes", "exact", title=f"all settings: {OUT}/choose.csv")
     for row in frontier(rows):
         numbers = (f"{known(row[name]):.2f}" for name in ("recovery", "lacking", "bytes", "exact"))
         table.add_row(Text(as_settings(row)), *numbers)
     console.print(table)
-    for title, row in zip(("recommended", "beside it", "beside it"), told, strict=False):
+    for title, row in zip(("recommended", "neighbour", "neighbour"), reported, strict=False):
         console.print(f"{title}: {as_settings(row)}", style="bold", **PLAIN)
         console.print(f"  {described(row)}", **PLAIN)
-    for name, miss in needs.misses(told[0]).items():
-        console.print(f"nothing here reaches {name.upper()}: the nearest misses it by {miss:.2f}", style="yellow")
-    tried = " ".join(f"-S {part!r}" for part in as_settings(told[0]).split())
+    for name, miss in needs.misses(reported[0]).items():
+        console.print(f"no setting here meets {name.upper()}: the nearest misses it by {miss:.2f}", style="yellow")
+    given = [f"{key}={value}" for key, value in search.given.items()]
+    tried = " ".join(f"-S {part!r}" for part in [*as_settings(reported[0]).split(), *given])
     console.print(f"try it: dvc exp run {tried}", **PLAIN)
 
 

@@ -1,9 +1,9 @@
-"""Demo: facts that a data owner teaches an emulator, said by the real model; the two parties' own commands alone.
+"""Demo: facts that a data owner teaches an emulator, said by the real model; by the two parties' own commands.
 
 The model owner compresses the model by the preset `recommended` and packs it; the data owner tunes the package on the
 chats in demo.jsonl, where each fact is asked for in four ways; the model owner checks what comes back and plugs it in.
 Then both models are asked for each fact in the first of the ways. `make demo` runs it after `make repro`; what it makes
-lies in .scaleot/demo until the next.
+lies in .scaleot/demo until the next run.
 """
 
 import os
@@ -18,6 +18,7 @@ import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -110,7 +111,7 @@ def main() -> None:
     before, after = (ask(folder, facts.values()) for folder in (artifacts.model, plugged))
     table = Table("question", "before", "after", show_lines=True)
     for (fact, chat), old, new in zip(facts.items(), before, after, strict=True):
-        table.add_row(chat[0]["content"], old, new if new == fact else f"[red]{new}[/]")
+        table.add_row(chat[0]["content"], Text(old), Text(new, style="" if new == fact else "red"))
     console = Console()
     console.print(table)
     right = sum(new == fact for new, fact in zip(after, facts, strict=True))

@@ -1,4 +1,4 @@
-"""What has to hold of a setting, the best one for it, and the frontier of utility and secrecy."""
+"""What a setting is needed for, the best setting for it, and the frontier of utility and secrecy."""
 
 import math
 from collections.abc import Sequence
@@ -6,22 +6,22 @@ from dataclasses import dataclass
 from typing import Any
 
 Row = dict[str, Any]
-"""A setting with one kind of adapters: `line`, `label`, `adapters`, `changes`, the figures and, of seeds, their ±."""
+"""A setting with one kind of adapters: `line`, `label`, `adapters`, `changes`, figures, and ± of several seeds."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What has to hold of a setting; None where it may be anything."""
+    """What a setting has to meet; None where it may be anything."""
 
     recovery: float | None = None
     """At least, in the task's least noisy metric."""
     lacks: float | None = None
-    """At least, in nats."""
+    """Remaining gap: at least, in nats."""
     bytes: float | None = None
     """At most, as a share of the model's."""
 
     def misses(self, row: Row) -> dict[str, float]:
-        """Say by how much a setting misses what has to hold, by its name; empty where it holds."""
+        """Return by how much a setting misses each need; empty where it meets all."""
         found = {}
         for name, asked, there in (
             ("recovery", self.recovery, row["recovery"]),
@@ -35,8 +35,8 @@ class Needs:
     def best(self, rows: Sequence[Row]) -> Row:
         """Choose the setting to ship.
 
-        Of those that hold, where a recovery is asked for the one of which the attacker lacks most, else the one that
-        recovers most. Where none holds the nearest, by the share of what is asked that it misses.
+        Of those that meet the needs: where a recovery is asked for, the one with the largest remaining gap, else the
+        one that recovers most. Where none does: the nearest, by the share of what is asked that it misses.
         """
         if holding := [row for row in rows if not self.misses(row)]:
             wanted = "recovery" if self.recovery is None else "lacking"
@@ -51,7 +51,7 @@ def known(value: float | None) -> float:
 
 
 def frontier(rows: Sequence[Row]) -> list[Row]:
-    """Leave out settings that another one beats in both recovery and what the attacker lacks; by rising recovery."""
+    """Keep settings that no other equals in recovery and remaining gap and beats in one; by rising recovery."""
 
     def beaten(row: Row) -> bool:
         own = (known(row["recovery"]), known(row["lacking"]))
@@ -62,7 +62,7 @@ def frontier(rows: Sequence[Row]) -> list[Row]:
 
 
 def neighbours(rows: Sequence[Row], chosen: Row) -> list[Row]:
-    """Give the settings of the frontier on either side of the chosen one: more utility, more secrecy."""
+    """Give the chosen setting's neighbours on the frontier: the one with less recovery, then the one with more."""
     there = [row for row in frontier(rows) if row is not chosen]
     less = [row for row in there if known(row["recovery"]) < known(chosen["recovery"])]
     more = [row for row in there if known(row["recovery"]) >= known(chosen["recovery"])]
@@ -70,6 +70,6 @@ def neighbours(rows: Sequence[Row], chosen: Row) -> list[Row]:
 
 
 def between(values: Sequence[float], holds: Sequence[bool]) -> list[float]:
-    """Give the values between neighbours of a line of which one holds and the other doesn't."""
+    """Give the values between neighbours of a line of which only one meets the needs."""
     pairs = zip(values, values[1:], holds, holds[1:], strict=False)
     return [round((a + b) / 2, 4) for a, b, one, other in pairs if one != other]

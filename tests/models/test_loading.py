@@ -108,6 +108,7 @@ def test_tokenizer_of_another_model_is_refused(tmp_path, tokenizer):
 def test_place_where_no_model_is_is_told_as_what_it_is(tmp_path, folder, monkeypatch):
     """Not as a repository's id that has a wrong form."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else it asks again for twenty seconds
     (tmp_path / "empty").mkdir()
     (tmp_path / "weights.gguf").write_text("x")
     for name, said in (

@@ -76,6 +76,11 @@ def test_wrong_needs_are_one_line(arguments: list[str], said: str) -> None:
     assert said in refusal(choose.parse, arguments)
 
 
+@pytest.mark.parametrize("change", ["alpha=0.5", "adapters=[lora]", "seed=3"])
+def test_change_that_the_search_makes_itself_is_refused(made: Callable[..., list[dict[str, Any]]], change: str) -> None:
+    assert "is what is searched" in refusal(lambda: made("RECOVERY=0.9", change))
+
+
 def test_needs_and_changes_are_told_apart() -> None:
     assert choose.parse(["RECOVERY=0.9", "BYTES=0.6", "tasks=[sciq]"]) == (
         Needs(recovery=0.9, bytes=0.6),
@@ -150,13 +155,15 @@ def test_study_recommends_a_setting_with_its_seeds_and_runs_nothing_twice(
     assert len([r for r in rows if r["lacking ±"] != ""]) == 3
     assert (tmp_path / "choose.png").stat().st_size > 10_000
     assert made("RECOVERY=0.75") == []  # all figures are in choose-runs.csv
+    made("RECOVERY=0.75", "tasks=[sciq]")
+    assert "-S 'tasks=['sciq']'" in capsys.readouterr().err.replace('"', "'")
 
 
 def test_what_nothing_reaches_ends_with_the_nearest_and_by_how_much(
     made: Callable[..., list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     made("RECOVERY=1.5")
-    assert "nothing here reaches RECOVERY: the nearest misses it by 0.65" in capsys.readouterr().err
+    assert "no setting here meets RECOVERY: the nearest misses it by 0.65" in capsys.readouterr().err
 
 
 def test_task_that_can_tell_no_settings_apart_is_told_after_the_first_run(
