@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import can_be_silent, form, silence, weights_hash
+from helpers import form, silence, weights_hash
 
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.runtime import generator
@@ -94,7 +94,8 @@ def learn(model, blocks, without: int) -> None:
     model.requires_grad_(False)
 
 
-@can_be_silent
+# The scores' rule knows no family; these have their layers in different ways (fused, in a tuple, norms).
+@pytest.mark.parametrize("model", ["bloom", "gpt2", "gpt_neox", "llama", "opt"], indirect=True)
 def test_an_identity_layer_ends_with_the_lowest_score(model, blocks, params):
     learn(model, blocks, without=2)
     harmonizers = new_harmonizers(model, form(8), seed=0)
@@ -102,9 +103,7 @@ def test_an_identity_layer_ends_with_the_lowest_score(model, blocks, params):
         update={"steps": 100, "lr": 1e-4, "score_interval": 1, "score_lr": 10.0, "score_blocks": 12, "batch_blocks": 12}
     )
     scores, history = train(model, harmonizers, torch.zeros(4), blocks.repeat(2, 1), settings, seed=0)
-    # In these two the first layers matter so much more that the others are soon both replaced, and get no order.
-    lowest = 2 if model.config.model_type == "gemma2" or getattr(model.config, "alibi", False) else 1
-    assert 2 in scores.argsort()[:lowest], scores
+    assert scores.argmin() == 2, scores
     assert len(history) == 100 and {"score_00", "candidate_best", "candidate_worst"} <= history[-1].keys()
 
 
