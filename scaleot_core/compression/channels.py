@@ -16,7 +16,7 @@ def channels_of(model: PreTrainedModel, index: int) -> int:
 
 
 def channel_rows(kept: Tensor, channels: int, fused: int) -> Tensor:
-    """Give the rows of some channels in a matrix that gives `channels`: one each of the `fused` matrices in it."""
+    """Give the rows of the kept channels in a matrix that stacks `fused` matrices of `channels` rows each."""
     return torch.cat([kept + k * channels for k in range(fused)])
 
 

@@ -54,10 +54,10 @@ def apply_plan(
 
 
 def number_attention(model: PreTrainedModel, layers: Mapping[int, nn.Module]) -> None:
-    """Number the decoder layers, by index, that have attention: a key-value cache counts from 0 those that use it.
+    """Number the decoder layers, by index, that have attention: a key-value cache expects them to count from 0.
 
-    Where layers are of several types, as in Gemma, the cache has a type for each number, and layers take numbers of
-    their own. Number 0 always goes to one, since the cache has its length from there.
+    Where `layer_types` differ, as in Gemma, each layer takes the next number whose place in the cache has its type.
+    Number 0 is always taken, since the cache reads its length there.
     """
     types = getattr(model.config, "layer_types", None) or [""] * len(decoder_layers(model))
     if types[0] not in {types[i] for i in layers}:

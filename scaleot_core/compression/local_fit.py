@@ -14,7 +14,7 @@ from scaleot_core.training.loop import run_steps
 from scaleot_core.training.optimizer import Optimizer, linear_warmup_decay
 
 SOLVED_TOKENS = 16384  # on which the output weights are solved for
-RIDGE = 1e-5  # of the mean square of a hidden unit, for units that never fire
+RIDGE = 1e-5  # of the Gram matrix's mean diagonal, for units that never fire
 
 
 class LocalFit:
@@ -23,8 +23,8 @@ class LocalFit:
     A token's error counts relative to the mean square of the state it leaves the layer with, as the next layer's norm
     will see it; otherwise the few tokens with massive activations would decide alone. Inputs are standardised by
     feature with the same weighting, and targets scaled to size one, so that one learning rate serves every layer. Both
-    are folded back into the weights. Steps find the hidden units; what is best made of them is a linear problem, solved
-    at the end.
+    are folded back into the weights. Gradient steps train the hidden units; the output weights are then solved for by
+    least squares.
     """
 
     def __init__(self, harmonizers: Harmonizers, states: list[Tensor]) -> None:

@@ -36,6 +36,7 @@ class FusedProjection(nn.Module):
         self.in_features, self.out_features = sizes[0][0], sum(out for _, out in sizes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., sum of outs)."""
         return torch.cat([part(x).unflatten(-1, (self.runs, -1)) for part in self.parts], dim=-1).flatten(-2)
 
 
@@ -69,6 +70,7 @@ def split_projection(module: nn.Linear | Conv1D, fused: Sequence[int], runs: int
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Make a frozen linear map of a copy of a matrix (out, in) and a bias."""
     linear = nn.Linear(
         weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device, dtype=weight.dtype
     )

@@ -67,7 +67,7 @@ def compress_layer(
 ) -> None:
     """Cut the attention projections of one decoder layer to some ranks, in place; ValueError for ranks of others.
 
-    Works on the meta device too, with `decomposition.shapes`. A projection of which nothing is cut is left untouched,
+    Works on the meta device too, with `svd.empty_factors`. A projection of which nothing is cut is left untouched,
     so that β = 0 is the model itself.
     """
     block, runs = attention(model.config, decoder_layers(model)[index]), fused_runs(model.config)

@@ -33,9 +33,9 @@ class Row:
 
 
 def make_rows(requests: Sequence[Request], max_length: int, window: float = math.inf) -> list[Row]:
-    """Put requests of the same context in a row as long as it fits both the model and its attention's sliding window.
+    """Group requests of the same context into rows, each as long as the model and its attention's window allow.
 
-    With a window of 0 each has a row of its own.
+    With a window of 0 each request has a row of its own.
     Of a request that is longer than `max_length` itself the context loses its beginning. Longest rows come first.
     """
     rows: list[Row] = []
@@ -84,7 +84,7 @@ def score(
 
 
 def _score_rows(model: PreTrainedModel, rows: Sequence[Row]) -> dict[int, tuple[float, bool]]:
-    """Score a batch of rows in one forward pass: where none is shared with the model's own positions and mask."""
+    """Score a batch of rows in one forward pass; with one continuation each, by the model's own positions and mask."""
     longest = max(map(len, rows))
     tokens = torch.zeros(len(rows), longest, dtype=torch.long)
     positions = torch.zeros(len(rows), longest, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Model families: where a causal language model keeps its decoder layers and their attention projections.
+"""Model families: where a causal language model keeps its decoder layers, their attention and feed-forward matrices.
 
 Nothing else in the library knows a family's name. Adding one is an entry in `FAMILIES` and its test.
 """
@@ -23,15 +23,15 @@ class Family:
     projections: Mapping[str, int]
     """From the attention to each projection, and how many matrices are fused in it along its outputs."""
     feed_forward_in: Mapping[str, int]
-    """From a decoder layer to each matrix that gives the feed-forward channels, and how many are fused in it."""
+    """From a decoder layer to each up- or gate-projection, and how many matrices are fused in it."""
     feed_forward_out: str
-    """From a decoder layer to the matrix that takes them."""
+    """From a decoder layer to the down-projection."""
     by_head: bool = False
-    """Whether the outputs of fused projections alternate from head to head, or each matrix's lie together."""
+    """True where fused outputs alternate head by head; False where each matrix's lie together."""
     transposed: bool = False
-    """Whether matrices are stored as (in, out), as transformers' Conv1D has them, or as (out, in)."""
+    """True for matrices stored as (in, out), as in transformers' Conv1D; False for (out, in)."""
     in_tuple: bool = False
-    """Whether a decoder layer returns its hidden states as the first of a tuple, or alone."""
+    """True where a decoder layer returns a tuple with the hidden states first; False where it returns them alone."""
 
 
 _LLAMA = Family(
@@ -108,7 +108,7 @@ def _has_experts(config: PretrainedConfig) -> bool:
 
 
 def decoder_stack(config: PretrainedConfig) -> str:
-    """Give the path to what holds the decoder layers, and gives the last hidden states."""
+    """Give the path to the module that holds the decoder layers and returns the last hidden states."""
     return family(config).layers.rpartition(".")[0]
 
 

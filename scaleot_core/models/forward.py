@@ -82,21 +82,21 @@ def last_hidden_state(
 
 
 class _Given(nn.Module):
-    """Stands where the stack of decoder layers was: gives last hidden states that are known."""
+    """Stand in for the stack of decoder layers: return last hidden states that are known."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
         self.hidden = hidden
 
     def forward(self, *args: object, **kwargs: object) -> BaseModelOutputWithPastAndCrossAttentions:
-        """Anything to (B, T, D)."""
+        """Return the hidden states, whatever comes in."""
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.hidden)  # type: ignore[arg-type]
 
 
 def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Compute the logits (N, V), in float32, of last hidden states (N, D), as the model's own forward does.
 
-    Which may do more than multiply by the head: Gemma 2 caps logits, Granite divides them.
+    This may be more than a product with the head: Gemma 2 caps logits, Granite divides them.
     """
     path = decoder_stack(model.config)
     stack = model.get_submodule(path)

@@ -51,7 +51,7 @@ def tune(
     checkpoint: Checkpoint,
     origins: Sequence[int] | None = None,
 ) -> TuningResult:
-    """`train`, with what the examples themselves can decide: the learning rate, and when to stop.
+    """Train, with the learning rate and the end of training chosen on held-out examples.
 
     Of several rates the one is taken that is best on a share of the examples after training on the others; then all are
     trained on. With `patience` that share is never trained on: training stops once its loss hasn't got better for so
@@ -92,14 +92,14 @@ def tune(
 
 
 def held_out(tuning: Tuning, records: int) -> int:
-    """How many of the records are held out of training: none where nothing is decided by them."""
+    """Count the records that are held out of training: none where nothing is decided by them."""
     if not tuning.validation_fraction or (len(tuning.lr) == 1 and not tuning.patience):
         return 0
     return max(1, round(tuning.validation_fraction * records))
 
 
 def _by_record(origins: Sequence[int]) -> list[list[int]]:
-    """The numbers of each record's examples."""
+    """Group the examples' numbers by record."""
     by_record: dict[int, list[int]] = {}
     for i, origin in enumerate(origins):
         by_record.setdefault(origin, []).append(i)
@@ -117,7 +117,7 @@ def _search_lr(
     label: str,
     checkpoint: Checkpoint,
 ) -> dict[float, float | None]:
-    """The validation loss of each learning rate, None where it diverged; the parameters are then what they were."""
+    """Measure each learning rate's held-out loss, None where it diverged; the parameters are then what they were."""
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
     def loss(lr: float) -> float | None:
