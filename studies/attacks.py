@@ -34,12 +34,17 @@ COLUMNS = (
 SHOWN = ("recovery answer_nll", "gap answer_nll", "lacking", "bytes exact", "membership AUC")
 
 
+def remaining_gap(metrics: Mapping[str, Any], attack: Mapping[str, Any]) -> float:
+    """Compute the log-perplexity (nats) that the attacker's model still lacks to the real one."""
+    end = attack["restoration"]["package"]["perplexity"]
+    return math.log(end / metrics["corpus_perplexity"]["model"])
+
+
 def run_figures(metrics: Mapping[str, Any], attack: Mapping[str, Any], kind: str) -> dict[str, float | None]:
     """Utility and privacy of one run's adapters of a kind, the mean over tasks, and what the attacker has in the end.
 
-    `lacking` is the log-perplexity (nats) that the attacker's model still lacks to the real one; `won back` the share
-    of the distance at the start that was made good. `answers said` is the share of the private questions' answers that
-    the plug-in says word for word.
+    `lacking` is the `remaining_gap`; `won back` the share of the distance at the start that was made good. `answers
+    said` is the share of the private questions' answers that the plug-in says word for word.
     """
     measured, end = of_kind(metrics, kind)["tasks"], attack["restoration"]["package"]
 
@@ -54,7 +59,7 @@ def run_figures(metrics: Mapping[str, Any], attack: Mapping[str, Any], kind: str
         "recovery answer_nll": over_tasks("recovery", "answer_nll"),
         "gap acc": over_tasks("gap", "acc"),
         "gap answer_nll": over_tasks("gap", "answer_nll"),
-        "lacking": math.log(end["perplexity"] / metrics["corpus_perplexity"]["model"]),
+        "lacking": remaining_gap(metrics, attack),
         "won back": end["recovered"],
         "attacker acc": mean([row["acc"] for row in end["tasks"].values()]),
         "model acc": over_tasks("zero_shot", "acc"),

@@ -25,6 +25,7 @@ from scaleot_core.common.progress import console, say
 from scaleot_core.params import load_params
 from scaleot_core.reporting import figures
 from scaleot_core.reporting.measurements import judged_by, mean, of_kind, over_seeds
+from studies.attacks import TARGETS, remaining_gap
 from studies.experiments import (
     Changes,
     Figures,
@@ -37,7 +38,6 @@ from studies.experiments import (
 from studies.frontier import Needs, Row, between, frontier, known, neighbours
 
 SETTINGS, OUT = Path(__file__).with_suffix(".yaml"), Path("docs/studies")
-TARGETS = ("dvc.yaml", "studies/dvc.yaml:attack")
 COLUMNS = ("recovery", "recovery error", "gap", "lacking", "bytes", "exact")
 PLAIN: Any = {"highlight": False, "markup": False, "soft_wrap": True}
 UNSURE = 0.25  # standard error of a recovery above which settings can't be told apart
@@ -64,18 +64,19 @@ def run_figures(metrics: Mapping[str, Any], attack: Mapping[str, Any], kind: str
     `recovery error` is the plug-in's standard error over full fine-tuning's gain.
     """
     tasks = of_kind(metrics, kind)["tasks"].values()
-    end = attack["restoration"]["package"]["perplexity"]
-    errors = []
+    recoveries, gaps, errors = [], [], []
     for task in tasks:
         metric = judged_by(task)[-1]
         gain = abs(task["full_finetune"][metric] - task["zero_shot"][metric])
         error = task["plug_in"].get(f"{metric}_stderr", 0.0)
         errors.append(error / gain if gain else math.inf)
+        recoveries.append(task["recovery"][metric])
+        gaps.append(task["gap"][metric])
     return {
-        "recovery": mean([task["recovery"][judged_by(task)[-1]] for task in tasks]),
+        "recovery": mean(recoveries),
         "recovery error": math.hypot(*errors) / len(errors),
-        "gap": mean([task["gap"][judged_by(task)[-1]] for task in tasks]),
-        "lacking": math.log(end / metrics["corpus_perplexity"]["model"]),
+        "gap": mean(gaps),
+        "lacking": remaining_gap(metrics, attack),
         "bytes": metrics["emulator"]["share_of_model"],
         "exact": attack["weights"]["exact"],
     }

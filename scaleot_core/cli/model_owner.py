@@ -64,11 +64,7 @@ def _measured(project: Path, package: str) -> dict[str, Any]:
 
     files = {name: project / name for name in ("metrics.json", "attack.json")}
     found = {name: read_json(file) for name, file in files.items() if file.is_file()}
-    owners = {
-        "metrics.json": found.get("metrics.json", {}).get("emulator", {}),
-        "attack.json": found.get("attack.json", {}),
-    }
-    return {name: figures for name, figures in found.items() if owners[name].get("package") == package}
+    return {name: each for name, each in found.items() if each.get("emulator", each).get("package") == package}
 
 
 def check(adapter: AdapterArgument, package: PackageOption, as_json: AsJson = False) -> None:

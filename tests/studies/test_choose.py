@@ -167,7 +167,7 @@ def test_what_nothing_reaches_ends_with_the_nearest_and_by_how_much(
 
 
 def test_task_that_can_tell_no_settings_apart_is_told_after_the_first_run(
-    made: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+    made: Callable[..., list[dict[str, Any]]],
 ) -> None:
     assert "raise data.eval_questions" in refusal(lambda: made("RECOVERY=0.8", error=0.6))
 
