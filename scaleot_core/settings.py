@@ -111,6 +111,23 @@ class ChannelPruning(Block):
 
     ratio: Fraction = 0.0
     """share of the feed-forward channels that is cut; 0 as in the paper"""
+    tilt: Annotated[float, Field(ge=-1, le=1)] = 0.0
+    """how much harder the bottom is cut: shares fall evenly from ratio · (1 + tilt) to ratio · (1 − tilt) at the top"""
+
+    @field_validator("tilt")
+    @classmethod
+    def _no_layer_loses_more_than_all(cls, tilt: float, info: ValidationInfo) -> float:
+        ratio = info.data.get("ratio", 0.0)
+        if ratio * (1 + abs(tilt)) > 1:
+            raise ValueError(
+                f"with ratio {ratio} a layer would lose more channels than it has; at most {1 / ratio - 1:.3g}"
+            )
+        return tilt
+
+    def of_layer(self, index: int, layers: int) -> float:
+        """Give the share that one of `layers` decoder layers loses."""
+        depth = index / max(1, layers - 1)
+        return self.ratio * (1 + self.tilt * (1 - 2 * depth))
 
 
 class AfterSrc(Block):

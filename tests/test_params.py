@@ -259,6 +259,7 @@ CONTRADICTIONS = [
     ({"offsite_tune.patience": 1, "offsite_tune.epsilon": 8.0}, "offsite_tune.epsilon = 8.0: with it"),
     ({"lora.lr": [1e-4, 1e-3], "offsite_tune.epsilon": 8.0}, "lora: held-out examples choose one of several lr"),
     ({"lora.lr": [1e-4, 1e-3], "offsite_tune.validation_fraction": 0.0}, "lora: held-out examples choose"),
+    ({"channel_pruning.ratio": 0.8, "channel_pruning.tilt": -0.5}, "channel_pruning.tilt = -0.5: with ratio 0.8"),
 ]
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from scaleot_core.compression.channels import channels_of
 from scaleot_core.compression.low_rank import FusedProjection, LowRankLinear, split_projection, weight_of
 from scaleot_core.compression.plan import Plan
-from scaleot_core.models.families import attention, decoder_layers, family, fused_heads, fused_runs
+from scaleot_core.models.families import attention, decoder_layers, family, fusion
 
 Row = dict[str, Any]
 
@@ -69,9 +69,8 @@ def exposure(model: PreTrainedModel, emulator: PreTrainedModel, plan: Plan) -> l
         block, left = (attention(m.config, decoder_layers(m)[i]) for m in (model, emulator))
         ranks = plan.ranks(model, i)
         for name in names.projections:
-            fused = fused_heads(model.config, name)
             where = f"{path}.{i}.{names.attention}.{name}.weight"
-            originals = split_projection(block.get_submodule(name), fused, fused_runs(model.config))  # type: ignore[arg-type]
+            originals = split_projection(block.get_submodule(name), fusion(model.config, name))
             if all(rank >= min(whole.shape) for rank, (whole, _) in zip(ranks[name], originals, strict=True)):
                 continue  # as it is: told below
             told.add(where)
@@ -79,7 +78,7 @@ def exposure(model: PreTrainedModel, emulator: PreTrainedModel, plan: Plan) -> l
             parts: list[Any] = list(module.parts) if isinstance(module, FusedProjection) else [module]
             for k, (rank, (whole, _), part) in enumerate(zip(ranks[name], originals, parts, strict=True)):
                 given = part.left @ part.right if isinstance(part, LowRankLinear) else weight_of(part)[0]
-                row = _row(where if len(fused) == 1 else f"{where}[{k}]", "rank", whole)
+                row = _row(where if len(parts) == 1 else f"{where}[{k}]", "rank", whole)
                 error = float((whole.float() - given.float()).norm() / whole.float().norm())
                 rows.append({**row, "rank": rank, "error": error, "overlap": overlap(whole, given, rank)})
         if i in plan.cuts:

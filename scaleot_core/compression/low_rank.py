@@ -1,10 +1,10 @@
 """Linear maps as two factors or fused side by side, and a projection cut into its matrices."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from scaleot_core.models.families import Fusion
 
 
 class LowRankLinear(nn.Module):
@@ -53,20 +53,13 @@ def dense(module: LowRankLinear) -> nn.Linear:
     return linear(module.left @ module.right, module.bias)
 
 
-def part_rows(out: int, fused: Sequence[int], runs: int) -> list[Tensor]:
-    """Find which of `out` outputs of a fused projection belong to each matrix, whose shares in a run are `fused`."""
-    unit = out // (runs * sum(fused))
-    parts = torch.arange(out).unflatten(0, (runs, -1)).split([unit * share for share in fused], dim=1)
-    return [part.flatten() for part in parts]
-
-
-def split_projection(module: nn.Linear | Conv1D, fused: Sequence[int], runs: int) -> list[tuple[Tensor, Tensor | None]]:
+def split_projection(module: nn.Module, fused: Fusion) -> list[tuple[Tensor, Tensor | None]]:
     """Cut a projection into its matrices (out, in) and biases, where several are fused."""
     weight, bias = weight_of(module)
-    if len(fused) == 1:
+    if len(fused.heads) == 1:
         return [(weight, bias)]
-    rows = [part.to(weight.device) for part in part_rows(len(weight), fused, runs)]
-    return [(weight[part], None if bias is None else bias[part]) for part in rows]
+    rows = [matrix.to(weight.device) for matrix in fused.rows(len(weight))]
+    return [(weight[matrix], None if bias is None else bias[matrix]) for matrix in rows]
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

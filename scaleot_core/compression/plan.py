@@ -102,7 +102,7 @@ def plan_for(params: Params, scores: Sequence[float], model: PreTrainedModel) ->
     cuts = {
         i: Cut(
             ranks={name: tuple(ranks) for name, ranks in decided.ranks(model, i).items()},
-            channels=target_rank(channels_of(model, i), params.channel_pruning.ratio),
+            channels=target_rank(channels_of(model, i), params.channel_pruning.of_layer(i, len(kinds))),
         )
         for i in decided.layers("compressed")
     }

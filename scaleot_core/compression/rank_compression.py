@@ -9,7 +9,6 @@ from functools import partial
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from scaleot_core.compression.low_rank import FusedProjection, LowRankLinear, linear, split_projection, weight_of
 from scaleot_core.compression.svd import Decompose, Factors
@@ -17,8 +16,7 @@ from scaleot_core.models.families import (
     attention,
     decoder_layers,
     family,
-    fused_heads,
-    fused_runs,
+    fusion,
     projection_name,
 )
 
@@ -49,7 +47,7 @@ def matrix_shapes(model: PreTrainedModel, index: int) -> dict[str, list[tuple[in
     block, shapes = attention(model.config, decoder_layers(model)[index]), {}
     for name in family(model.config).projections:
         out, into = weight_of(block.get_submodule(name))[0].shape
-        heads = fused_heads(model.config, name)
+        heads = fusion(model.config, name).heads
         shapes[name] = [(out * share // sum(heads), into) for share in heads]
     return shapes
 
@@ -70,20 +68,17 @@ def compress_layer(
     Works on the meta device too, with `svd.empty_factors`. A projection of which nothing is cut is left untouched,
     so that β = 0 is the model itself.
     """
-    block, runs = attention(model.config, decoder_layers(model)[index]), fused_runs(model.config)
+    block = attention(model.config, decoder_layers(model)[index])
     full = {name: [min(shape) for shape in shapes] for name, shapes in matrix_shapes(model, index).items()}
     if {name: len(each) for name, each in full.items()} != {name: len(each) for name, each in ranks.items()}:
         raise ValueError(f"layer {index} has projections {', '.join(full)}, and ranks for others are given")
     for name in family(model.config).projections:
         if all(rank >= whole for rank, whole in zip(ranks[name], full[name], strict=True)):
             continue
-        module = block.get_submodule(name)
-        assert isinstance(module, nn.Linear | Conv1D)
-        where, fused = projection_name(model.config, index, name), fused_heads(model.config, name)
+        where, fused = projection_name(model.config, index, name), fusion(model.config, name)
+        matrices = split_projection(block.get_submodule(name), fused)
         parts = [
             _truncated(weight, bias, rank, partial(decompose, where, k))
-            for k, (rank, (weight, bias)) in enumerate(
-                zip(ranks[name], split_projection(module, fused, runs), strict=True)
-            )
+            for k, (rank, (weight, bias)) in enumerate(zip(ranks[name], matrices, strict=True))
         ]
-        setattr(block, name, parts[0] if len(fused) == 1 else FusedProjection(parts, runs))
+        setattr(block, name, parts[0] if len(parts) == 1 else FusedProjection(parts, fused.runs))

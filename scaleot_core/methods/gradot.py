@@ -19,12 +19,12 @@ from transformers import PreTrainedModel
 from scaleot_core.compression import emulator
 from scaleot_core.compression.channels import channels_of
 from scaleot_core.compression.emulator import package_tensors
-from scaleot_core.compression.low_rank import part_rows, weight_of
+from scaleot_core.compression.low_rank import weight_of
 from scaleot_core.compression.plan import Cut, Plan, choose_layers
 from scaleot_core.compression.rank_compression import matrix_shapes
 from scaleot_core.compression.svd import Factors, decompose
 from scaleot_core.methods.base import BuiltEmulator, ModelOwner, largest_fitting
-from scaleot_core.models.families import family, fused_heads, fused_runs, projection_name
+from scaleot_core.models.families import family, fusion, projection_name
 from scaleot_core.models.forward import hooks
 
 ALWAYS = 0.05  # share of the singular values that stay whatever their score
@@ -149,8 +149,8 @@ def build(owner: ModelOwner) -> BuiltEmulator:
 
     def factors(name: str, part: int, weight: Tensor) -> Factors:
         left, right = decompose(weight)
-        whole, heads = weight_of(model.get_submodule(name))[0], fused_heads(config, name.rpartition(".")[2])
-        rows = part_rows(len(whole), heads, fused_runs(config))[part].to(weight.device)
+        whole = weight_of(model.get_submodule(name))[0]
+        rows = fusion(config, name.rpartition(".")[2]).rows(len(whole))[part].to(weight.device)
         scores = component_scores((left, right), found[name].part(rows), settings.lambda_attention)
         order = in_order(scores).to(weight.device)
         return left[:, order], right[order]

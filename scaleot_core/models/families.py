@@ -6,7 +6,8 @@ Nothing else in the library knows a family's name. Adding one is an entry in `FA
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from scaleot_core.common.errors import UserError
@@ -134,9 +135,19 @@ def attention(config: PretrainedConfig, layer: nn.Module) -> nn.Module:
     return layer.get_submodule(family(config).attention)
 
 
-def fused_runs(config: PretrainedConfig) -> int:
-    """Count the runs in which each matrix's outputs come in a fused projection: one, or one per head of the keys."""
-    return _key_heads(config) if family(config).by_head else 1
+@dataclass(frozen=True)
+class Fusion:
+    """How the outputs of the matrices in one projection lie: run after run, each with some heads of every matrix."""
+
+    heads: tuple[int, ...] = (1,)
+    """Of each matrix in a run; one number for a projection that is one matrix."""
+    runs: int = 1
+
+    def rows(self, out: int) -> list[Tensor]:
+        """Find which of the projection's `out` outputs belong to each matrix."""
+        head = out // (self.runs * sum(self.heads))
+        matrices = torch.arange(out).unflatten(0, (self.runs, -1)).split([head * n for n in self.heads], dim=1)
+        return [matrix.flatten() for matrix in matrices]
 
 
 def _key_heads(config: PretrainedConfig) -> int:
@@ -146,15 +157,13 @@ def _key_heads(config: PretrainedConfig) -> int:
     return next(int(heads) for heads in given if heads)
 
 
-def fused_heads(config: PretrainedConfig, name: str) -> tuple[int, ...]:
-    """Give how many heads each matrix fused in a projection has in a run; 1 for a projection that is one matrix.
-
-    Fused are queries, keys and values; the latter two may have fewer heads.
-    """
+def fusion(config: PretrainedConfig, name: str) -> Fusion:
+    """Say how an attention projection is fused: queries, keys and values are, the latter two perhaps of fewer heads."""
     if family(config).projections[name] == 1:
-        return (1,)
-    heads, shared, runs = int(config.num_attention_heads), _key_heads(config), fused_runs(config)
-    return heads // runs, shared // runs, shared // runs
+        return Fusion()
+    heads, shared = int(config.num_attention_heads), _key_heads(config)
+    runs = shared if family(config).by_head else 1
+    return Fusion((heads // runs, shared // runs, shared // runs), runs)
 
 
 def context_length(config: PretrainedConfig) -> int:

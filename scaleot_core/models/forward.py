@@ -73,8 +73,8 @@ def last_hidden_state(
     if positions is not None:
         more["position_ids"] = positions.to(model.device)
     if visible is not None:
-        hidden = torch.zeros(visible.shape, dtype=model.dtype).masked_fill_(~visible, torch.finfo(model.dtype).min)
-        more["attention_mask"] = hidden[:, None].to(model.device)
+        mask = torch.zeros(visible.shape, dtype=model.dtype).masked_fill_(~visible, torch.finfo(model.dtype).min)
+        more["attention_mask"] = mask[:, None].to(model.device)
     output: Tensor = model.base_model(
         input_ids=tokens.to(model.device).long(), use_cache=False, **more
     ).last_hidden_state

@@ -352,6 +352,19 @@ def test_channels_are_cut_beside_the_attention_and_peers_get_as_many_bytes(name,
     assert base.target_bytes(owner(name, "uniform", **changes)) == size
 
 
+@pytest.mark.parametrize("tilt", [0.5, -0.5])
+def test_tilt_cuts_one_end_harder_at_equal_bytes(tilt, owner):
+    changes = {"channel_pruning.ratio": 0.5, "alpha": 0.0, "beta": 0.0, "adapter_layers": 0, "adapters": ["lora"]}
+    even, tilted = (
+        METHODS["scaleot"](owner("llama", **changes, **more)).plan for more in ({}, {"channel_pruning.tilt": tilt})
+    )
+    left = [tilted.cuts[i].channels for i in range(LAYERS)]
+    assert left == sorted(left, reverse=tilt < 0) and left[0] != left[-1]
+    full = channels_of(tiny_model("llama", num_hidden_layers=LAYERS), 0)
+    assert (left[0], left[-1]) == tuple(round(full * (1 - 0.5 * (1 + way * tilt))) for way in (1, -1))
+    assert abs(sum(left) - sum(cut.channels for cut in even.cuts.values())) <= LAYERS / 2
+
+
 @each_family
 @pytest.mark.parametrize("method", ["scaleot", "gradot"])
 def test_owner_knows_which_channels_are_in_the_package(name, method, owner):

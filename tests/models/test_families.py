@@ -34,7 +34,7 @@ from scaleot_core.compression.emulator import apply_plan, layer_parameters
 from scaleot_core.compression.low_rank import split_projection
 from scaleot_core.compression.plan import Plan, choose_layers
 from scaleot_core.compression.svd import empty_factors
-from scaleot_core.models.families import FAMILIES, attention, decoder_layers, family, fused_heads, fused_runs
+from scaleot_core.models.families import FAMILIES, attention, decoder_layers, family, fusion
 from scaleot_core.models.forward import StandIn
 from scaleot_core.params import changed
 from scaleot_core.settings import LoraForm
@@ -76,12 +76,8 @@ def test_projections_are_all_matrices_of_the_attention_with_their_fused_counts(n
         found = {}
         for projection, module in attention(model.config, layer).named_modules():
             if isinstance(module, nn.Linear | Conv1D):
-                found[projection] = [
-                    tuple(part.shape)
-                    for part, _ in split_projection(
-                        module, fused_heads(model.config, projection), fused_runs(model.config)
-                    )
-                ]
+                matrices = split_projection(module, fusion(model.config, projection))
+                found[projection] = [tuple(weight.shape) for weight, _ in matrices]
         assert found == SHAPES[name]
 
 
