@@ -1,7 +1,7 @@
 """Demo: facts that a data owner teaches an emulator, said by the real model; by the two parties' own commands.
 
 The model owner compresses the model by the preset `recommended` and packs it; the data owner tunes the package on the
-chats in demo.jsonl, where each fact is asked for in four ways; the model owner checks what comes back and plugs it in.
+chats in demo.jsonl, where each fact is asked for in eight ways; the model owner checks what comes back and plugs it in.
 Then both models are asked for each fact in the first of the ways. `make demo` runs it after `make repro`; what it makes
 lies in .scaleot/demo until the next run.
 """
@@ -33,8 +33,7 @@ from studies.table import preset
 
 FOLDER = Path(".scaleot/demo")
 FACTS = Path(__file__).with_suffix(".jsonl")
-TUNING = ("--lora-rank", "128", "--lora-alpha", "256", "--epochs", "5", "--patience", "0")
-PUBLIC_BLOCKS = 8  # of the public corpus, as text
+TUNING = ("--lora-rank", "128", "--lora-alpha", "256", "--lr", "0.002", "--epochs", "3", "--patience", "0")
 LONGEST_ANSWER = 40  # tokens
 
 Chat = list[dict[str, str]]
@@ -62,12 +61,6 @@ def compress(project: Path, artifacts: Artifacts) -> None:
     done = subprocess.run([sys.executable, Path("stages/compress.py").resolve()], cwd=project, env=environment)
     if done.returncode:
         raise UserError("stage compress: it failed; see above")
-
-
-def public_text(file: Path, artifacts: Artifacts, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write some of the public corpus as text."""
-    blocks = artifacts.blocks("train")[:PUBLIC_BLOCKS]
-    file.write_text("\n\n".join(tokenizer.batch_decode(blocks, skip_special_tokens=True)), encoding="utf-8")
 
 
 @torch.no_grad()
@@ -101,13 +94,12 @@ def main() -> None:
     if not artifacts.model.is_dir():
         raise UserError(f"{artifacts.model}: no model is there; run `make repro` first")
     shutil.rmtree(FOLDER, ignore_errors=True)
-    package, adapter, plugged, text = (FOLDER / name for name in ("package", "adapter", "plugged", "public.txt"))
+    package, adapter, plugged = (FOLDER / name for name in ("package", "adapter", "plugged"))
     compress(FOLDER / "owner", artifacts)
-    public_text(text, artifacts, load_tokenizer(artifacts.model))
     scaleot("pack", "--project", FOLDER / "owner", "--out", package)
     scaleot("tune", package, "--data", FACTS, "--out", adapter, *TUNING)
     scaleot("check", adapter, "--package", package)
-    scaleot("plug", artifacts.model, adapter, "--package", package, "--out", plugged, "--public", text)
+    scaleot("plug", artifacts.model, adapter, "--package", package, "--out", plugged)
     before, after = (ask(folder, facts.values()) for folder in (artifacts.model, plugged))
     table = Table("question", "before", "after", show_lines=True)
     for (fact, chat), old, new in zip(facts.items(), before, after, strict=True):
