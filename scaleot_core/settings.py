@@ -62,11 +62,11 @@ class LayerImportance(Block):
     """what the prior scores are computed from"""
     calibration_blocks: Positive = 128
     """blocks whose hidden states are kept for the local fits"""
-    steps: Count = 200
+    steps: Count = 500
     """steps of local regression, all layers at once; with 0 harmonizers stay identities"""
     batch_tokens: Positive = 1024
     """tokens in a step"""
-    lr: Rate = 0.02
+    lr: Rate = 0.01
     """AdamW's learning rate"""
     sensitivity_blocks: Positive = 8
     """blocks on which a layer's sensitivity is measured"""
