@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from scaleot_core.common.errors import UserError, one_line
 from scaleot_core.common.launch import is_main_process
@@ -172,6 +172,13 @@ def sha256(path: Path) -> str:
     """Compute the hex SHA-256 of a file, read in pieces."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_pieces(stream: IO[bytes], moved: Callable[[int], None]) -> Iterator[bytes]:
+    """Yield what a stream has, in pieces of at most a MiB, and report the bytes of each."""
+    while piece := stream.read(2**20):
+        yield piece
+        moved(len(piece))
 
 
 def fingerprint(*parts: Any) -> str:

@@ -1,7 +1,7 @@
 """What a person sees: one rich progress bar a loop on a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -10,12 +10,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 console = Console(stderr=True, highlight=False)
 PLAIN_SECONDS = 10.0  # between two plain lines
+LARGE = 2**30  # bytes; to read or write as many takes seconds
+MIB = 2**20
 
 
 class Tick(Protocol):
-    """Report one finished step: tokens it took, and figures to show beside the bar."""
+    """Report a finished step, or several: tokens it took, and figures to show beside the bar."""
 
-    def __call__(self, tokens: int = 0, **figures: float) -> None: ...
+    def __call__(self, tokens: int = 0, *, steps: int = 1, **figures: float) -> None: ...
 
 
 def say(text: str, style: str | None = None) -> None:
@@ -45,17 +47,17 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Tick]:
         with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
             task = bar.add_task(label, total=total, completed=done, note="")
 
-            def tick(tokens: int = 0, **figures: float) -> None:
+            def tick(tokens: int = 0, *, steps: int = 1, **figures: float) -> None:
                 nonlocal tokens_seen
                 tokens_seen += tokens
-                bar.update(task, advance=1, note=describe(figures))
+                bar.update(task, advance=steps, note=describe(figures))
 
             yield tick
         return
 
-    def tick_plain(tokens: int = 0, **figures: float) -> None:
+    def tick_plain(tokens: int = 0, *, steps: int = 1, **figures: float) -> None:
         nonlocal last, seen, tokens_seen
-        seen, tokens_seen = seen + 1, tokens_seen + tokens
+        seen, tokens_seen = seen + steps, tokens_seen + tokens
         now = time.monotonic()
         if now - last >= PLAIN_SECONDS or seen == total:
             left = (now - start) / (seen - done) * (total - seen)
@@ -63,3 +65,25 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Tick]:
             last = now
 
     yield tick_plain
+
+
+Moved = Callable[[int], None]
+"""Report so many bytes that were read or written."""
+
+
+@contextmanager
+def byte_progress(label: str, total: int) -> Iterator[Moved]:
+    """Show a bar, in MiB, of reading or writing `total` bytes; nothing below a GiB, which is done at once."""
+    if total < LARGE:
+        yield lambda count: None
+        return
+    with progress(f"{label}, MiB", total // MIB) as tick:
+        moved = 0
+
+        def move(count: int) -> None:
+            nonlocal moved
+            before, moved = moved, moved + count
+            if steps := moved // MIB - before // MIB:
+                tick(steps=steps)
+
+        yield move

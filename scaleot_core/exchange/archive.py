@@ -10,20 +10,28 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from scaleot_core.common.errors import UserError, one_line
-from scaleot_core.common.files import atomic_file, atomic_folder
+from scaleot_core.common.files import atomic_file, atomic_folder, read_pieces
+from scaleot_core.common.progress import byte_progress
+from scaleot_core.exchange.manifest import MOST_FILES
 from scaleot_core.exchange.untrusted import is_litter
 
-LARGEST_ARCHIVE = 17  # members: sixteen files and the manifest
-LARGEST_DIRECTORY = 64  # members of which names are read, to say what is wrong with them
+LARGEST_ARCHIVE = MOST_FILES + 1  # members: files and the manifest
+LARGEST_DIRECTORY = 2 * MOST_FILES  # members of which names are read, to say what is wrong with them
 
 
 def archive(folder: Path, target: Path) -> None:
     """Put a folder's files into one uncompressed zip; the same folder gives the same bytes."""
-    with atomic_file(target) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as made:
-        for file in sorted(folder.iterdir()):
+    files = sorted(folder.iterdir())
+    with (
+        byte_progress(f"writing {target.name}", sum(file.stat().st_size for file in files)) as moved,
+        atomic_file(target) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as made,
+    ):
+        for file in files:
             entry = zipfile.ZipInfo(file.name)  # of a fixed date
             with file.open("rb") as stream, made.open(entry, "w", force_zip64=True) as out:
-                shutil.copyfileobj(stream, out, 2**20)
+                for piece in read_pieces(stream, moved):
+                    out.write(piece)
 
 
 def check_new(out: Path, *beside: Path) -> None:
@@ -71,6 +79,12 @@ def _check_directory(path: Path) -> None:
     if at < 0 or len(end) - at < 22:
         raise ValueError("it has no end")
     entries, size = struct.unpack("<HI", end[at + 10 : at + 16])
+    if end[max(0, at - 20) : at][:4] == b"PK\x06\x07":  # of more than 4 GB, the end that counts is before
+        start = path.stat().st_size - len(end)
+        large = end[max(0, at - 76) : at - 20]
+        if at < 76 or large[:4] != b"PK\x06\x06" or struct.unpack("<Q", end[at - 12 : at - 4]) != (start + at - 76,):
+            raise ValueError("it has two ends")
+        entries, size = struct.unpack("<QQ", large[32:48])
     if entries > LARGEST_DIRECTORY or size > 2**16:
         raise ValueError(f"{entries:,} members, whose list has {size:,} bytes, are too many")
 
@@ -88,7 +102,7 @@ def unpacked(path: Path) -> Iterator[Path]:
     if not path.is_file():
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix="scaleot-") as name:
+    with _room_beside(path) as name:
         folder = Path(name) / "unpacked"
         folder.mkdir()
         try:
@@ -101,12 +115,27 @@ def unpacked(path: Path) -> Iterator[Path]:
                     raise UserError(f"{path}: its members are more or larger than the archive can hold")
                 if len({member.filename for member in members}) < len(members):
                     raise UserError(f"{path}: a member is there twice")
-                for member in members:
-                    with given.open(member) as stream, (folder / member.filename).open("wb") as out:
-                        shutil.copyfileobj(stream, out, 2**20)
+                size, room = sum(member.file_size for member in members), shutil.disk_usage(folder).free
+                if size > room:
+                    raise UserError(
+                        f"{path}: unpacked it has {size:,} bytes, {folder.parent.parent} has room for {room:,}"
+                    )
+                with byte_progress(f"unpacking {path.name}", size) as moved:
+                    for member in members:
+                        with given.open(member) as stream, (folder / member.filename).open("wb") as out:
+                            for piece in read_pieces(stream, moved):
+                                out.write(piece)
         except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, EOFError) as error:
             raise UserError(f"{path}: not a sound zip archive ({one_line(error)}); fetch it again") from None
         yield folder
+
+
+def _room_beside(path: Path) -> tempfile.TemporaryDirectory[str]:
+    """Make a temporary folder beside a file, since /tmp may be small or memory; where nothing may be written, there."""
+    try:
+        return tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
+    except OSError:
+        return tempfile.TemporaryDirectory(prefix="scaleot-")
 
 
 def _check_plain(path: Path, member: zipfile.ZipInfo) -> None:

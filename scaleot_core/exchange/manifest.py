@@ -4,7 +4,8 @@ Everything that comes from the other side is hostile until it was checked: only 
 no pickle, JSON within bounds, hashes before content, shapes before memory, finite numbers. A refusal is a UserError.
 """
 
-import shutil
+import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -12,11 +13,13 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from scaleot_core.common.errors import UserError, one_line, printable
-from scaleot_core.common.files import sha256, write_json
-from scaleot_core.exchange.untrusted import is_litter, read_untrusted_json
+from scaleot_core.common.files import read_pieces, sha256, write_json
+from scaleot_core.common.progress import byte_progress
+from scaleot_core.exchange.untrusted import check_hash, is_litter, read_untrusted_json
 
 MANIFEST = "manifest.json"
 MOST_LAYERS = 256  # twice as many as the deepest supported models have
+MOST_FILES = 256  # half a terabyte in shards
 LARGEST_TOKENIZER = 2**26  # bytes of one of the tokenizer's files
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -40,7 +43,7 @@ class Manifest(BaseModel):
     """Which format this is."""
     format_version: int
     """Its version."""
-    files: Annotated[dict[str, Entry], Field(max_length=16)]
+    files: Annotated[dict[str, Entry], Field(max_length=MOST_FILES)]
     """Every file beside the manifest."""
 
 
@@ -54,11 +57,19 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def copy_files(source: Path, folder: Path, manifest: Manifest, **changes: Any) -> None:
-    """Copy what a checked manifest lists into an empty folder, with some of the manifest's own fields changed."""
-    for name in manifest.files:
-        shutil.copyfile(source / name, folder / name)
-    fields = manifest.model_dump(mode="json", exclude={"files"})
-    write_manifest(folder, {**fields, **changes})
+    """Copy what a manifest lists into an empty folder, with some of the manifest's own fields changed.
+
+    Each file is read once. UserError for one whose content is not what the manifest says.
+    """
+    with byte_progress("copying", sum(entry.bytes for entry in manifest.files.values())) as moved:
+        for name, entry in manifest.files.items():
+            digest = hashlib.sha256()
+            with (source / name).open("rb") as stream, (folder / name).open("wb") as out:
+                for piece in read_pieces(stream, moved):
+                    digest.update(piece)
+                    out.write(piece)
+            check_hash(source / name, digest.hexdigest(), entry.sha256)
+    write_json(folder / MANIFEST, {**manifest.model_dump(mode="json"), **changes})
 
 
 def manifest_sha256(folder: Path) -> str:
@@ -72,11 +83,14 @@ def manifest_format(folder: Path) -> str:
     return str(data.get("format")) if isinstance(data, dict) else ""
 
 
-def read_checked(folder: Path, kind: type[M], names: Iterable[str], *, links: bool = False) -> M:
+def read_checked(
+    folder: Path, kind: type[M], names: Iterable[str], *, later: re.Pattern[str] | None = None, links: bool = False
+) -> M:
     """The manifest of a folder, after every file that it lists was found whole; UserError otherwise.
 
-    `names` are those that files may have. Nothing of a file but its hash is read here. `links` are followed in the
-    pipeline's own folders, where DVC may link to its cache, and never in what the other party sent.
+    `names` are those that files may have. Nothing of a file but its hash is read here. Of large files, whose names
+    match `later`, there is only their size checked: whoever reads them hashes them in passing. `links` are followed in
+    the pipeline's own folders, where DVC may link to its cache, and never in what the other party sent.
     """
     if folder.is_symlink() and not links:
         raise UserError(f"{folder}: it is a link, which is not followed; name the folder that it leads to")
@@ -99,7 +113,8 @@ def read_checked(folder: Path, kind: type[M], names: Iterable[str], *, links: bo
     for name in sorted({*manifest.files, MANIFEST} | there.keys()):
         if is_litter(name) and name in there:
             raise UserError(f"{folder}: {name!r} is the operating system's; delete it, then run again")
-        if name not in (*names, MANIFEST) or not there.get(name, True):
+        known = name in (*names, MANIFEST) or (later is not None and later.fullmatch(name))
+        if not known or not there.get(name, True):
             raise UserError(f"{folder}: {name!r} is no file of this format; fetch it again")
         if name not in there:
             raise UserError(f"{folder}: {name!r} is missing; fetch it again")
@@ -109,6 +124,7 @@ def read_checked(folder: Path, kind: type[M], names: Iterable[str], *, links: bo
         if name in TOKENIZER_FILES and entry.bytes > LARGEST_TOKENIZER:
             raise UserError(f"{folder}: {name!r} has more than {LARGEST_TOKENIZER:,} bytes")
         file = folder / name
-        if file.stat().st_size != entry.bytes or sha256(file) != entry.sha256:
-            raise UserError(f"{file}: the content is not what the manifest says; fetch it again")
+        whole = file.stat().st_size == entry.bytes
+        hashed = entry.sha256 if later and later.fullmatch(name) else sha256(file) if whole else ""
+        check_hash(file, hashed if whole else "", entry.sha256)
     return manifest

@@ -23,6 +23,7 @@ from transformers import (
 
 from scaleot_core.common.errors import UserError, one_line
 from scaleot_core.common.files import read_json
+from scaleot_core.common.progress import byte_progress
 from scaleot_core.common.runtime import DTYPES
 from scaleot_core.common.tensors import Shapes, TensorWriter
 from scaleot_core.compression.emulator import PARTS, assemble, meta_emulator, part_of, tensor_shapes
@@ -36,8 +37,9 @@ from scaleot_core.exchange.manifest import (
     read_checked,
     write_manifest,
 )
+from scaleot_core.exchange.shards import TENSOR_FILE, part_files
 from scaleot_core.exchange.tokenizer import load_untrusted_tokenizer, save_tokenizer
-from scaleot_core.exchange.untrusted import check_tensors, read_untrusted_tensors
+from scaleot_core.exchange.untrusted import check_tensors, stream_untrusted_tensors
 from scaleot_core.models.families import FAMILIES, family
 from scaleot_core.models.forward import last_hidden_state
 from scaleot_core.settings import AdapterKind, Fraction, HarmonizerForm
@@ -47,8 +49,6 @@ FORMAT_VERSION: Final = 3
 UNSTATED = "not stated: ask the model owner"
 LONGEST_LICENSE = 1000  # characters
 LARGEST_BUFFERS = 2**24  # numbers: those that a model computes for itself, as rotary frequencies
-FILES = (*(f"{part}.safetensors" for part in PARTS), *TOKENIZER_FILES)
-
 
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 Recovery = Annotated[dict[Label, float | None], Field(max_length=16)]
@@ -92,14 +92,17 @@ def save(
     """
     path = family(config).layers
     expected = tensor_shapes(meta_emulator(config, plan, buffers_too=True), plan)
-    files = {part: TensorWriter(folder / f"{part}.safetensors", those) for part, those in expected.items()}
+    files, writers = dict[str, TensorWriter](), list[TensorWriter]()
+    for part, shapes in expected.items():
+        for file, those in part_files(part, shapes).items():
+            writers.append(TensorWriter(folder / file, those))
+            files |= dict.fromkeys(those, writers[-1])
     for name, tensor in tensors:
-        part = part_of(name, path, plan)
-        if part not in files:
-            raise ValueError(f"tensor {name!r} is of a {part} layer, of which a package has none")
-        files[part].write(name, tensor)
-    for file in files.values():
-        file.check_whole()
+        if name not in files:
+            raise ValueError(f"tensor {name!r} of a {part_of(name, path, plan)} layer has no place in the package")
+        files[name].write(name, tensor)
+    for writer in writers:
+        writer.check_whole()
     save_tokenizer(folder, tokenizer)
     known = _config_fields(config.model_type)
     manifest = {
@@ -159,13 +162,14 @@ def _config(manifest: PackageManifest) -> PretrainedConfig:
 class Package:
     """A package in a folder, checked part by part as each is first asked for; UserError where a part isn't sound.
 
-    `Package(folder)` itself reads the manifest and finds every file that it lists whole. With `links`, for the
-    pipeline's own folders alone, files may be links, as DVC's are with `cache.type symlink`.
+    `Package(folder)` itself reads the manifest and finds every file that it lists, those of tensors by their sizes
+    alone: they are hashed as they are read, each time. With `links`, for the pipeline's own folders alone, files may be
+    links, as DVC's are with `cache.type symlink`.
     """
 
     def __init__(self, folder: Path, *, links: bool = False) -> None:
         self.folder, self.links = folder, links
-        self.manifest = read_checked(folder, PackageManifest, FILES, links=links)
+        self.manifest = read_checked(folder, PackageManifest, TOKENIZER_FILES, later=TENSOR_FILE, links=links)
 
     @cached_property
     def sha256(self) -> str:
@@ -199,27 +203,37 @@ class Package:
         return model
 
     @cached_property
-    def expected(self) -> dict[Path, Shapes]:
-        """The tensors that each file must have, by name, shape and dtype, and nothing else."""
-        files: dict[Path, Shapes] = {
-            self.folder / name: {} for name in self.manifest.files if name.endswith(".safetensors")
-        }
-        parts = tensor_shapes(self.meta_model, self.plan)
-        return files | {self.folder / f"{part}.safetensors": tensors for part, tensors in parts.items()}
+    def expected(self) -> dict[str, dict[str, Shapes]]:
+        """The files of each part, and the tensors that each file must have, by name, shape and dtype."""
+        shapes = tensor_shapes(self.meta_model, self.plan)
+        parts = {part: part_files(part, those) for part, those in shapes.items()}
+        wanted = {name for files in parts.values() for name in files}
+        for name in sorted({name for name in self.manifest.files if TENSOR_FILE.fullmatch(name)} ^ wanted):
+            what = "is missing" if name in wanted else "has no place among the files of its tensors"
+            raise UserError(f"{self.folder}: {name!r} {what}; fetch it again")
+        return parts
 
     def check(self) -> None:
-        """Check every tensor's name, shape and dtype by the files' headers; no weights are loaded."""
-        check_tensors(self.expected)
+        """Check every tensor, and every file by its hash; one tensor at a time is in memory."""
+        for _ in self.stream(*PARTS):
+            pass
+
+    def stream(self, *parts: str) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of some parts as they are shipped, one at a time, by their names in the model.
+
+        All headers are checked before the first, and each file is hashed while it is read, once. Nothing may be used
+        before the last: UserError comes at the end of a file whose content is not what the manifest says.
+        """
+        files = {name: those for part in parts for name, those in self.expected.get(part, {}).items()}
+        check_tensors({self.folder / name: those for name, those in files.items()})
+        entries = self.manifest.files
+        with byte_progress("reading the package", sum(entries[name].bytes for name in files)) as moved:
+            for name, those in files.items():
+                yield from stream_untrusted_tensors(self.folder / name, those, entries[name].sha256, moved)
 
     def tensors(self, *parts: str) -> dict[str, Tensor]:
         """Read the tensors of some parts as they are shipped, by their names in the model; no other weights."""
-        files = [self.folder / f"{part}.safetensors" for part in parts]
-        return read_untrusted_tensors({file: self.expected[file] for file in files if file in self.expected})
-
-    @cached_property
-    def exact(self) -> dict[str, Tensor]:
-        """What is shipped as the real model has it: embeddings, last norm and head, and the adapter layers."""
-        return self.tensors("base", "adapter")
+        return dict(self.stream(*parts))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer."""
@@ -230,7 +244,7 @@ class Package:
 
         It is run once, on two tokens.
         """
-        tensors = read_untrusted_tensors(self.expected)
+        tensors = {name: tensor.to(device) for name, tensor in self.stream(*PARTS)}
         model = assemble(self.config, self.plan, tensors.items(), device=device)
         try:
             with torch.no_grad():

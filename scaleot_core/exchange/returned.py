@@ -1,7 +1,7 @@
 """What the model owner finds in an adapter that came back, before it is plugged in."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,42 +31,84 @@ class LayerChange:
 
 
 def layer_changes(
-    adapter: TunedAdapter, shipped: Mapping[str, Tensor], plan: Plan, config: PretrainedConfig
+    adapter: TunedAdapter, shipped: Iterable[tuple[str, Tensor]], plan: Plan, config: PretrainedConfig
 ) -> list[LayerChange]:
-    """Measure how far every tuned layer moved; `shipped` are the package's tensors."""
+    """Measure how far every tuned layer moved; `shipped` are the package's tensors, of which one at a time is kept."""
     prefix = f"{family(config).layers}."
-    layers: dict[int, list[str]] = {}
-    for name in adapter.factors if isinstance(adapter, TunedLora) else adapter.weights:
-        layers.setdefault(int(name.removeprefix(prefix).partition(".")[0]), []).append(name)
-    found = []
-    for i, names in sorted(layers.items()):
-        if isinstance(adapter, TunedLayers):
-            pairs = ((shipped[name].double(), adapter.weights[name].double() - shipped[name]) for name in names)
-            found.append(_layer_change(i, pairs))
-        else:
-            source = f"{prefix}{plan.like.get(i, i)}."
-            before = (torch.cat(list(_matrices(shipped, name.replace(f"{prefix}{i}.", source, 1)))) for name in names)
-            found.append(_layer_change(i, ((w, adapter.change(name)) for w, name in zip(before, names, strict=True))))
-    return found
+    layers: dict[int, _Moved] = {}
+    if isinstance(adapter, TunedLayers):
+        for name, tensor in shipped:
+            if name in adapter.weights:
+                moved = layers.setdefault(_layer_of(name, prefix), _Moved())
+                moved.add_shipped(tensor)
+                tuned = adapter.weights[name]
+                moved.add_change(a.double() - b for a, b in zip(_pieces(tuned), _pieces(tensor), strict=True))
+    else:
+        matrices: dict[str, list[_Moved]] = {}  # by their names in the package, where shared layers have one
+        for name in adapter.factors:
+            i = _layer_of(name, prefix)
+            moved = layers.setdefault(i, _Moved())
+            moved.add_change(_pieces(adapter.change(name)))
+            own = name.replace(f"{prefix}{i}.", f"{prefix}{plan.like.get(i, i)}.", 1)
+            matrices.setdefault(own, []).append(moved)
+        for name, numbers in _numbers(shipped, matrices):
+            for moved in matrices[name]:
+                moved.add_shipped(numbers)
+    return [layers[i].result(i) for i in sorted(layers)]
 
 
-def _matrices(shipped: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
-    """Yield the numbers of one matrix of the package, each part flat; of two factors those of their product."""
-    for key in sorted(key for key in shipped if key.startswith(f"{name}.")):
-        if key.endswith(".weight"):
-            yield shipped[key].float().flatten()
-        elif key.endswith(".left"):
-            yield (shipped[key].float() @ shipped[f"{key.removesuffix('left')}right"].float()).flatten()
+def _layer_of(name: str, prefix: str) -> int:
+    return int(name.removeprefix(prefix).partition(".")[0])
 
 
-def _layer_change(layer: int, pairs: Iterable[tuple[Tensor, Tensor]]) -> LayerChange:
-    """Measure how far one layer moved, from its tensors as they were shipped, each with its change."""
-    size = moved = outlier = 0.0
-    for before, change in pairs:
-        size, moved = size + float(before.double().square().sum()), moved + float(change.double().square().sum())
-        if change.any():
-            outlier = max(outlier, float(change.abs().max() / change.double().square().mean().sqrt()))
-    return LayerChange(layer, math.sqrt(moved / size) if size else math.inf if moved else 0.0, outlier)
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Split a tensor's numbers, so that little memory is taken where they are made float64."""
+    return tensor.flatten().split(2**22)
+
+
+def _numbers(shipped: Iterable[tuple[str, Tensor]], matrices: Container[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the numbers of some matrices, with their names, in parts as they come; of two factors their product's."""
+    halves: dict[str, Tensor] = {}
+    for key, tensor in shipped:
+        module, _, kind = key.rpartition(".")
+        name = module
+        while name and name not in matrices:
+            name = name.rpartition(".")[0]
+        if name and kind == "weight":
+            yield name, tensor
+        elif name and kind in ("left", "right"):
+            other = halves.pop(module, None)
+            if other is None:
+                halves[module] = tensor
+            else:
+                left, right = (tensor, other) if kind == "left" else (other, tensor)
+                yield name, left.float() @ right.float()
+
+
+class _Moved:
+    """Sums over one layer's tensors, from which its `LayerChange` comes."""
+
+    def __init__(self) -> None:
+        self.size = self.moved = self.outlier = 0.0
+
+    def add_shipped(self, numbers: Tensor) -> None:
+        """Add the numbers of a tensor as it was shipped."""
+        self.size += sum(float(piece.double().square().sum()) for piece in _pieces(numbers))
+
+    def add_change(self, pieces: Iterable[Tensor]) -> None:
+        """Add the change of a tensor, in pieces."""
+        squares = most = count = 0.0
+        for piece in pieces:
+            squares += float(piece.double().square().sum())
+            most, count = max(most, float(piece.abs().max())), count + piece.numel()
+        self.moved += squares
+        if most:
+            self.outlier = max(self.outlier, most / math.sqrt(squares / count))
+
+    def result(self, layer: int) -> LayerChange:
+        """Give what came of it."""
+        relative = math.sqrt(self.moved / self.size) if self.size else math.inf if self.moved else 0.0
+        return LayerChange(layer, relative, self.outlier)
 
 
 @dataclass(frozen=True)
@@ -85,16 +127,22 @@ class CheckedAdapter:
 def check_adapter(folder: Path, package: Package) -> CheckedAdapter:
     """Check an adapter against the package that was shipped; UserError where either is not sound."""
     tuned = adapter.read(folder, package)
-    shipped = package.tensors("adapter", "compressed") if isinstance(tuned, TunedLora) else package.tensors("adapter")
+    shipped = package.stream("adapter", *(["compressed"] if isinstance(tuned, TunedLora) else []))
     return CheckedAdapter(tuned, layer_changes(tuned, shipped, package.plan, package.config))
 
 
-def check_base(base: str, model: PreTrainedModel, package: Package) -> None:
-    """Raise UserError unless a model has, in the package's dtype, everything that the package has exactly."""
-    here = model.state_dict()
-    for name, tensor in package.exact.items():
-        if name not in here or not torch.equal(here[name].to(tensor.device, tensor.dtype), tensor):
-            raise UserError(f"{base}: its {name!r} is not that of the package, which was made from another model")
+def check_base(base: str, read: Callable[[str], Tensor | None], package: Package) -> None:
+    """Raise UserError unless a model has, in the package's dtype, everything that the package has exactly.
+
+    `read` gives a tensor of the model by its name, None where it has none; one at a time is kept.
+    """
+    different = ""
+    for name, tensor in package.stream("base", "adapter"):  # to its end, where a damaged package is told
+        here = read(name)
+        if not different and (here is None or not torch.equal(here.to(tensor.device, tensor.dtype), tensor)):
+            different = name
+    if different:
+        raise UserError(f"{base}: its {different!r} is not that of the package, which was made from another model")
 
 
 def fitted(tuned: TunedAdapter, package: Package, model: PreTrainedModel, private: Path) -> TunedAdapter:

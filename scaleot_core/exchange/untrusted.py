@@ -1,6 +1,8 @@
 """Read JSON and tensors that the other party wrote: bounded, of the expected shapes, finite; else a UserError."""
 
+import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from scaleot_core.common.errors import UserError, one_line
 from scaleot_core.common.files import refuse_duplicates
+from scaleot_core.common.progress import Moved
 from scaleot_core.common.tensors import SAFETENSORS_DTYPES, Shapes
 
 LARGEST_JSON = 2**20  # bytes of a manifest, or of a header: those of the largest models have some 100 KB
@@ -82,6 +85,41 @@ def read_untrusted_tensors(files: Mapping[Path, Shapes]) -> dict[str, torch.Tens
                 if not found[name].isfinite().all():
                     raise UserError(f"{file}: tensor {name!r} has numbers that are not finite; it is of no use")
     return found
+
+
+def check_hash(file: Path, found: str, stated: str) -> None:
+    """Raise UserError where a file's hash is not the one that its manifest states."""
+    if found != stated:
+        raise UserError(f"{file}: the content is not what the manifest says; fetch it again")
+
+
+def stream_untrusted_tensors(
+    file: Path, expected: Shapes, sha256: str, moved: Moved
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of a file that `check_tensors` has passed, one at a time, in the order in which they lie.
+
+    The file is read once, and hashed on the way. UserError at its end, so that nothing may be used before, where it
+    hasn't that SHA-256, or numbers that are not finite.
+    """
+    digest, bad = hashlib.sha256(), ""
+    with _refusing_damage(file), file.open("rb") as stream:
+        size = stream.read(8)
+        text = stream.read(int.from_bytes(size, "little"))
+        digest.update(size + text)
+        header = _parse_strictly(text)
+        for name in sorted(expected, key=lambda name: (header[name]["data_offsets"], name)):
+            shape, dtype = expected[name]
+            tensor = torch.empty(shape, dtype=dtype)
+            content = tensor.flatten().view(torch.uint8).numpy().data
+            if stream.readinto(content) != math.prod(shape) * dtype.itemsize:
+                raise ValueError("it is cut off")
+            digest.update(content)
+            moved(len(content))
+            bad = bad or ("" if tensor.isfinite().all() else name)
+            yield name, tensor
+    check_hash(file, digest.hexdigest(), sha256)
+    if bad:
+        raise UserError(f"{file}: tensor {bad!r} has numbers that are not finite; it is of no use")
 
 
 @contextmanager
