@@ -35,7 +35,7 @@ from scaleot_core.common.files import write_json
 from scaleot_core.common.tensors import read_tensors, write_tensors
 from scaleot_core.common.validation import Block
 from scaleot_core.compression.emulator import package_tensors, plug_in
-from scaleot_core.exchange import public_text
+from scaleot_core.exchange import streamed_scale
 from scaleot_core.exchange.manifest import manifest_sha256
 from scaleot_core.exchange.package import save
 from scaleot_core.params import Params, load_params
@@ -568,10 +568,9 @@ def test_lora_over_some_of_the_channels_needs_what_its_owner_kept(tmp_path, base
 
 
 def test_plug_measures_the_scale_on_public_text(tmp_path, base, pruned_package, pruned_lora, text, monkeypatch):
-    measure = public_text.emulator_effect
-    monkeypatch.setattr(
-        public_text, "emulator_effect", lambda *args: 1.7 * measure(*args)
-    )  # tiny models have none to see
+    measure = streamed_scale.streamed_emulator_effect
+    larger = lambda *args: 1.7 * measure(*args)  # noqa: E731  # tiny models have none to see
+    monkeypatch.setattr(streamed_scale, "streamed_emulator_effect", larger)
     command = ("plug", base, pruned_lora, "--package", pruned_package)
     found = gives(*command, "--out", tmp_path / "out", "--public", text)
     assert found["scale"] != 1

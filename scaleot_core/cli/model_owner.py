@@ -1,5 +1,6 @@
 """The model owner's commands: `pack`, `check` and `plug`."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,6 +9,7 @@ import typer
 from scaleot_core.cli.options import AdapterArgument, AsJson, PackageOption
 from scaleot_core.cli.output import describe_adapters, private_file, show, show_changes
 from scaleot_core.common.errors import UserError
+from scaleot_core.settings import Machine
 
 if TYPE_CHECKING:
     from scaleot_core.exchange.returned import LayerChange
@@ -116,45 +118,52 @@ def plug(
     change of the package's was. With --as-lora the adapter is written for the real model, for whoever serves LoRA.
     """
     from scaleot_core.common.files import atomic_folder
+    from scaleot_core.common.runtime import setup
     from scaleot_core.exchange.adapter import save_peft
     from scaleot_core.exchange.archive import check_new, unpacked
     from scaleot_core.exchange.package import Package
-    from scaleot_core.exchange.public_text import measure_on_text
+    from scaleot_core.exchange.plugging import write_plugged
+    from scaleot_core.exchange.public_text import public_blocks
     from scaleot_core.exchange.returned import check_adapter, check_base, fitted
     from scaleot_core.exchange.scale import check_scale
-    from scaleot_core.models.loading import read_model, write_model
-    from scaleot_core.tuning.adapters import TunedLora, plug_in
+    from scaleot_core.exchange.streamed_scale import measure_streamed_scale
+    from scaleot_core.models.families import context_length
+    from scaleot_core.models.sources import open_model
+    from scaleot_core.tuning.adapters import TunedLora
 
     if out is None and as_lora is None:
         raise UserError("nothing to write: name a folder with --out, or with --as-lora")
     if public and scale is not None:
         raise UserError("--scale and --public: one of them says the scale; leave the other out")
-    for new in (out, as_lora):
-        if new is not None:
-            check_new(new)
-    strength = 1.0 if scale is None else check_scale(scale)
-    with unpacked(adapter) as folder, unpacked(package) as unpacked_package:
+    written = [new for new in (out, as_lora) if new is not None]
+    for new in written:
+        check_new(new)
+    strength, measured = 1.0 if scale is None else check_scale(scale), None
+    with ExitStack() as opened:
+        folder, unpacked_package = (opened.enter_context(unpacked(path)) for path in (adapter, package))
         shipped = Package(unpacked_package)
         checked = check_adapter(folder, shipped)
         if as_lora and not isinstance(checked.adapter, TunedLora):
             raise UserError(f"{adapter}: it has whole layers, which are no LoRA; name --out alone")
         _check_limits(adapter, checked.layer_changes, max_change, max_outlier)
-        model, tokenizer = read_model(base)
-        check_base(base, model, shipped)
-        tuned = fitted(checked.adapter, shipped, model, private or private_file(package))
-        measured = measure_on_text(public, shipped, model, tokenizer, checked.adapter, tuned) if public else None
-    strength = measured.scale if measured else strength
-    if as_lora and isinstance(tuned, TunedLora):
-        with atomic_folder(as_lora) as target:
-            save_peft(
-                target, model.config, tuned, layers=[change.layer for change in checked.layer_changes], scale=strength
-            )
-    if out:
-        plug_in(model, shipped.plan, tuned, strength)
-        with atomic_folder(out) as target:
-            write_model(model, tokenizer, target)
+        source = opened.enter_context(open_model(base, scratch=written[0].parent))
+        blocks = public_blocks(public, source.tokenizer, context_length(source.config)) if public else None
+        model = source.streamed()
+        check_base(base, model.read_stored, shipped)
+        tuned = fitted(checked.adapter, shipped, model.model, private or private_file(package))
+        if blocks is not None:
+            runtime = setup(Machine(dtype=shipped.manifest.dtype), "plug")
+            measured = measure_streamed_scale(source.streamed(runtime.device), shipped, checked.adapter, tuned, blocks)
+            strength = measured.scale
+        if as_lora and isinstance(tuned, TunedLora):
+            layers = [change.layer for change in checked.layer_changes]
+            with atomic_folder(as_lora) as target:
+                save_peft(target, source.config, tuned, layers=layers, scale=strength)
+        if out:
+            with atomic_folder(out) as target:
+                write_plugged(target, source, model, tuned, strength)
     summary: dict[str, Any] = {"model": out and str(out), "lora": as_lora and str(as_lora), "scale": strength}
-    if measured:
+    if measured is not None:
         summary |= {"effect on the package": measured.emulator, "effect on the model": measured.model[strength]}
     show_changes(summary, checked.layer_changes, as_json)
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -174,10 +175,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def read_pieces(stream: IO[bytes], moved: Callable[[int], None]) -> Iterator[bytes]:
-    """Yield what a stream has, in pieces of at most a MiB, and report the bytes of each."""
-    while piece := stream.read(2**20):
+def read_pieces(stream: IO[bytes], moved: Callable[[int], None], size: int = sys.maxsize) -> Iterator[bytes]:
+    """Yield the next `size` bytes of a stream, or all it has, in pieces of at most a MiB; report the bytes of each."""
+    while piece := stream.read(min(size, 2**20)):
         yield piece
+        size -= len(piece)
         moved(len(piece))
 
 

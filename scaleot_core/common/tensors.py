@@ -3,8 +3,9 @@
 import hashlib
 import json
 import math
+import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from scaleot_core.common.distributed import full_tensor
 from scaleot_core.common.errors import UserError, one_line
-from scaleot_core.common.files import atomic_file
+from scaleot_core.common.files import atomic_file, read_pieces
 from scaleot_core.common.launch import is_main_process
 
 SAFETENSORS_DTYPES = {
@@ -69,12 +70,41 @@ class TensorWriter:
         self.missing.remove(name)
         with self.path.open("r+b") as stream:
             stream.seek(self.start[name])
-            stream.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            stream.write(tensor_bytes(tensor))
 
     def check_whole(self) -> None:
         """Raise ValueError if a tensor wasn't written."""
         if self.missing:
             raise ValueError(f"{self.path}: tensor {min(self.missing)!r} was not written")
+
+
+def copy_tensors(
+    source: Path, target: Path, replace: Callable[[str], torch.Tensor | None], moved: Callable[[int], None]
+) -> None:
+    """Copy a sound safetensors file byte by byte, except for the tensors that `replace` gives others for.
+
+    These have the same shapes and dtypes. One tensor at a time is in memory, and `moved` is told the bytes written.
+    """
+    with source.open("rb") as stream, target.open("wb") as out:
+        size = stream.read(8)
+        text = stream.read(int.from_bytes(size, "little"))
+        out.write(size + text)
+        places = {name: place["data_offsets"] for name, place in json.loads(text).items() if name != "__metadata__"}
+        for name, (start, end) in sorted(places.items(), key=lambda item: item[1]):
+            tensor = replace(name)
+            if tensor is not None:
+                assert tensor.nbytes == end - start, name
+                out.write(tensor_bytes(tensor))
+                stream.seek(end - start, os.SEEK_CUR)
+                moved(end - start)
+            else:
+                for piece in read_pieces(stream, moved, end - start):
+                    out.write(piece)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """Give a tensor's bytes as they lie in memory, or in that of a copy on the CPU."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def read_tensors(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ model's logits on public text is as large as that of the emulator's was.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -59,7 +60,11 @@ def effect(
     before = states(model, blocks) if untuned is None else untuned
     with change:
         moved = states(model, blocks) - before
-    head = model.get_output_embeddings().weight
+    return change_of_logits(moved, model.get_output_embeddings().weight)
+
+
+def change_of_logits(moved: Tensor, head: Tensor) -> float:
+    """Compute the root mean square change of logits from that of last hidden states (N, T, D) and the head (V, D)."""
     squares = [float(nn.functional.linear(part.to(head.dtype), head).float().square().mean()) for part in moved]
     return math.sqrt(sum(squares) / len(squares))
 
@@ -69,13 +74,21 @@ def measure_scale(
 ) -> MeasuredScale:
     """Find the scale at which an adapter changes the real model's logits as much as `target`, the emulator's `effect`.
 
-    Found by secants on the logarithms, from 1 on, within `LEAST` and `MOST`. UserError for an effect that isn't finite.
+    As `find_scale` does.
     """
     before = states(model, blocks)
+    return find_scale(lambda scale: effect(model, plugged_in(model, plan, adapter, scale), blocks, before), target)
+
+
+def find_scale(effect_at: Callable[[float], float], target: float) -> MeasuredScale:
+    """Find the scale at which the effect on the real model is as large as `target`, that on the emulator.
+
+    Found by secants on the logarithms, from 1 on, within `LEAST` and `MOST`. UserError for an effect that isn't finite.
+    """
     found: dict[float, float] = {}
     scale = 1.0
     while scale not in found and len(found) < STEPS:
-        found[scale] = effect(model, plugged_in(model, plan, adapter, scale), blocks, before)
+        found[scale] = effect_at(scale)
         if not math.isfinite(found[scale]) or not math.isfinite(target):
             raise UserError("the adapter's effect on public text is not finite; it is of no use")
         if found[scale] == 0 or target == 0 or abs(found[scale] / target - 1) < CLOSE:

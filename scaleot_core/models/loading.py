@@ -1,11 +1,12 @@
 """Load models, configurations and tokenizers, from a local folder or the hub, safely."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,7 +19,6 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from scaleot_core.common.errors import UserError, one_line
 from scaleot_core.common.files import read_json
-from scaleot_core.common.tensors import SAFETENSORS_DTYPES
 from scaleot_core.models.families import family
 from scaleot_core.models.tokenizers import tokenizer_difference
 
@@ -65,33 +65,64 @@ def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Pre
     return model.eval().requires_grad_(False)
 
 
-def read_model(
-    source: str, dtype: torch.dtype | None = None, revision: str = ""
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Read a model and its tokenizer from the hub or a local folder, in any of transformers' formats.
+def read_description(source: str, revision: str = "") -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """Read a model's configuration and tokenizer from the hub or a local folder, without its weights.
 
-    The model is in `dtype`, or, without one, each tensor in its own. `revision` is a commit, tag or branch on the hub,
-    empty for the newest. UserError for a model that can't be fetched or read, is of an unsupported architecture, or has
-    another's tokenizer.
+    `revision` is a commit, tag or branch on the hub, empty for the newest. UserError for what can't be fetched or read,
+    is of an unsupported architecture, or has another's tokenizer.
     """
-    path = Path(source).expanduser()
-    try:
-        _check_place(source, path)
-        name, at = str(path) if path.exists() else source, revision or "main"
+    with _describing(source):
+        _check_place(source, Path(source).expanduser())
+        name, at = _place(source), revision or "main"
         config = AutoConfig.from_pretrained(name, revision=at, trust_remote_code=False)
         family(config)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=at, trust_remote_code=False)
         check_tokenizer(tokenizer, config)
-        model = _pretrained(name, config=config, dtype=dtype or "auto", revision=at)
-        if dtype is None:  # transformers has loaded all in one
-            _restore_dtypes(
-                model, path if path.exists() else Path(str(cached_file(name, CONFIG_NAME, revision=at))).parent
-            )
+        return config, tokenizer
+
+
+def read_model(
+    source: str, dtype: torch.dtype | None = None, revision: str = ""
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Read a model and its tokenizer as `read_description` does, in any of transformers' formats.
+
+    The model is in `dtype`, or, without one, in that of its configuration.
+    """
+    config, tokenizer = read_description(source, revision)
+    with _describing(source):
+        model = _pretrained(_place(source), config=config, dtype=dtype or "auto", revision=revision or "main")
         return model, tokenizer
+
+
+def weight_files(source: str) -> list[Path]:
+    """Find a model's safetensors files, as transformers looks for them, and fetch those on the hub.
+
+    Empty where it has weights of other formats alone.
+    """
+    with _describing(source):
+        name, find = _place(source), partial(cached_file, _raise_exceptions_for_missing_entries=False)
+        if single := find(name, SAFE_WEIGHTS_NAME):
+            return [Path(single)]
+        index = find(name, SAFE_WEIGHTS_INDEX_NAME)
+        files = sorted(set(read_json(Path(index))["weight_map"].values())) if index else []
+        return [Path(str(cached_file(name, file))) for file in files]
+
+
+def _place(source: str) -> str:
+    """Give a source as transformers takes it: the path of a folder, or a name on the hub."""
+    path = Path(source).expanduser()
+    return str(path) if path.exists() else source
+
+
+@contextmanager
+def _describing(source: str) -> Iterator[None]:
+    """Turn whatever keeps a model from being read into a UserError of parameter `model`."""
+    try:
+        yield
     except UserError as error:
         raise UserError(error.message, parameter="model", value=source) from error
     except Exception as error:
-        where = "" if path.exists() else "no such folder is here, and from the hub "
+        where = "" if Path(source).expanduser().exists() else "no such folder is here, and from the hub "
         raise UserError(f"{where}it can't be loaded ({one_line(error)})", parameter="model", value=source) from error
 
 
@@ -112,46 +143,6 @@ def _check_place(source: str, path: Path) -> None:
                 "its tokenizer.model is SentencePiece's: pip install sentencepiece protobuf, or put its tokenizer.json "
                 "there"
             ) from None
-
-
-@torch.no_grad()
-def _restore_dtypes(model: PreTrainedModel, folder: Path) -> None:
-    """Give each tensor of a model the dtype and the digits that it has in the model's safetensors files.
-
-    What transformers has put together otherwise than it lies there stays as it was loaded.
-    """
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    names = set(read_json(index)["weight_map"].values()) if index.is_file() else {SAFE_WEIGHTS_NAME}
-    parameters = dict(model.named_parameters())
-    for file in (folder / name for name in sorted(names) if (folder / name).is_file()):
-        with safe_open(file, framework="pt") as stream:
-            for name in stream.keys():  # noqa: SIM118
-                here = parameters.get(name, parameters.get(f"{model.base_model_prefix}.{name}"))
-                if here is None or stream.get_slice(name).get_dtype() == SAFETENSORS_DTYPES.get(here.dtype):
-                    continue
-                tensor = stream.get_tensor(name)
-                if tensor.is_floating_point() and torch.equal(tensor.to(here.dtype), here):
-                    here.data = tensor
-
-
-def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a model and its tokenizer as `read_model` gave them, in a folder of transformers' format.
-
-    The configuration keeps the dtype in which transformers loads the model; its own `save_pretrained` would put that
-    of the first tensor there.
-    """
-    dtype = model.config.dtype
-    model.save_pretrained(folder)
-    model.config.dtype = dtype
-    model.config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def one_dtype(model: PreTrainedModel) -> AbstractContextManager[object]:
-    """Compute in one dtype for the length of a block where a model's tensors are of several: in the narrowest."""
-    dtypes = {parameter.dtype for parameter in model.parameters()}
-    narrowest = min(dtypes, key=lambda dtype: dtype.itemsize)
-    return torch.autocast(model.device.type, dtype=narrowest, enabled=len(dtypes) > 1)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:

@@ -4,11 +4,11 @@ So a model of any depth takes the memory of its embeddings and of one layer. The
 layers are fetched for it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
@@ -27,30 +27,62 @@ LayerHook = Callable[[int, nn.Module], AbstractContextManager[object]]
 LayerLoader = Callable[[], AbstractContextManager[nn.Module]]
 
 
-class StreamedModel:
-    """A causal language model in a folder of safetensors, as `save_model` writes it, read part by part.
+class Place(NamedTuple):
+    """Where a tensor lies."""
 
-    `model` has no weights but those that a block here put in: all of them are on the meta device. UserError for a
-    tensor that is missing, of another shape, or in a damaged file.
+    file: Path
+    name: str
+    """In the file."""
+    shape: tuple[int, ...]
+
+
+class StreamedModel:
+    """A causal language model in safetensors files, read part by part: those of a folder, or those that are named.
+
+    Tensors have the model's own names there, or these without the base model's prefix. `model` has no weights but those
+    that a block here put in: all of them are on the meta device. It is the one given, or that of the configuration.
+    UserError for a tensor that is missing, of another shape, or in a damaged file.
     """
 
-    def __init__(self, folder: Path, config: PretrainedConfig, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: PretrainedConfig,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        files: Iterable[Path] = (),
+        model: PreTrainedModel | None = None,
+    ) -> None:
         self.folder, self.device, self.dtype = folder, device, dtype
-        self.files: dict[str, Path] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            with self._sound(file), safe_open(file, framework="pt") as stream:
-                self.files |= dict.fromkeys(stream.keys(), file)
-        with init_empty_weights(include_buffers=False):
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        self.model.eval().requires_grad_(False)
+        if model is None:
+            with init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        self.model: PreTrainedModel = model.eval().requires_grad_(False)
         for name, buffer in self.model.named_buffers():  # what a model computes for itself
             owner, _, last = name.rpartition(".")
             setattr(self.model.get_submodule(owner), last, buffer.to(device))
         self.path, self._layers = family(config).layers, list(decoder_layers(self.model))
         tied, inside = set(self.model.all_tied_weights_keys), f"{self.path}."
-        self._shapes = {name: tensor.shape for name, tensor in self.model.state_dict().items() if name not in tied}
+        self._shapes = {n: tuple(tensor.shape) for n, tensor in self.model.state_dict().items() if n not in tied}
         self.outside = [name for name in self._shapes if not name.startswith(inside)]
         """Names of the tensors that are in no decoder layer: embeddings, norm, head."""
+        self.places: dict[str, Place] = {}
+        """Where each of the model's tensors lies, by its name in the model."""
+        for file in files or sorted(folder.glob("*.safetensors")):
+            self._find(file)
+
+    def _find(self, file: Path) -> None:
+        with self._sound(file), safe_open(file, framework="pt") as stream:
+            for name in stream.keys():  # noqa: SIM118
+                longer = f"{self.model.base_model_prefix}.{name}"
+                shape = tuple(stream.get_slice(name).get_shape())
+                self.places[longer if longer in self._shapes else name] = Place(file, name, shape)
+
+    @property
+    def is_whole(self) -> bool:
+        """Tell whether all of the model's tensors are there, in its shapes."""
+        return all(name in self.places and self.places[name].shape == shape for name, shape in self._shapes.items())
 
     @contextmanager
     def _sound(self, file: Path) -> Iterator[None]:
@@ -61,15 +93,28 @@ class StreamedModel:
 
     def read(self, name: str) -> Tensor:
         """Read one tensor as a copy: what safetensors gives is a window on the file, which would keep it in memory."""
-        file = self.files.get(name, self.folder)
-        with self._sound(file):
-            if file == self.folder:
+        place = self.places.get(name)
+        with self._sound(place.file if place else self.folder):
+            if place is None:
                 raise ValueError(f"tensor {name!r} is missing")
-            with safe_open(file, framework="pt") as stream:
-                tensor = stream.get_tensor(name)
-                if tensor.shape != self._shapes[name]:
-                    raise ValueError(f"tensor {name!r} is {tuple(tensor.shape)}, not {tuple(self._shapes[name])}")
-                return tensor.to(self.device, self.dtype, copy=True)
+            if place.shape != self._shapes[name]:
+                raise ValueError(f"tensor {name!r} is {place.shape}, not {self._shapes[name]}")
+            with safe_open(place.file, framework="pt") as stream:
+                return stream.get_tensor(place.name).to(self.device, self.dtype, copy=True)
+
+    def read_stored(self, name: str) -> Tensor | None:
+        """Read one tensor in the dtype that it has on disk; None where there is none of that name in the model."""
+        place = self.places.get(name) if name in self._shapes else None
+        if place is None:
+            return None
+        with self._sound(place.file), safe_open(place.file, framework="pt") as stream:
+            return stream.get_tensor(place.name).clone()
+
+    def read_head(self) -> Tensor:
+        """Read the weights (V, D) of the output embeddings."""
+        head = self.model.get_output_embeddings().weight
+        name = next(name for name, parameter in self.model.named_parameters() if parameter is head)
+        return self.read(self.model.all_tied_weights_keys.get(name, name))
 
     def _fill(self, module: nn.Module, prefix: str, names: list[str]) -> None:
         module.load_state_dict({n.removeprefix(prefix): self.read(n) for n in names}, strict=False, assign=True)
@@ -104,12 +149,13 @@ class StreamedModel:
         return self.model
 
     @torch.no_grad()
-    def run(self, blocks: Tensor, around: LayerHook, batch_blocks: int = 8) -> None:
+    def run(self, blocks: Tensor, around: LayerHook, batch_blocks: int = 8, *, states: bool = False) -> Tensor:
         """Run blocks (N, T) through the stack: all, `batch_blocks` at once, through a layer before the next.
 
-        Memory: embeddings and twice the N · T · D numbers of the hidden states, beside a layer.
+        With `states` it gives the last hidden states (N, T, D), otherwise those of one sequence, of no use. Memory:
+        embeddings and twice the N · T · D numbers of the hidden states, beside a layer.
         """
-        last, in_tuple = len(self._layers) - 1, family(self.model.config).in_tuple
+        last, in_tuple = -1 if states else len(self._layers) - 1, family(self.model.config).in_tuple
         passing = {
             i: StreamedLayer(
                 partial(self.layer, i), partial(around, i), batch_blocks, last=i == last, in_tuple=in_tuple
@@ -121,7 +167,7 @@ class StreamedModel:
             self._filled(self.model, "", [name for name in self.outside if name.startswith(stack)]),
             swapped_layers(self.model, passing),
         ):
-            last_hidden_state(self.model, blocks)
+            return last_hidden_state(self.model, blocks)
 
 
 def load_sharded(folder: Path, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

@@ -1,0 +1,40 @@
+"""Write the plug-in model: the real model's own files, of which the tensors that the adapter changes are others."""
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from scaleot_core.common.progress import byte_progress
+from scaleot_core.common.tensors import copy_tensors
+from scaleot_core.models.sources import ModelSource
+from scaleot_core.models.streaming import StreamedModel
+from scaleot_core.tuning.adapters import TunedAdapter
+
+
+def write_plugged(
+    folder: Path, source: ModelSource, model: StreamedModel, adapter: TunedAdapter, scale: float = 1.0
+) -> None:
+    """Write a model with an adapter plugged in into an existing, empty folder of transformers' format.
+
+    One tensor at a time is in memory. What the adapter doesn't change is copied byte by byte; `model` is the source's,
+    at whose shapes the adapter is.
+    """
+    names = {model.places[name][:2]: name for name in adapter.changes}
+
+    def plugged(file: Path, stored: str) -> Tensor | None:
+        name = names.get((file, stored), "")
+        base = model.read_stored(name)
+        return None if base is None else adapter.plugged(name, base, scale)
+
+    with byte_progress("writing the plug-in", sum(file.stat().st_size for file in source.files)) as moved:
+        for file in source.files:
+            copy_tensors(file, folder / file.name, partial(plugged, file), moved)
+    for name in (SAFE_WEIGHTS_INDEX_NAME, GENERATION_CONFIG_NAME):
+        beside = source.files[0].with_name(name)
+        if beside.is_file() and not (name == SAFE_WEIGHTS_INDEX_NAME and (folder / SAFE_WEIGHTS_NAME).is_file()):
+            shutil.copyfile(beside, folder / name)
+    source.config.save_pretrained(folder)
+    source.tokenizer.save_pretrained(folder)

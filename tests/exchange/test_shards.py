@@ -1,0 +1,338 @@
+"""A package in shards is the package in one file a part; every way in which its shards can be wrong is refused."""
+
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    CPU,
+    LORA,
+    change_manifest,
+    form,
+    list_again,
+    refused,
+    scaleot,
+    snapshot,
+    tiny_model,
+    write_adapter,
+    write_package,
+)
+from transformers import PreTrainedTokenizerFast
+
+from scaleot_core.common import progress
+from scaleot_core.common.files import read_json
+from scaleot_core.common.tensors import read_tensors, write_tensors
+from scaleot_core.compression.plan import Plan
+from scaleot_core.exchange import archive, shards
+from scaleot_core.exchange.package import Package
+from scaleot_core.exchange.shards import part_files
+
+LIMIT = 20_000  # bytes of a shard, where each layer of the tiny model has 40,000
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "SHARD_BYTES", LIMIT)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """The same emulator as a package in shards and as one without, the real model and records."""
+    folder = tmp_path_factory.mktemp("sound")
+    with pytest.MonkeyPatch.context() as patch:
+        write_package(folder / "one", tiny_model("llama"), tokenizer)
+        patch.setattr(shards, "SHARD_BYTES", LIMIT)
+        write_package(folder / "package", tiny_model("llama"), tokenizer)
+    tiny_model("llama").save_pretrained(folder / "model", max_shard_size="20KB")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "records.jsonl").write_text('{"prompt": "count", "completion": " to one"}\n' * 9)
+    return folder
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.glob("*.safetensors"))
+
+
+# --- the same package ------------------------------------------------------------------------------------
+
+
+def test_files_follow_from_names_and_shapes_alone() -> None:
+    expected = {name: ((size,), torch.float32) for name, size in (("c", 2000), ("a", 4000), ("b", 1000), ("d", 9000))}
+    assert part_files("base", expected) == {
+        "base-00001-of-00002.safetensors": {name: expected[name] for name in "ab"} | {"c": expected["c"]},
+        "base-00002-of-00002.safetensors": {"d": expected["d"]},  # larger than a shard may be, so alone
+    } or part_files("base", expected).keys() == {f"base-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
+    for those in part_files("base", expected).values():
+        assert len(those) == 1 or sum(shape[0] * 4 for shape, _ in those.values()) <= LIMIT
+    small = {"a": expected["a"]}
+    assert part_files("base", small) == {"base.safetensors": small}
+    assert list(part_files("base", dict(reversed(expected.items())))) == list(part_files("base", expected))
+
+
+def test_package_in_shards_is_the_package(sound: Path) -> None:
+    sharded, one = sound / "package", sound / "one"
+    assert len(names(one)) == 4 and len(names(sharded)) > 8
+    assert all((sharded / name).stat().st_size < LIMIT * 2.2 for name in names(sharded))
+    tensors = [
+        {k: t for name in names(folder) for k, t in read_tensors(folder / name).items()} for folder in (sharded, one)
+    ]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
+
+
+def tuned(sound: Path, out: Path, name: str, *options: object) -> Path:
+    command = ("tune", sound / name, "--data", sound / "records.jsonl", "--out", out / name, "--lora-rank", 3)
+    assert scaleot(*command, "--epochs", 1, "--threads", 1, "--device", "cpu", *options).code == 0
+    return out / name
+
+
+@pytest.mark.parametrize("kind", ["layers", "lora"])
+def test_tuning_and_plugging_in_give_the_same_bytes(
+    tmp_path: Path, sound: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    made = {}
+    for name in ("package", "one"):
+        if name == "one":
+            monkeypatch.undo()
+        adapter = tuned(sound, tmp_path, name, "--adapters", kind)
+        plugged = tmp_path / f"{name}-plugged"
+        assert scaleot("plug", sound / "model", adapter, "--package", sound / name, "--out", plugged).code == 0
+        weights = {file.name: file.read_bytes() for file in adapter.glob("*.safetensors")}
+        made[name] = weights, snapshot(plugged)
+    assert made["package"] == made["one"]
+    assert names(tmp_path / "one-plugged") == names(sound / "model") and len(names(sound / "model")) > 2
+
+
+@pytest.mark.parametrize("name", ["packed", "packed.zip"])
+def test_shards_are_packed_and_inspected(tmp_path: Path, sound: Path, name: str) -> None:
+    package = sound / "package"
+    if name.endswith(".zip"):
+        archive.archive(package, tmp_path / name)
+    else:
+        shutil.copytree(package, tmp_path / name)
+    assert scaleot("inspect", tmp_path / name).code == 0
+    assert os.listdir(tmp_path) == [name]  # what was unpacked is gone
+
+
+# --- what is refused -------------------------------------------------------------------------------------
+
+
+def relist(folder: Path, old: str, new: str | None) -> None:
+    """Have the manifest list a file by another name, or not at all."""
+    files = read_json(folder / "manifest.json")["files"]
+    entry = files.pop(old)
+    change_manifest(folder, files=files | ({new: entry} if new else {}))
+
+
+def rename(old: str, new: str):
+    def damage(folder: Path) -> None:
+        (folder / old).rename(folder / new)
+        relist(folder, old, new)
+
+    return damage
+
+
+def gone(folder: Path) -> None:
+    (folder / SHARD).unlink()
+
+
+def gone_and_not_listed(folder: Path) -> None:
+    gone(folder)
+    relist(folder, SHARD, None)
+
+
+def extra(name: str):
+    def damage(folder: Path) -> None:
+        shutil.copy(folder / SHARD, folder / name)
+        list_again(folder, name)
+
+    return damage
+
+
+def swapped(folder: Path) -> None:
+    """Two shards in each other's places."""
+    first, second = (folder / SHARD).read_bytes(), (folder / OTHER).read_bytes()
+    (folder / SHARD).write_bytes(second)
+    (folder / OTHER).write_bytes(first)
+    list_again(folder, SHARD, OTHER)
+
+
+def moved(folder: Path) -> None:
+    """One tensor in the wrong shard."""
+    first, second = read_tensors(folder / SHARD), read_tensors(folder / OTHER)
+    first, second = ({name: tensor.clone() for name, tensor in those.items()} for those in (first, second))
+    name = max(first)
+    second[name] = first.pop(name)
+    write_tensors(folder / SHARD, first)
+    write_tensors(folder / OTHER, second)
+    list_again(folder, SHARD, OTHER)
+
+
+def twice(folder: Path) -> None:
+    """One tensor in two shards."""
+    first = read_tensors(folder / SHARD)
+    name = max(first)
+    write_tensors(folder / OTHER, {**read_tensors(folder / OTHER), name: first[name].clone()})
+    list_again(folder, OTHER)
+
+
+def one_file(folder: Path) -> None:
+    """A part in one file that should lie in shards."""
+    whole = {}
+    for file in list(folder.glob("compressed-*")):
+        whole |= {name: tensor.clone() for name, tensor in read_tensors(file).items()}
+        file.unlink()
+        relist(folder, file.name, None)
+    write_tensors(folder / "compressed.safetensors", whole)
+    list_again(folder, "compressed.safetensors")
+
+
+def flipped(folder: Path) -> None:
+    content = bytearray((folder / SHARD).read_bytes())
+    content[-1] ^= 1
+    (folder / SHARD).write_bytes(content)
+
+
+SHARD, OTHER = (f"compressed-0000{i}-of-00005.safetensors" for i in (1, 2))
+CASES = {
+    "missing": (gone, "is missing"),
+    "missing and not listed": (gone_and_not_listed, "is missing"),
+    "one too many": (extra("compressed-00006-of-00005.safetensors"), "has no place among"),
+    "one of another count": (extra("compressed-00001-of-00002.safetensors"), "has no place among"),
+    "one of a part that has one file": (extra("harmonizer-00001-of-00001.safetensors"), "has no place among"),
+    "number zero": (extra("compressed-00000-of-00005.safetensors"), "has no place among"),
+    "absurd number": (rename(SHARD, "compressed-99999-of-99999.safetensors"), "is missing"),
+    "very long number": (rename(SHARD, f"compressed-{'9' * 90}-of-00005.safetensors"), "is no file of this format"),
+    "negative number": (rename(SHARD, "compressed--0001-of-00005.safetensors"), "is no file of this format"),
+    "number in other digits": (rename(SHARD, "compressed-\u0660\u0660\u0660\u0660\u0661-of-00005.safetensors"), ""),
+    "part that is none": (rename(SHARD, "secret-00001-of-00005.safetensors"), "is no file of this format"),
+    "an index, as transformers has it": (extra("model.safetensors.index.json"), "is no file of this format"),
+    "swapped": (swapped, "is missing, foreign or of the wrong shape"),
+    "tensor in the wrong shard": (moved, "is missing, foreign or of the wrong shape"),
+    "tensor in two shards": (twice, "is missing, foreign or of the wrong shape"),
+    "one file instead": (one_file, "is missing"),
+    "another content": (flipped, "the content is not what the manifest says"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_wrong_shards_are_refused(tmp_path: Path, sound: Path, case: str) -> None:
+    folder = tmp_path / "package"
+    shutil.copytree(sound / "package", folder)
+    assert {SHARD, OTHER, "compressed-00005-of-00005.safetensors"} <= set(names(folder))
+    damage, said = CASES[case]
+    damage(folder)
+    before = snapshot(tmp_path)
+    tune = ("tune", folder, "--data", sound / "records.jsonl", "--out", tmp_path / "out", "--threads", 1)
+    for command in (("inspect", folder), tune):
+        line = refused(*command)
+        assert said in line and line.isprintable() and len(line) < 400, line
+    assert snapshot(tmp_path) == before
+
+
+def test_content_is_told_before_numbers_that_it_made_infinite(tmp_path: Path, sound: Path) -> None:
+    folder = tmp_path / "package"
+    shutil.copytree(sound / "package", folder)
+    tensors = {name: torch.full_like(tensor, torch.inf) for name, tensor in read_tensors(folder / SHARD).items()}
+    write_tensors(folder / SHARD, tensors)
+    assert "the content is not" in refused("inspect", folder)
+    list_again(folder, SHARD)
+    assert "not finite" in refused("inspect", folder)
+
+
+def test_plug_finds_a_damaged_shard_of_what_the_real_model_is_compared_with(tmp_path: Path, sound: Path) -> None:
+    shutil.copytree(sound / "package", tmp_path / "package")
+    package = Package(tmp_path / "package")
+    adapter = write_adapter(tmp_path / "adapter", package.load(CPU), None, package)
+    (shard, *_) = (tmp_path / "package").glob("base-00001-*")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    said = refused("plug", sound / "model", adapter, "--package", package.folder, "--out", tmp_path / "out")
+    assert shard.name in said and "the content is not" in said and not (tmp_path / "out").exists()
+
+
+def test_directory_of_a_large_archive_that_lies_is_not_read(tmp_path: Path, sound: Path) -> None:
+    """Its 64-bit end is what Python reads, so that is checked too."""
+    file = tmp_path / "given.zip"
+    archive.archive(sound / "package", file)
+    content = file.read_bytes()
+    end, at = content[-22:], len(content) - 22
+    record = struct.pack("<4sQHHIIQQQQ", b"PK\x06\x06", 44, 45, 45, 0, 0, 3, 3, 2**31, 0)
+    for where, said in ((at, "bytes, are too many"), (at + 1, "two ends")):
+        locator = struct.pack("<4sIQI", b"PK\x06\x07", 0, where, 1)
+        file.write_bytes(content[:-22] + record + locator + end)
+        assert zipfile.is_zipfile(file) and said in refused("inspect", file)
+
+
+def test_archive_larger_than_the_disk_is_told(tmp_path: Path, sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive.archive(sound / "package", tmp_path / "given.zip")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(archive.shutil, "disk_usage", lambda place: usage._replace(free=1000))
+    assert "has room for 1,000" in refused("inspect", tmp_path / "given.zip")
+
+
+def test_large_packages_have_a_progress_bar_and_small_ones_none(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not scaleot("inspect", sound / "package").said
+    monkeypatch.setattr(progress, "LARGE", 1000)
+    monkeypatch.setattr(progress, "MIB", 1000)
+    (line,) = scaleot("inspect", sound / "package").said
+    size = sum((sound / "package" / name).stat().st_size for name in names(sound / "package"))
+    assert line.startswith("reading the package, MiB: ") and int(line.split("/")[1].split()[0]) == size // 1000
+
+
+# --- memory ----------------------------------------------------------------------------------------------
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import torch
+from scaleot_core import cli
+
+status = lambda: dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+mib = lambda name: int(status()[name].split()[0]) / 1024
+torch.set_num_threads(1)
+for folder in map(Path, sys.argv[1:]):
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew here
+    before = mib("VmRSS")
+    sys.argv = ["scaleot", "plug", str(folder / "model"), str(folder / "adapter"), "--package",
+                str(folder / "package"), "--out", str(folder / "out"), "--public", str(folder / "text.txt")]
+    try:
+        cli.main()
+    except SystemExit as ended:
+        assert not ended.code
+    print("PEAK", mib("VmHWM") - before, flush=True)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read as Linux has it")
+def test_memory_of_plugging_in_does_not_grow_with_the_layers(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checked against the package, with a scale measured on both models, and written: a layer at a time."""
+    wide = {"hidden_size": 512, "intermediate_size": 4096, "num_key_value_heads": 4, "head_dim": 128}
+    layer = (4 * 512**2 + 3 * 512 * 4096) * 4 / 2**20  # MiB
+    monkeypatch.setattr(shards, "SHARD_BYTES", 2 * 10**9)
+    depths = (2, 4, 16)  # the first is there for what Python imports on the way
+    for depth in depths:
+        folder = tmp_path / str(depth)
+        model = tiny_model("llama", num_hidden_layers=depth, **wide)
+        model.save_pretrained(folder / "model", max_shard_size="50MB")
+        tokenizer.save_pretrained(folder / "model")
+        plan = Plan(("adapter", *["compressed"] * (depth - 1)), 0.8, form(8))
+        package = Package(write_package(folder / "package", model, tokenizer, plan))
+        write_adapter(folder / "adapter", package.load(CPU), LORA, package)
+        (folder / "text.txt").write_text("public text " * 200)
+    folders = [str(tmp_path / str(depth)) for depth in depths]
+    done = subprocess.run([sys.executable, "-c", PEAK, *folders], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    _, few, many = (float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("PEAK"))
+    assert abs(many - few) < 2 * layer  # twelve layers more, and garbage of one or two by chance
+    assert many < 4 * layer
