@@ -13,7 +13,7 @@ from scaleot_core.common.tensors import Shapes
 from scaleot_core.compression.emulator import PARTS
 
 SHARD_BYTES = 2 * 10**9  # most of a shard; a tensor that is larger has one for itself
-TENSOR_FILE = re.compile(rf"({'|'.join(PARTS)})(-\d{{5}}-of-\d{{5}})?\.safetensors")
+TENSOR_FILE = re.compile(rf"({'|'.join(PARTS)})(-[0-9]{{5}}-of-[0-9]{{5}})?\.safetensors")
 
 
 def part_files(part: str, expected: Shapes) -> dict[str, Shapes]:
