@@ -18,7 +18,7 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="A package or an adapter: a folder or .zip.")],
     as_json: AsJson = False,
 ) -> None:
-    """Either party: what a package or an adapter is, and whether it came whole. No weights are loaded.
+    """Either party: what a package or an adapter is, and whether it came whole. No weights are kept.
 
     A package is checked to the last shape; an adapter by `scaleot check`, which knows the package it belongs to.
     """

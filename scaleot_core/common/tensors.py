@@ -89,6 +89,7 @@ def copy_tensors(
         size = stream.read(8)
         text = stream.read(int.from_bytes(size, "little"))
         out.write(size + text)
+        moved(len(size + text))
         places = {name: place["data_offsets"] for name, place in json.loads(text).items() if name != "__metadata__"}
         for name, (start, end) in sorted(places.items(), key=lambda item: item[1]):
             tensor = replace(name)

@@ -15,7 +15,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+    logging,
+)
 
 from scaleot_core.common.errors import UserError, one_line
 from scaleot_core.common.files import read_json
@@ -71,7 +78,7 @@ def read_description(source: str, revision: str = "") -> tuple[PretrainedConfig,
     `revision` is a commit, tag or branch on the hub, empty for the newest. UserError for what can't be fetched or read,
     is of an unsupported architecture, or has another's tokenizer.
     """
-    with _describing(source):
+    with describing(source):
         _check_place(source, Path(source).expanduser())
         name, at = _place(source), revision or "main"
         config = AutoConfig.from_pretrained(name, revision=at, trust_remote_code=False)
@@ -89,7 +96,7 @@ def read_model(
     The model is in `dtype`, or, without one, in that of its configuration.
     """
     config, tokenizer = read_description(source, revision)
-    with _describing(source):
+    with describing(source):
         model = _pretrained(_place(source), config=config, dtype=dtype or "auto", revision=revision or "main")
         return model, tokenizer
 
@@ -99,8 +106,9 @@ def weight_files(source: str) -> list[Path]:
 
     Empty where it has weights of other formats alone.
     """
-    with _describing(source):
+    with describing(source):
         name, find = _place(source), partial(cached_file, _raise_exceptions_for_missing_entries=False)
+        find(name, GENERATION_CONFIG_NAME)  # which is to lie beside them
         if single := find(name, SAFE_WEIGHTS_NAME):
             return [Path(single)]
         index = find(name, SAFE_WEIGHTS_INDEX_NAME)
@@ -115,7 +123,7 @@ def _place(source: str) -> str:
 
 
 @contextmanager
-def _describing(source: str) -> Iterator[None]:
+def describing(source: str) -> Iterator[None]:
     """Turn whatever keeps a model from being read into a UserError of parameter `model`."""
     try:
         yield

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from scaleot_core.common.tensors import SAFETENSORS_DTYPES
-from scaleot_core.models.loading import read_description, read_model, weight_files
+from scaleot_core.models.loading import describing, read_description, read_model, weight_files
 from scaleot_core.models.streaming import StreamedModel
 
 CPU = torch.device("cpu")
@@ -48,7 +48,9 @@ def open_model(source: str, scratch: Path) -> Iterator[ModelSource]:
     """
     config, tokenizer = read_description(source)
     found = ModelSource(config, tokenizer, weight_files(source))
-    if found.files and found.streamed().is_whole:
+    with describing(source):
+        is_whole = bool(found.files) and found.streamed().is_whole
+    if is_whole:
         yield found
         return
     with tempfile.TemporaryDirectory(prefix=".model.", dir=scratch) as folder:

@@ -5,11 +5,29 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers import LORA, PLAN, each_family, emulator_of, move_lora, pruned_emulator, refusal, tiny_model
+from helpers import (
+    CPU,
+    LORA,
+    PLAN,
+    each_family,
+    emulator_of,
+    form,
+    move_lora,
+    pruned_emulator,
+    refusal,
+    tiny_model,
+    write_adapter,
+    write_package,
+)
 
 from scaleot_core.compression.emulator import layer_parameters
+from scaleot_core.compression.plan import Plan
+from scaleot_core.exchange import adapter
 from scaleot_core.exchange import scale as scales
+from scaleot_core.exchange.package import Package
 from scaleot_core.exchange.scale import check_scale, effect, emulator_effect, measure_scale
+from scaleot_core.exchange.streamed_scale import measure_streamed_scale, streamed_emulator_effect
+from scaleot_core.models.sources import open_model
 from scaleot_core.tuning.adapters import TunedLayers, fit_to_model, plugged_in
 from scaleot_core.tuning.lora import remove_lora
 
@@ -50,6 +68,31 @@ def test_scale_makes_both_effects_equal(name, kind, blocks):
     if scales.LEAST < found.scale < scales.MOST:
         assert found.model[found.scale] == pytest.approx(target, rel=0.06)
     assert found.model[1.0] == pytest.approx(effect(real, plugged_in(real, plan, fitted), blocks))
+
+
+@each_family
+@pytest.mark.parametrize("lora", [None, LORA], ids=["layers", "lora"])
+def test_scale_measured_a_layer_at_a_time_is_the_scale(name, lora, blocks, tmp_path, tokenizer):
+    real = tiny_model(name)
+    real.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    package = Package(write_package(tmp_path / "package", tiny_model(name), tokenizer))
+    tuned = adapter.read(write_adapter(tmp_path / "adapter", package.load(CPU), lora, package), package)
+    target = emulator_effect(package.load(CPU), package.plan, tuned, blocks)
+    expected = measure_scale(real, package.plan, tuned, target, blocks)
+    with open_model(str(tmp_path / "model"), tmp_path) as source:
+        found = measure_streamed_scale(source.streamed(), package, tuned, tuned, blocks)
+    assert found.emulator == pytest.approx(expected.emulator, rel=1e-3) and target > 0
+    assert found.scale == pytest.approx(expected.scale, rel=1e-3)
+    assert list(found.model.values()) == pytest.approx(list(expected.model.values()), rel=1e-3)
+
+
+def test_layer_that_is_shared_is_streamed_from_whose_weights_it_has(blocks, tmp_path, tokenizer):
+    plan = Plan(("adapter", "compressed", "shared", "shared"), 0.8, form(8), like={2: 1, 3: 0})
+    package = Package(write_package(tmp_path / "package", tiny_model("llama"), tokenizer, plan))
+    tuned = adapter.read(write_adapter(tmp_path / "adapter", package.load(CPU), LORA, package), package)
+    expected = emulator_effect(package.load(CPU), plan, tuned, blocks)
+    assert streamed_emulator_effect(package, tuned, blocks, CPU) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize(

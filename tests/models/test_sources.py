@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU, each_family, refusal, tiny_model
+from helpers import CPU, DAMAGES, each_family, refusal, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
@@ -62,16 +62,20 @@ def test_model_of_another_format_is_written_anew_for_a_while(tmp_path, tokenizer
     assert not list((tmp_path / "scratch").iterdir())
 
 
-@pytest.mark.parametrize(
-    "change", [{"model.norm.weight": None}, {"model.norm.weight": torch.ones(7)}], ids=["gone", "shape"]
-)
-def test_model_without_all_of_its_tensors_is_one_line(tmp_path, tokenizer, change):
-    write(tmp_path, tokenizer)
-    file = tmp_path / "model.safetensors"
-    save_file({key: t for key, t in {**load_file(file), **change}.items() if t is not None}, file, {"format": "pt"})
+def other_shape(folder: Path) -> None:
+    """A tensor of another shape than the configuration gives it."""
+    file = folder / "model.safetensors"
+    save_file({**load_file(file), "model.norm.weight": torch.ones(7)}, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, other_shape])
+def test_damaged_model_is_one_line(tmp_path, tokenizer, damage):
+    write(tmp_path / "model", tokenizer)
+    damage(tmp_path / "model")
 
     def use() -> None:
-        with open_model(str(tmp_path), tmp_path):
+        with open_model(str(tmp_path / "model"), tmp_path):
             pytest.fail("it was opened")
 
-    assert refusal(use).startswith(f"model = {str(tmp_path)!r}: it can't be loaded (")
+    assert refusal(use).startswith(f"model = {str(tmp_path / 'model')!r}: ")
+    assert [file.name for file in tmp_path.iterdir()] in ([], ["model"])
