@@ -322,13 +322,13 @@ def test_memory_of_plugging_in_does_not_grow_with_the_layers(
     wide = {"hidden_size": 512, "intermediate_size": 4096, "num_key_value_heads": 4, "head_dim": 128}
     layer = (4 * 512**2 + 3 * 512 * 4096) * 4 / 2**20  # MiB
     monkeypatch.setattr(shards, "SHARD_BYTES", 2 * 10**9)
-    depths = (2, 4, 16)  # the first is there for what Python imports on the way
+    depths = (2, 4, 12)  # the first is there for what Python imports on the way
     for depth in depths:
         folder = tmp_path / str(depth)
         model = tiny_model("llama", num_hidden_layers=depth, **wide)
         model.save_pretrained(folder / "model", max_shard_size="50MB")
         tokenizer.save_pretrained(folder / "model")
-        plan = Plan(("adapter", *["compressed"] * (depth - 1)), 0.8, form(8))
+        plan = Plan(("compressed", *["adapter"] * (depth - 1)), 0.8, form(8))
         package = Package(write_package(folder / "package", model, tokenizer, plan))
         write_adapter(folder / "adapter", package.load(CPU), LORA, package)
         (folder / "text.txt").write_text("public text " * 200)
@@ -336,5 +336,5 @@ def test_memory_of_plugging_in_does_not_grow_with_the_layers(
     done = subprocess.run([sys.executable, "-c", PEAK, *folders], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     _, few, many = (float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("PEAK"))
-    assert abs(many - few) < 2 * layer  # twelve layers more, and garbage of one or two by chance
+    assert abs(many - few) < 2 * layer  # eight layers more, and garbage of one or two by chance
     assert many < 4 * layer
