@@ -1,5 +1,6 @@
 """What every test may ask for: each family's tiny model, a tiny real tokenizer, a corpus, the default parameters."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from helpers import CONFIGS, ROOT, VOCABULARY, tiny_model
+from remembered import remember
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.utils import collect_env
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
-from warm_python import no_packages, warm_python
+from warm_python import warm_python
 
 from scaleot_core.params import Params, load_params
 from scaleot_core.settings import OffsiteTuning
@@ -29,9 +30,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
+def pytest_collection_finish() -> None:
+    """Let no search for garbage go through all that was imported, again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def once() -> Iterator[None]:
-    """What takes seconds, and is the same whoever asks, is computed once a process, or not where nobody reads it."""
+    """What takes long, and is the same whoever asks, is worked out once a process, or not where nobody reads it."""
     search, found = privacy.noise_multiplier, dict[tuple[float, ...], float]()
 
     def noise_multiplier(tuning: OffsiteTuning, *, sample_rate: float, steps: int) -> float:
@@ -42,7 +49,7 @@ def once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(privacy, "noise_multiplier", noise_multiplier)
-        patch.setattr(collect_env, "get_pip_packages", no_packages)
+        remember(patch)
         yield
 
 

@@ -184,9 +184,14 @@ def run(request: dict[str, Any]) -> NoReturn:
     os._exit(code)
 
 
-def no_packages(run: Any) -> tuple[str, str]:
-    """Stand in for `torch.utils.collect_env.get_pip_packages`, which lm-eval calls after each evaluation: a second."""
-    return "pip", ""
+def prepare() -> None:
+    """Let libraries remember what they work out, and have them do so for what every stage reads."""
+    import pytest
+    import yaml
+    from remembered import remember
+
+    remember(pytest.MonkeyPatch())
+    yaml.safe_load((Path(__file__).parent.parent / "dvc.yaml").read_text(encoding="utf-8"))
 
 
 def main() -> None:
@@ -199,7 +204,7 @@ def main() -> None:
             importlib.import_module(name)
         for name in [name for name in sys.modules if name.partition(".")[0] == "scaleot_core"]:
             del sys.modules[name]  # what it imports stays; itself each program imports, in its own environment
-        importlib.import_module("torch.utils.collect_env").get_pip_packages = no_packages  # type: ignore[attr-defined]
+        prepare()
         gc.collect()
         gc.freeze()  # a fork that looks for garbage would copy all that was imported
         request = serve(listener)

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from scaleot_core import preflight
+from scaleot_core.common.runtime import Runtime
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark every test of this folder."""
@@ -22,3 +25,18 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rate() -> Iterator[None]:
+    """How fast this machine multiplies, which prepare_data tells, is measured once a process, not for every project."""
+    measure, found = preflight._rate, dict[tuple[Runtime, torch.dtype], float]()
+
+    def measured(runtime: Runtime, dtype: torch.dtype) -> float:
+        if (runtime, dtype) not in found:
+            found[runtime, dtype] = measure(runtime, dtype)
+        return found[runtime, dtype]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "_rate", measured)
+        yield

@@ -1,0 +1,49 @@
+"""What libraries work out again and again, though the answer is the same, worked out once a process.
+
+Both the tests' own process and the warm `python` use it. What a user starts has none of it, nor have the tests that
+start Python cold.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import yaml
+from jinja2 import Environment, Template
+from torch.utils import collect_env
+
+
+def remember(patch: pytest.MonkeyPatch) -> None:
+    """Let libraries remember what they compiled and parsed, and name no environment, until `patch` is undone."""
+    patch.setattr(Environment, "from_string", _compiled_once(Environment.from_string))
+    patch.setattr(yaml, "safe_load", _parsed_once(yaml.safe_load))
+    patch.setattr(collect_env, "get_pretty_env_info", lambda: "not asked for")  # lm-eval's, after each evaluation
+
+
+def _compiled_once(compiled: Callable[..., Template]) -> Callable[..., Template]:
+    """Compile a template once for its environment: lm-eval does it for every field of every question."""
+    found: dict[tuple[Environment, str], Template] = {}
+
+    def from_string(self: Environment, source: Any, *more: Any, **options: Any) -> Template:
+        if more or options or not isinstance(source, str):
+            return compiled(self, source, *more, **options)
+        if (self, source) not in found:
+            found[self, source] = compiled(self, source)
+        return found[self, source]
+
+    return from_string
+
+
+def _parsed_once(parsed: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Parse a text once, and give each caller a copy: a stage parses dvc.yaml and params.yaml several times."""
+    found: dict[str, Any] = {}
+
+    def safe_load(stream: Any) -> Any:
+        if not isinstance(stream, str):
+            return parsed(stream)
+        if stream not in found:
+            found[stream] = parsed(stream)
+        return copy.deepcopy(found[stream])
+
+    return safe_load
