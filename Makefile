@@ -32,6 +32,7 @@ test-quick: .venv/ready  ## what to run after an edit: the tests that take no wh
 	python -m pytest $(PARALLEL) -m "not slow"
 
 test test-quick: export OMP_NUM_THREADS := 1
+test test-quick: export PYTHONDONTWRITEBYTECODE :=
 
 lint: .venv/ready  ## format check, linter, type checker and spelling
 	ruff format --check .

@@ -24,10 +24,23 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     return argname if isinstance(val, bytes) else None
 
 
-@pytest.hookimpl(trylast=True)  # once the folders have marked theirs
+# The files that take longest, the longest first: what is begun last must be short, or one process waits for the other.
+LONGEST = ("test_pipeline", "test_stages", "test_same_as_lm_eval", "test_parallel", "test_experiments", "test_privacy")
+QUICK_FAMILIES = {"gpt2", "llama"}  # of a test of every family, `make test-quick` takes these
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark a test of any other family as slow."""
+    given = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    if {given.get(name) for name in ("name", "model", "family")} & (CONFIGS.keys() - QUICK_FAMILIES):
+        item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(trylast=True)  # after those that leave tests out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let slow tests go first, so that of several processes none is left with them at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Let the longest files go first."""
+    order = {name: position for position, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 def pytest_collection_finish() -> None:

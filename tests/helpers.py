@@ -1,5 +1,6 @@
 """What several test files use: tiny models and packages, a tiny project, commands run in this process, damage."""
 
+import copy
 import errno
 import hashlib
 import json
@@ -9,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
+from functools import cache
 from io import StringIO
 from itertools import count
 from pathlib import Path
@@ -167,6 +169,20 @@ SHAPES: dict[str, dict[str, list[tuple[int, int]]]] = {  # of every attention ma
 
 def tiny_model(name: str, **changes: object) -> PreTrainedModel:
     """Make a seeded random model of one family: 4 layers of width 32, float32, frozen."""
+    if changes:
+        return _initialised(name, **changes)
+    model, draws = _kept(name)
+    torch.set_rng_state(draws)
+    return copy.deepcopy(model)
+
+
+@cache
+def _kept(name: str) -> tuple[PreTrainedModel, torch.Tensor]:
+    """Make a family's tiny model once, to be copied; with the state of the random draws after it."""
+    return _initialised(name), torch.get_rng_state()
+
+
+def _initialised(name: str, **changes: object) -> PreTrainedModel:
     torch.manual_seed(0)
     fields = CONFIGS[name].to_dict()
     if "num_hidden_layers" in changes:  # these lists follow the count

@@ -167,6 +167,7 @@ def test_command_that_is_none_is_refused_and_no_command_is_answered_with_the_hel
     assert ended.code == 2 and "Usage: scaleot" in "".join([*ended.said, ended.out])
 
 
+@pytest.mark.slow
 def test_commands_that_read_only_need_no_dvc_no_git_and_no_heavy_import_for_help(tmp_path, package, records):
     blocked = "import sys\nfor name in ('dvc', 'gguf', 'matplotlib', 'opacus'): sys.modules[name] = None\n"
     script = blocked + "from scaleot_core import cli\nassert 'torch' not in sys.modules\ncli.main()"
@@ -394,6 +395,7 @@ def test_tuning_that_is_begun_anew_says_so_and_leaves_nothing(tmp_path, package,
     assert sorted(os.listdir(tmp_path)) == ["out", "out.private.json"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["layers", "lora"])
 def test_private_tuning_states_its_epsilon_and_draws_what_no_one_can_guess(tmp_path, package, records, kind):
     command = ("tune", package, "--data", records, "--epsilon", 8, "--delta", 0.01, "--adapters", kind, *RANK, *FEW)

@@ -95,6 +95,7 @@ def learn(model, blocks, without: int) -> None:
 
 
 # The scores' rule knows no family; these have their layers in different ways (fused, in a tuple, norms).
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model", ["bloom", "gpt2", "gpt_neox", "llama", "mistral", "opt", "qwen2", "qwen3"], indirect=True
 )

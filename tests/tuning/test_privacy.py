@@ -143,6 +143,7 @@ def private(data, settings, seed=0, **changes):
     return *tuned, weights_hash(model)
 
 
+@pytest.mark.slow
 def test_epsilon_is_kept_to_and_tells_its_steps(data, settings):
     history, epsilon, _ = private(data, settings)
     assert len(history) == 10 and settings.epsilon - 0.02 < epsilon <= settings.epsilon
@@ -153,6 +154,7 @@ def test_epsilon_is_kept_to_and_tells_its_steps(data, settings):
     assert privacy.noise_multiplier(less, sample_rate=0.2, steps=10) > noise[0]
 
 
+@pytest.mark.slow
 def test_every_example_has_a_coin_of_its_own(data, settings):
     history, _, _ = private(data, settings, epochs=40)
     counts = [row["examples"] for row in history]
