@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,18 +52,24 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def once() -> Iterator[None]:
     """What takes long, and is the same whoever asks, is worked out once a process, or not where nobody reads it."""
-    search, found = privacy.noise_multiplier, dict[tuple[float, ...], float]()
-
-    def noise_multiplier(tuning: OffsiteTuning, *, sample_rate: float, steps: int) -> float:
-        asked = (tuning.epsilon, tuning.delta, sample_rate, steps)
-        if asked not in found:
-            found[asked] = search(tuning, sample_rate=sample_rate, steps=steps)
-        return found[asked]
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(privacy, "noise_multiplier", noise_multiplier)
+        for name in ("noise_multiplier", "spent"):
+            patch.setattr(privacy, name, _accounted_once(getattr(privacy, name)))
         remember(patch)
         yield
+
+
+def _accounted_once(account: Callable[..., float]) -> Callable[..., float]:
+    """Ask the accountant of DP-SGD once for the same promise, sampling and noise: a second or more each."""
+    found: dict[tuple[Any, ...], float] = {}
+
+    def asked(tuning: OffsiteTuning, **sampling: float) -> float:
+        key = (tuning.epsilon, tuning.delta, *sorted(sampling.items()))
+        if key not in found:
+            found[key] = account(tuning, **sampling)
+        return found[key]
+
+    return asked
 
 
 @pytest.fixture(scope="session")
