@@ -1,7 +1,7 @@
 # `make help` lists what there is.
 PYTHON ?= python3
 PRESET ?= nine-tasks
-# Tests of one file share what they build; the slow files go first.
+# Tests of one file share what they build; the longest files go first.
 PARALLEL := --numprocesses=2 --dist=loadscope --no-loadscope-reorder
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
@@ -28,11 +28,11 @@ repro: .venv/ready  ## set up, then run the whole pipeline on the embedded model
 test: .venv/ready  ## set up, then run the tests
 	python -m pytest $(PARALLEL)
 
-test-quick: .venv/ready  ## what to run after an edit: the tests that take no whole pipeline
+test-quick: .venv/ready  ## what to run after an edit: no whole pipeline, and two families of all
 	python -m pytest $(PARALLEL) -m "not slow"
 
 test test-quick: export OMP_NUM_THREADS := 1
-test test-quick: export PYTHONDONTWRITEBYTECODE :=
+test test-quick: export PYTHONDONTWRITEBYTECODE :=  # else each of hundreds of processes compiles our modules anew
 
 lint: .venv/ready  ## format check, linter, type checker and spelling
 	ruff format --check .
