@@ -40,7 +40,7 @@ from scaleot_core.exchange.manifest import manifest_sha256
 from scaleot_core.exchange.package import save
 from scaleot_core.params import Params, load_params
 from scaleot_core.pipeline import read_entry
-from scaleot_core.settings import LoraForm, OffsiteTuning
+from scaleot_core.settings import LoraForm, Machine, OffsiteTuning
 from scaleot_core.tuning import tuner
 
 COMMANDS = ["pack", "inspect", "tune", "check", "plug"]
@@ -188,6 +188,7 @@ SETTINGS = {  # of `tune`, each with the class that describes it
     **{name: OffsiteTuning for name in ("epsilon", "delta")},
     **{name: LoraForm for name in ("rank", "alpha", "modules")},
     **{name: Params for name in ("seed", "device", "threads")},
+    "frozen": Machine,
 }
 
 
@@ -208,7 +209,7 @@ def test_option_that_is_a_setting_is_described_and_limited_as_its_field(name: st
 
 def test_no_option_of_a_setting_goes_unheld() -> None:
     """An option that is new has to be among those above."""
-    fields = OffsiteTuning.model_fields.keys() | LoraForm.model_fields.keys() | {"seed", "device", "threads"}
+    fields = OffsiteTuning.model_fields.keys() | LoraForm.model_fields.keys() | {"seed", "device", "threads", "frozen"}
     assert {name for name in fields if option_name(name) in options_of_tune()} == SETTINGS.keys()
 
 
@@ -241,6 +242,22 @@ def test_pack_ships_the_package_and_keeps_the_scores(project, package, name):
     assert private["params"]["alpha"] == 0.33 and private["channels"] == {"2": [0, 1]}
     text = "".join(f.read_text() for f in out.glob("*.json")) if out.is_dir() else out.read_bytes().decode("latin1")
     assert not [word for word in ("scores", "channels", "alpha", "train_blocks", str(project)) if word in text]
+
+
+def test_pack_of_int8_is_smaller_and_goes_all_the_way(tmp_path, project, base, records):
+    """Packed, tuned, checked, plugged in."""
+    shipped = project / "small.zip"
+    gives("pack", "--project", project, "--out", project / "whole.zip", "--license", "for tests alone")
+    found = gives("pack", "--project", project, "--out", shipped, "--dtype", "int8", "--license", "for tests alone")
+    shown = gives("inspect", shipped)
+    assert (shown["license"], shown["frozen matrices"], shown["id"]) == ("for tests alone", "int8", found["id"])
+    assert shown["bytes"] < gives("inspect", project / "whole.zip")["bytes"]
+    assert json.loads((project / "small.zip.private.json").read_text())["package"] == found["id"]
+    gives("tune", shipped, "--data", records, "--out", tmp_path / "lora", *RANK, *FEW, "--frozen", "int8")
+    gives("plug", base, tmp_path / "lora", "--package", shipped, "--out", tmp_path / "plugged")
+    with torch.no_grad():
+        tuned, real = (AutoModelForCausalLM.from_pretrained(f) for f in (tmp_path / "plugged", base))
+    assert not torch.equal(logits(tuned), logits(real))
 
 
 def test_pack_keeps_what_was_measured_of_the_package_and_of_no_other(project, package):

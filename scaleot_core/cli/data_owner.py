@@ -13,7 +13,7 @@ from scaleot_core.common.errors import UserError
 from scaleot_core.common.progress import say
 from scaleot_core.common.validation import validate_block
 from scaleot_core.params import Params
-from scaleot_core.settings import Lora, LoraForm, Machine, OffsiteTuning
+from scaleot_core.settings import Frozen, Lora, LoraForm, Machine, OffsiteTuning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,6 +62,7 @@ def tune(
     epsilon: Annotated[float, setting(OffsiteTuning, "epsilon", "With it each record is one example.")] = 0.0,
     delta: Annotated[float, setting(OffsiteTuning, "delta")] = 1e-5,
     seed: Annotated[int, setting(Params, "seed", "Exceptions are the draws that protect privacy.")] = 0,
+    frozen: Annotated[Frozen | None, setting(Machine, "frozen", "Without it in the package's dtype.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], setting(Params, "device")] = "auto",
     threads: Annotated[int, setting(Params, "threads")] = 0,
     as_json: AsJson = False,
@@ -73,6 +74,7 @@ def tune(
     """
     from scaleot_core.common.files import fingerprint, write_json
     from scaleot_core.common.runtime import setup
+    from scaleot_core.compression.quantization import check_kernels
     from scaleot_core.exchange import adapter
     from scaleot_core.exchange.archive import new_output, unpacked
     from scaleot_core.exchange.package import Package
@@ -96,15 +98,17 @@ def tune(
     )
     form = {"rank": lora_rank, "alpha": lora_alpha, "modules": lora_modules}
     lora = validate_block(LoraForm, form) if adapters == "lora" else None
-    machine = validate_block(Machine, {"device": device, "threads": threads})
+    machine = validate_block(Machine, {"device": device, "threads": threads, "frozen": frozen})
     with unpacked(package) as folder, new_output(out, private_file(out)) as target:
         shipped = Package(folder)
         runtime = setup(machine.model_copy(update={"dtype": shipped.manifest.dtype}), "tune")
-        model, tokenizer = shipped.load(runtime.device), shipped.tokenizer()
+        if frozen:
+            check_kernels(frozen, runtime.device)
+        model, tokenizer = shipped.load(runtime.device, frozen), shipped.tokenizer()
         check_tokenizer(tokenizer, model.config)
         examples = _read_examples(model, tokenizer, task, data, block_size=block_size, packed=not epsilon)
         _check_enough(f"{data or task}", examples, settings, min(block_size, examples.tally.context_length))
-        key = fingerprint(settings.model_dump(), lora and lora.model_dump(), seed, shipped.sha256, examples)
+        key = fingerprint(settings.model_dump(), lora and lora.model_dump(), frozen, seed, shipped.sha256, examples)
         progress = out.with_name(f".{out.name}.progress")
         checkpoint = Checkpoint(progress / key, PROGRESS_SECONDS)
         if progress.is_dir() and not checkpoint.folder.exists():

@@ -73,6 +73,7 @@ def _package_properties(package: "Package") -> dict[str, Any]:
         "chat template": bool(rendered),
         "chat template renders": rendered,
         "dtype": manifest.dtype,
+        **({"frozen matrices": manifest.frozen} if manifest.frozen else {}),
         "layers": list(manifest.layers),
         "beta": manifest.beta,
         "harmonizer rank": manifest.harmonizer.rank,

@@ -2,7 +2,7 @@
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -25,6 +25,13 @@ def pack(
         Path | None,
         typer.Option(help="metrics.json: tell the data owner the recovery that you measured with this package."),
     ] = None,
+    dtype: Annotated[
+        Literal["int8"] | None,
+        typer.Option(
+            help="int8: ship the matrices of compressed layers and harmonizers as whole numbers with one scale a row. "
+            "Without it all is shipped as the pipeline wrote it."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Model owner: make the package to ship from what the pipeline wrote.
@@ -34,9 +41,10 @@ def pack(
     """
     from scaleot_core.artifacts import Artifacts
     from scaleot_core.common.files import read_json, write_json
+    from scaleot_core.compression.emulator import PARTS
     from scaleot_core.exchange.archive import new_output
     from scaleot_core.exchange.manifest import copy_files, manifest_sha256
-    from scaleot_core.exchange.package import LONGEST_LICENSE, UNSTATED, Package, measured_recovery
+    from scaleot_core.exchange.package import LONGEST_LICENSE, UNSTATED, Package, measured_recovery, save
     from scaleot_core.params import load_params
     from scaleot_core.pipeline import DVC_YAML, read_entry
 
@@ -53,7 +61,11 @@ def pack(
     package = Package(artifacts.emulator, links=True)
     recovery = {"figures": measured_recovery(figures, package.sha256)} if figures else {}
     with new_output(out, private_file(out)) as folder:
-        copy_files(artifacts.emulator, folder, package.manifest, license=license, **recovery)
+        if dtype:
+            config, plan, tensors = package.config, package.plan, package.stream(*PARTS)
+            save(folder, config, package.tokenizer(), plan, tensors, license, frozen=dtype, **recovery)
+        else:
+            copy_files(artifacts.emulator, folder, package.manifest, license=license, **recovery)
         identity = manifest_sha256(folder)
     measured = _measured(project, package.sha256)
     write_json(private_file(out), {**private, "package": identity, "measured": measured}, private=True)

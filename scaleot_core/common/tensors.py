@@ -24,6 +24,7 @@ SAFETENSORS_DTYPES = {
     torch.float16: "F16",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int8: "I8",
 }
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Names of tensors with their shapes and dtypes."""

@@ -23,11 +23,12 @@ from transformers import (
 
 from scaleot_core.common.errors import UserError, one_line
 from scaleot_core.common.files import read_json
-from scaleot_core.common.progress import byte_progress
+from scaleot_core.common.progress import Moved, byte_progress
 from scaleot_core.common.runtime import DTYPES
 from scaleot_core.common.tensors import Shapes, TensorWriter
 from scaleot_core.compression.emulator import PARTS, assemble, meta_emulator, part_of, tensor_shapes
 from scaleot_core.compression.plan import DECODER_KINDS, Cut, LayerKind, Plan
+from scaleot_core.compression.quantization import dequantized, quantize
 from scaleot_core.exchange.manifest import (
     MANIFEST,
     MOST_LAYERS,
@@ -37,12 +38,13 @@ from scaleot_core.exchange.manifest import (
     read_checked,
     write_manifest,
 )
+from scaleot_core.exchange.quantized import FROZEN_PARTS, join_scales, stored_shapes, stored_tensors
 from scaleot_core.exchange.shards import TENSOR_FILE, part_files
 from scaleot_core.exchange.tokenizer import load_untrusted_tokenizer, save_tokenizer
 from scaleot_core.exchange.untrusted import check_tensors, stream_untrusted_tensors
 from scaleot_core.models.families import FAMILIES, family
 from scaleot_core.models.forward import last_hidden_state
-from scaleot_core.settings import AdapterKind, Fraction, HarmonizerForm
+from scaleot_core.settings import AdapterKind, Fraction, Frozen, HarmonizerForm
 
 FORMAT: Final = "scaleot-emulator"
 FORMAT_VERSION: Final = 3
@@ -64,7 +66,9 @@ class PackageManifest(Manifest):
     architecture: dict[str, Any]
     """The model's configuration, as transformers has it."""
     dtype: Literal["float32", "bfloat16", "float16"]
-    """Of every tensor."""
+    """Of every tensor that `frozen` doesn't say otherwise of, and of all once they are read."""
+    frozen: Annotated[Literal["int8"] | None, Field(exclude_if=lambda form: form is None)] = None
+    """In what the matrices of harmonizers and compressed layers are shipped, where not in `dtype`."""
     layers: Annotated[tuple[LayerKind, ...], Field(min_length=1, max_length=MOST_LAYERS)]
     """What became of each decoder layer."""
     beta: Fraction
@@ -85,13 +89,17 @@ def save(
     plan: Plan,
     tensors: Iterable[tuple[str, Tensor]],
     license: str = UNSTATED,
+    *,
+    frozen: Literal["int8"] | None = None,
+    **fields: Any,
 ) -> None:
     """Write an emulator as a package into an existing, empty folder, one tensor after the other.
 
-    `config` is the model's, in the package's dtype. ValueError for a tensor that is missing or doesn't belong there.
+    `config` is the model's, in the package's dtype; with `frozen` the frozen matrices are quantized. `fields` go into
+    the manifest. ValueError for a tensor that is missing or doesn't belong there.
     """
     path = family(config).layers
-    expected = tensor_shapes(meta_emulator(config, plan, buffers_too=True), plan)
+    expected = stored_shapes(tensor_shapes(meta_emulator(config, plan, buffers_too=True), plan), frozen)
     files, writers = dict[str, TensorWriter](), list[TensorWriter]()
     for part, shapes in expected.items():
         for file, those in part_files(part, shapes).items():
@@ -100,7 +108,8 @@ def save(
     for name, tensor in tensors:
         if name not in files:
             raise ValueError(f"tensor {name!r} of a {part_of(name, path, plan)} layer has no place in the package")
-        files[name].write(name, tensor)
+        for key, stored in stored_tensors(name, tensor, files[name].expected).items():
+            files[key].write(key, stored)
     for writer in writers:
         writer.check_whole()
     save_tokenizer(folder, tokenizer)
@@ -116,6 +125,8 @@ def save(
         "harmonizer": plan.harmonizer.model_dump(),
         "like": {str(i): other for i, other in plan.like.items()},
         "cuts": {str(i): cut.model_dump(mode="json") for i, cut in plan.cuts.items()},
+        **({"frozen": frozen} if frozen else {}),
+        **fields,
     }
     write_manifest(folder, manifest)
 
@@ -205,7 +216,7 @@ class Package:
     @cached_property
     def expected(self) -> dict[str, dict[str, Shapes]]:
         """The files of each part, and the tensors that each file must have, by name, shape and dtype."""
-        shapes = tensor_shapes(self.meta_model, self.plan)
+        shapes = stored_shapes(tensor_shapes(self.meta_model, self.plan), self.manifest.frozen)
         parts = {part: part_files(part, those) for part, those in shapes.items()}
         wanted = {name for files in parts.values() for name in files}
         for name in sorted({name for name in self.manifest.files if TENSOR_FILE.fullmatch(name)} ^ wanted):
@@ -219,32 +230,48 @@ class Package:
             pass
 
     def stream(self, *parts: str) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors of some parts as they are shipped, one at a time, by their names in the model.
+        """Yield the tensors of some parts in the package's dtype, one at a time, by their names in the model.
 
         All headers are checked before the first, and each file is hashed while it is read, once. Nothing may be used
         before the last: UserError comes at the end of a file whose content is not what the manifest says.
         """
+        return ((name, dequantized(tensor)) for name, tensor in self._stream_as_shipped(*parts))
+
+    def _stream_as_shipped(self, *parts: str) -> Iterator[tuple[str, Tensor]]:
+        """`stream`, with a `QuantizedMatrix` for what is shipped as codes and scales."""
         files = {name: those for part in parts for name, those in self.expected.get(part, {}).items()}
         check_tensors({self.folder / name: those for name, those in files.items()})
         entries = self.manifest.files
-        with byte_progress("reading the package", sum(entries[name].bytes for name in files)) as moved:
+
+        def stored(moved: Moved) -> Iterator[tuple[str, Tensor]]:
             for name, those in files.items():
                 yield from stream_untrusted_tensors(self.folder / name, those, entries[name].sha256, moved)
 
+        with byte_progress("reading the package", sum(entries[name].bytes for name in files)) as moved:
+            yield from join_scales(stored(moved), DTYPES[self.manifest.dtype], self.folder)
+
     def tensors(self, *parts: str) -> dict[str, Tensor]:
-        """Read the tensors of some parts as they are shipped, by their names in the model; no other weights."""
+        """Read the tensors of some parts in the package's dtype, by their names in the model; no other weights."""
         return dict(self.stream(*parts))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer."""
         return load_untrusted_tokenizer(self.folder, links=self.links)
 
-    def load(self, device: torch.device) -> PreTrainedModel:
+    def load(self, device: torch.device, frozen: Frozen | None = None) -> PreTrainedModel:
         """Load the emulator, frozen: built from the configuration and the plan, then filled with the tensors.
 
-        It is run once, on two tokens.
+        With `frozen` the matrices of harmonizers and compressed layers stay quantized. It is run once, on two tokens.
         """
-        tensors = {name: tensor.to(device) for name, tensor in self.stream(*PARTS)}
+        path = family(self.config).layers
+
+        def held(name: str, tensor: Tensor) -> Tensor:
+            tensor = tensor.to(device)
+            if not frozen or tensor.dim() != 2 or part_of(name, path, self.plan) not in FROZEN_PARTS:
+                return dequantized(tensor)
+            return quantize(tensor, frozen)
+
+        tensors = {name: held(name, tensor) for name, tensor in self._stream_as_shipped(*PARTS)}
         model = assemble(self.config, self.plan, tensors.items(), device=device)
         try:
             with torch.no_grad():

@@ -6,11 +6,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from scaleot_core.common.runtime import DTYPES
 from scaleot_core.compression.emulator import meta_emulator
+from scaleot_core.compression.quantization import QuantizedMatrix
 from scaleot_core.exchange.package import Package
+from scaleot_core.exchange.quantized import SCALES
 from scaleot_core.exchange.scale import MeasuredScale, change_of_logits, find_scale
 from scaleot_core.models.forward import hooks
 from scaleot_core.models.streaming import StreamedModel
@@ -34,6 +37,19 @@ def streamed_emulator_effect(package: Package, adapter: TunedAdapter, blocks: Te
     return _effect(emulator, partial(_tuned, emulator, adapter), blocks)()
 
 
+class StreamedEmulator(StreamedModel):
+    """A package's emulator, read part by part, codes and scales as the matrices that they stand for."""
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor as a copy, in the package's dtype; that has room for every code."""
+        tensor, place = super().read(name), self.places.get(f"{name}{SCALES}")
+        if place is None:
+            return tensor
+        with safe_open(place.file, framework="pt") as stream:
+            scales = stream.get_tensor(place.name).to(self.device)
+        return QuantizedMatrix(tensor.to(torch.int8), scales, tensor.shape, self.dtype).dequantized()
+
+
 def stream_emulator(package: Package, device: torch.device) -> StreamedModel:
     """Open a package's emulator to be read layer by layer; UserError where its tensors are not sound."""
     package.check()
@@ -41,7 +57,7 @@ def stream_emulator(package: Package, device: torch.device) -> StreamedModel:
     files = [package.folder / name for names in package.expected.values() for name in names]
     empty = meta_emulator(config, plan, buffers_too=False)
     dtype = DTYPES[package.manifest.dtype]
-    emulator = StreamedModel(package.folder, config, device=device, dtype=dtype, files=files, model=empty)
+    emulator = StreamedEmulator(package.folder, config, device=device, dtype=dtype, files=files, model=empty)
     for i, other in plan.like.items():
         own = f"{emulator.path}.{other}."
         same = {name.removeprefix(own): place for name, place in emulator.places.items() if name.startswith(own)}
