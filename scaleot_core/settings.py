@@ -263,13 +263,15 @@ class Attack(Block):
     """Stage attack, off the main path: `make attack`."""
 
     steps: Positive = 64
-    """updates of every weight in the package"""
+    """updates of what the attacker trains"""
     batch_blocks: Positive = 4
     """corpus blocks in a step"""
     lr: Rate = 0.0001
     """AdamW's peak learning rate"""
     eval_points: Positive = 4
     """measurements during the attack, beside that of the start"""
+    attackers: list[Literal["cut_only", "queries"]] = ["cut_only", "queries"]
+    """who attacks the package beside one who trains everything in it, each with the same budget"""
     references: list[Literal["widened", "without_weights", "uniform"]] = ["widened", "without_weights", "uniform"]
     """what else is attacked with the same budget"""
     membership_records: Annotated[int, Field(ge=2)] = 200

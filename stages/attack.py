@@ -4,23 +4,27 @@ Reads everything, as only a study can. Each finished attack is kept until the st
 Its entry is in studies/dvc.yaml; `make attack` runs it.
 """
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scaleot_core.attacks import exposure, membership, restoration
+from transformers import PreTrainedModel
+
+from scaleot_core.attacks import exposure, hidden, membership, restoration
+from scaleot_core.attacks.capabilities import Yardstick
 from scaleot_core.attacks.targets import Target, targets
 from scaleot_core.common.entrypoint import run_command
 from scaleot_core.common.files import atomic_folder, cached_json, write_csv, write_json
-from scaleot_core.evaluation.harness import evaluate
 from scaleot_core.exchange import adapter
 from scaleot_core.exchange.package import Package
-from scaleot_core.exchange.returned import fitted
+from scaleot_core.exchange.returned import fitted, kept_channels
 from scaleot_core.methods import ModelOwner
 from scaleot_core.models.forward import mean_loss
 from scaleot_core.models.loading import load_model, load_tokenizer
 from scaleot_core.pipeline import run_stage
 from scaleot_core.tuning import examples
+from scaleot_core.tuning.adapters import TunedAdapter, plug_in
 
 ENTRY = Path("studies/dvc.yaml")
 
@@ -29,59 +33,99 @@ def main() -> None:
     with run_stage("attack", file=ENTRY) as stage:
         params, artifacts, runtime, checkpoint = stage.params, stage.artifacts, stage.runtime, stage.checkpoint
         blocks, heldout = artifacts.blocks("train"), artifacts.blocks("heldout")
-        questions = {task: artifacts.questions(task, "eval") for task in params.tasks}
         tokenizer, package = load_tokenizer(artifacts.model), Package(artifacts.emulator, links=True)
-        batch_size, block_size = params.evaluate.batch_size, params.data.block_size
         owner = ModelOwner(
             artifacts.model, runtime, blocks, params, artifacts.harmonizers, checkpoint.folder, checkpoint
         )
+        model = load_model(artifacts.model, device=runtime.device, dtype=runtime.dtype)
+
+        def encoded(task: str, part: str) -> examples.Examples:
+            rows = artifacts.questions(task, part)
+            return examples.from_task(model, tokenizer, task, rows, block_size=params.data.block_size)
+
+        members, others = ({task: encoded(task, part) for task in params.tasks} for part in ("train", "eval"))
+        questions = {task: artifacts.questions(task, "eval") for task in params.tasks}
+        yardstick = Yardstick(tokenizer, questions, others, params.evaluate.batch_size)
+
+        def returned(task: str, kind: str) -> TunedAdapter:
+            tuned = adapter.read(artifacts.adapter(task, kind) / "adapter", package, links=True)
+            return fitted(tuned, package, model, artifacts.emulator_private)
+
+        def served() -> PreTrainedModel:
+            plugged = load_model(artifacts.model, device=runtime.device, dtype=runtime.dtype)
+            plug_in(plugged, package.plan, returned(params.tasks[0], params.adapters[0]))
+            return plugged
+
+        def measured(name: str, known: PreTrainedModel) -> dict[str, Any]:
+            return {"perplexity": math.exp(mean_loss(known, heldout)), **yardstick.measure(known, name)}
 
         def attacked(name: str, target: Target) -> dict[str, Any]:
-            victim, own, label = target(), checkpoint.within(name), f"attack {name}"
+            victim, label = target.load(), f"attack {name}"
             curve = restoration.restore(
-                victim, blocks, heldout, params.attack, seed=params.seed, label=label, checkpoint=own
+                victim,
+                blocks,
+                heldout,
+                params.attack,
+                seed=params.seed,
+                label=label,
+                checkpoint=checkpoint.within(name),
+                parameters=target.parameters(victim),
+                loss=target.loss(victim),
             )
-            return {
-                "curve": curve,
-                "tasks": evaluate(victim, tokenizer, questions, batch_size=batch_size, label=label),
-            }
+            return {"curve": curve, **yardstick.measure(victim, label)}
 
+        shipped = package.load(runtime.device)
+        before = {
+            name: cached_json(checkpoint.folder / f"before-{name}.json", partial(measured, name, known))
+            for name, known in (("model", model), ("package", shipped))
+        }
         found = {
             name: cached_json(checkpoint.folder / f"{name}.json", partial(attacked, name, target))
-            for name, target in targets(package, owner).items()
+            for name, target in targets(package, owner, served).items()
         }
-        model = load_model(artifacts.model, device=runtime.device, dtype=runtime.dtype)
-        model_loss = mean_loss(model, heldout)
-        curves = restoration.curves({name: result["curve"] for name, result in found.items()}, model_loss)
-        weights = exposure.exposure(model, package.load(runtime.device), package.plan)
-        members: dict[str, dict[str, Any]] = {}
-        for task in params.tasks:
-            parts = [artifacts.questions(task, part) for part in ("train", "eval")]
-            data = [examples.from_task(model, tokenizer, task, rows, block_size=block_size) for rows in parts]
-            records = params.attack.membership_records
-            for kind in params.adapters:
-                tuned = adapter.read(artifacts.adapter(task, kind) / "adapter", package, links=True)
-                tuned = fitted(tuned, package, model, artifacts.emulator_private)
-                told = membership.attack(model, package.plan, tuned, *(part[:records] for part in data))
-                members.setdefault(task, {})[kind] = told
+        model_loss = math.log(before["model"]["perplexity"])
+        curves = restoration.curves({name: result.pop("curve") for name, result in found.items()}, model_loss)
+        weights = exposure.exposure(model, shipped, package.plan)
+        records = slice(params.attack.membership_records)
+        told = {
+            task: {
+                kind: membership.attack(
+                    model, package.plan, returned(task, kind), members[task][records], others[task][records]
+                )
+                for kind in params.adapters
+            }
+            for task in params.tasks
+        }
+        channels = kept_channels(artifacts.emulator_private, package.sha256) if package.plan.cuts else {}
+        difficulty = hidden.recovery_difficulty(  # last, since it changes the model
+            model, shipped, package.plan, channels, heldout, params.seed
+        )
+        ends = {row["target"]: {**row, **found[row["target"]]} for row in curves}  # the last row stays
+        floors = [(before, yardstick.uniform_guess(owner.config.vocab_size))]
+        if "without_weights" in ends:  # with the same training
+            floors.append((ends, ends["without_weights"]))
+        for rows, floor in floors:
+            for row in rows.values():
+                row["above_floor"] = yardstick.above_floor(row, before["model"], floor)
         with atomic_folder(artifacts.root / "attack") as out:
             write_csv(out / "restoration.csv", curves)
             write_csv(out / "weights.csv", weights)
-            write_json(out / "membership.json", members)
+            write_json(out / "membership.json", told)
             write_json(out / "cost.json", stage.meter.read())
-        ends = {row["target"]: {**row, "tasks": found[row["target"]]["tasks"]} for row in curves}  # the last row stays
         write_json(
             Path("attack.json"),
             {
                 "package": package.sha256,
+                "before": before,
                 "restoration": ends,
+                "recovery_difficulty": difficulty,
                 "weights": exposure.shares(weights),
                 "membership": {
                     task: {
-                        kind: {name: membership.without_curve(figures) for name, figures in told.items()}
-                        for kind, told in kinds.items()
+                        kind: {name: membership.without_curve(figures) for name, figures in each.items()}
+                        for kind, each in kinds.items()
                     }
-                    for task, kinds in members.items()
+                    for task, kinds in told.items()
                 },
             },
         )

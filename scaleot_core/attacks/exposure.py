@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from scaleot_core.attacks.hidden import cut_matrices
 from scaleot_core.compression.channels import channels_of
-from scaleot_core.compression.low_rank import FusedProjection, LowRankLinear, split_projection, weight_of
+from scaleot_core.compression.low_rank import weight_of
 from scaleot_core.compression.plan import Plan
-from scaleot_core.models.families import attention, decoder_layers, family, fusion
+from scaleot_core.models.families import family, projection_name
 
 Row = dict[str, Any]
 
@@ -61,26 +62,19 @@ def exposure(model: PreTrainedModel, emulator: PreTrainedModel, plan: Plan) -> l
     feed-forward matrix with fewer channels the kept share counts as exact, or, where it was refitted to them, as at the
     rank that it has; its error isn't told.
     """
-    path, names = family(model.config).layers, family(model.config)
     there: Mapping[str, Tensor] = emulator.state_dict()
     rows: list[Row] = []
     told: set[str] = set()
     for i in plan.layers("compressed"):
-        block, left = (attention(m.config, decoder_layers(m)[i]) for m in (model, emulator))
-        ranks = plan.ranks(model, i)
-        for name in names.projections:
-            where = f"{path}.{i}.{names.attention}.{name}.weight"
-            originals = split_projection(block.get_submodule(name), fusion(model.config, name))
-            if all(rank >= min(whole.shape) for rank, (whole, _) in zip(ranks[name], originals, strict=True)):
-                continue  # as it is: told below
+        cuts = list(cut_matrices(model, emulator, plan, i))
+        fused = {cut.projection for cut in cuts if cut.part}
+        for cut in cuts:
+            where = f"{projection_name(model.config, i, cut.projection)}.weight"
             told.add(where)
-            module = left.get_submodule(name)
-            parts: list[Any] = list(module.parts) if isinstance(module, FusedProjection) else [module]
-            for k, (rank, (whole, _), part) in enumerate(zip(ranks[name], originals, parts, strict=True)):
-                given = part.left @ part.right if isinstance(part, LowRankLinear) else weight_of(part)[0]
-                row = _row(where if len(parts) == 1 else f"{where}[{k}]", "rank", whole)
-                error = float((whole.float() - given.float()).norm() / whole.float().norm())
-                rows.append({**row, "rank": rank, "error": error, "overlap": overlap(whole, given, rank)})
+            whole = weight_of(model.get_submodule(where.removesuffix(".weight")))[0][cut.rows]
+            row = _row(f"{where}[{cut.part}]" if cut.projection in fused else where, "rank", whole)
+            error = float((whole.float() - cut.shipped.float()).norm() / whole.float().norm())
+            rows.append({**row, "rank": cut.rank, "error": error, "overlap": overlap(whole, cut.shipped, cut.rank)})
         if i in plan.cuts:
             channels = _channel_rows(model, emulator, i)
             told |= {row["tensor"].partition(" (")[0] for row in channels}

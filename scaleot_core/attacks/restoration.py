@@ -1,13 +1,14 @@
-"""The recovery attack: whoever has the package and a public corpus trains everything in it to win the model back.
+"""The restoration attack: whoever has the package and public text trains it to win the model back.
 
-The attacker may also build on it first (`widen`): every harmonizer gets a whole layer behind it, and every matrix that
-was cut its full rank back. Two references say what the package itself is worth: the same shapes without its weights
-(`forget`), and an emulator of equal bytes by another method.
+What is trained and by which loss tells attackers apart (`targets`): everything, or only what was cut; by the text
+itself, or by the outputs of the model where it is served (`imitation_loss`). The attacker may also build on the package
+first (`widen`): every harmonizer gets a whole layer behind it, and every matrix that was cut its full rank back. The
+floor is the same shapes without the package's weights (`forget`).
 """
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -72,18 +73,40 @@ def widen(model: PreTrainedModel, plan: Plan) -> None:
 @torch.no_grad()
 def forget(model: PreTrainedModel, plan: Plan, seed: int) -> None:
     """Draw the weights of all but the adapter layers anew, in place, as a fresh model's; embeddings and head stay."""
-    deviation = getattr(model.config, "initializer_range", 0.02)
     for i, kind in enumerate(plan.kinds):
-        if kind == "adapter":
-            continue
-        for name, parameter in decoder_layers(model)[i].named_parameters():
-            if parameter.ndim > 1:
-                drawn = torch.empty(parameter.shape).normal_(0, deviation, generator=generator(seed, "forget", i, name))
-                parameter.copy_(drawn)
-            elif name.endswith("bias"):
-                parameter.zero_()
-            else:
-                parameter.fill_(1.0)
+        if kind != "adapter":
+            draw_layer(decoder_layers(model)[i], partial(fresh_matrix, model, seed, "forget", i))
+
+
+@torch.no_grad()
+def draw_layer(layer: nn.Module, draw: Callable[[str, Sequence[int]], Tensor]) -> None:
+    """Draw a layer's matrices anew, in place, by name and shape; biases become 0, norms 1."""
+    for name, parameter in layer.named_parameters():
+        if parameter.ndim > 1:
+            parameter.copy_(draw(name, parameter.shape))
+        elif name.endswith("bias"):
+            parameter.zero_()
+        else:
+            parameter.fill_(1.0)
+
+
+def fresh_matrix(model: PreTrainedModel, seed: int, label: str, layer: int, name: str, shape: Sequence[int]) -> Tensor:
+    """Draw a matrix, float32 on the CPU, as a fresh model of this configuration has it."""
+    deviation = getattr(model.config, "initializer_range", 0.02)
+    return torch.empty(*shape).normal_(0, deviation, generator=generator(seed, label, layer, name))
+
+
+def imitation_loss(model: PreTrainedModel, served: PreTrainedModel, blocks: Tensor) -> Tensor:
+    """Compute the mean cross-entropy (nats) to another model's next-token distributions on blocks (B, T).
+
+    Distillation (Hinton et al. 2015). In its mean over samples this is also the loss of an attacker who is given one
+    sampled token at each place, so the whole distribution is the most that a query can tell.
+    """
+    blocks = blocks.to(model.device).long()
+    with torch.no_grad():
+        told = served(input_ids=blocks, use_cache=False).logits[:, :-1].float().softmax(-1)
+    logits = model(input_ids=blocks, use_cache=False).logits[:, :-1].float()
+    return nn.functional.cross_entropy(logits.flatten(0, 1), told.flatten(0, 1))
 
 
 def restore(
@@ -95,14 +118,23 @@ def restore(
     seed: int,
     label: str,
     checkpoint: Checkpoint,
+    parameters: Mapping[str, nn.Parameter] | None = None,
+    loss: Callable[[Tensor], Tensor] | None = None,
 ) -> list[dict[str, Any]]:
-    """Train every weight in place on blocks (N, T) by cross-entropy; return the held-out loss by tokens seen.
+    """Train `parameters` in place on blocks (N, T) by `loss`; return the held-out cross-entropy by tokens seen.
 
-    `attack.eval_points` measurements lie at even distances behind that of the start.
+    Every weight and the blocks' own cross-entropy, unless told otherwise. `attack.eval_points` measurements lie at even
+    distances behind that of the start.
     """
-    parameters, loss = dict(model.named_parameters()), partial(next_token_loss, model)
     trainer = BlockTrainer(
-        parameters, blocks, loss, attack, seed=seed, name="attack", label=label, checkpoint=checkpoint
+        dict(model.named_parameters()) if parameters is None else parameters,
+        blocks,
+        partial(next_token_loss, model) if loss is None else loss,
+        attack,
+        seed=seed,
+        name="attack",
+        label=label,
+        checkpoint=checkpoint,
     )
     checkpoint.resume(trainer.optimizer)  # also where nothing is left to train
     curve = []

@@ -1,26 +1,44 @@
-"""What is attacked: the package as it is, and, beside it, what it is compared with."""
+"""What is attacked and how: the package by three attackers, and, beside it, what it is compared with."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from scaleot_core.attacks.restoration import forget, widen
+from scaleot_core.attacks.hidden import cut_parameters
+from scaleot_core.attacks.restoration import forget, imitation_loss, widen
+from scaleot_core.common.progress import say
 from scaleot_core.compression import emulator
 from scaleot_core.compression.plan import Plan
 from scaleot_core.exchange.package import Package
 from scaleot_core.methods import METHODS, ModelOwner
+from scaleot_core.models.forward import next_token_loss
 from scaleot_core.params import changed
 
-Target = Callable[[], PreTrainedModel]
+Loss = Callable[[Tensor], Tensor]
+Parameters = dict[str, nn.Parameter]
 
 
-def targets(package: Package, owner: ModelOwner) -> dict[str, Target]:
-    """Name the package and what `attack.references` lists, each loaded when its turn comes.
+@dataclass(frozen=True)
+class Target:
+    """A model that is attacked: how it is loaded, once its turn comes, and what its attacker trains by which loss."""
 
-    `widened` is the package with what it can hold, `without_weights` the same shapes with all but the adapter layers
-    drawn anew, and `uniform` another method's emulator of equal bytes, by the same owner.
+    load: Callable[[], PreTrainedModel]
+    parameters: Callable[[PreTrainedModel], Parameters] = lambda model: dict(model.named_parameters())
+    loss: Callable[[PreTrainedModel], Loss] = lambda model: partial(next_token_loss, model)
+
+
+def targets(package: Package, owner: ModelOwner, served: Callable[[], PreTrainedModel]) -> dict[str, Target]:
+    """Name the package, attacked in every way of `attack.attackers`, and what `attack.references` lists.
+
+    `package` is the attacker who trains everything in it, `cut_only` the one who trains only what stands for what was
+    cut, as the attack on closed layers of SCARA does (Huang et al. 2024), and `queries` the one whose labels are the
+    outputs of the model that `served` loads, as in model extraction (Tramèr et al. 2016; Krishna et al. 2020).
+    References are attacked as `package` is: `widened` is the package with what it can hold, `without_weights` the same
+    shapes with all but the adapter layers drawn anew, and `uniform` another method's emulator of equal bytes, by the
+    same owner. `cut_only` is left out where the package has nothing in the place of what was cut.
     """
     params, device = owner.params, owner.runtime.device
 
@@ -35,9 +53,21 @@ def targets(package: Package, owner: ModelOwner) -> dict[str, Target]:
         made = METHODS["uniform"](other)
         return emulator.assemble(other.config, made.plan, made.tensors, device=device)
 
-    beside: dict[str, Target] = {
-        "widened": partial(shipped, widen),
-        "without_weights": partial(shipped, partial(forget, seed=params.seed)),
-        "uniform": uniform,
+    def of_cut(model: PreTrainedModel) -> Parameters:
+        return cut_parameters(owner.outline, model, package.plan)
+
+    def by_queries(model: PreTrainedModel) -> Loss:
+        return partial(imitation_loss, model, served())
+
+    known: dict[str, Target] = {
+        "cut_only": Target(shipped, parameters=of_cut),
+        "queries": Target(shipped, loss=by_queries),
+        "widened": Target(partial(shipped, widen)),
+        "without_weights": Target(partial(shipped, partial(forget, seed=params.seed))),
+        "uniform": Target(uniform),
     }
-    return {"package": shipped} | {name: beside[name] for name in params.attack.references}
+    names = [*params.attack.attackers, *params.attack.references]
+    if "cut_only" in names and not of_cut(package.meta_model):
+        say("cut_only: the package has nothing in the place of what was cut; this attacker is left out")
+        names.remove("cut_only")
+    return {"package": Target(shipped)} | {name: known[name] for name in names}
