@@ -64,18 +64,54 @@ def _frontier(
     return Section(title, text, figures.svg(figures.frontier(lines, panels)))
 
 
+def _capable(name: str, measured: Row, judged: Mapping[str, str]) -> list[Row]:
+    """Make a row a task of what a model can do: with choices, openly, and as shares of the way from floor to model.
+
+    `judged` is each task's main metric.
+    """
+    above = measured.get("above_floor", {})
+    return [
+        {
+            "model": name,
+            "corpus perplexity": measured["perplexity"],
+            "above floor": above.get("corpus"),
+            "task": task,
+            "metric": metric,
+            "with choices": measured["tasks"][task][metric],
+            "above chance": above.get(task, {}).get(metric),
+            "text perplexity": measured["open"][task]["text_perplexity"],
+            "text above floor": above.get(task, {}).get("text"),
+            "answer tokens said": measured["open"][task]["answer_tokens"],
+            "answers said": measured["open"][task]["answers"],
+        }
+        for task, metric in judged.items()
+    ]
+
+
+ATTACKERS = {
+    "package": "trains everything in the package on the public corpus",
+    "cut_only": "trains only what stands for what was cut, the rest is frozen",
+    "queries": "trains everything, by what the served plug-in says of the corpus",
+    "widened": "trains everything, with whole layers behind harmonizers and full ranks",
+    "without_weights": "the floor: the same shapes with all but the adapter layers drawn anew",
+    "uniform": "trains an emulator of equal bytes by uniform layer removal",
+}
+
+
 def _attack(found: Mapping[str, Any], curves: Sequence[Row], tasks: Mapping[str, Any]) -> Section:
     judged = {task: measured["metrics"][0] for task, measured in tasks.items()}
-    restoration = [
+    attackers = [
         {
-            "target": target,
+            "attacker": target,
+            "what it does": ATTACKERS[target],
             "tokens": end["tokens"],
-            "perplexity": end["perplexity"],
             "of the way to the model": end["recovered"],
-            **{f"{task} {metric}": end["tasks"][task][metric] for task, metric in judged.items()},
         }
         for target, end in found["restoration"].items()
     ]
+    known = {"the real model": found["before"]["model"], "before the attack": found["before"]["package"]}
+    capable = [row for name, each in (known | found["restoration"]).items() for row in _capable(name, each, judged)]
+    difficulty = found["recovery_difficulty"]
     weights = [{"of the model's bytes": given, "share": share} for given, share in found["weights"].items()]
     membership = [
         {
@@ -95,9 +131,15 @@ def _attack(found: Mapping[str, Any], curves: Sequence[Row], tasks: Mapping[str,
     targets = dict.fromkeys(row["target"] for row in curves)
     lines = {target: [row for row in curves if row["target"] == target] for target in targets}
     text = (
-        "Everything in the package trained on the public corpus; weights given away; what the adapter tells of records."
+        "Attackers train on public text, each on the same number of tokens. A share above floor or chance is 0 there, and "
+        "1 for the real model. The floor is random weights of the same shapes with the same training; before the attack "
+        "it is one who takes all tokens for equally likely. Text perplexity is that of the questions with their answers, "
+        "another domain than the corpus. Answers are said without choices, greedily. "
+        f"Recovery difficulty, the model's loss with what the package hides drawn anew, is {difficulty['loss']:.2f} ± "
+        f"{difficulty['loss_stdev']:.2f} nats a token. "
+        "The last tables are the weights given away, and what the adapter tells of records."
     )
-    tables = [table(rows) for rows in (restoration, weights, membership)]
+    tables = [table(rows) for rows in (attackers, capable, weights, membership)]
     return Section("What an attacker makes of it", text, figures.svg(figures.recovered(lines)), tables)
 
 

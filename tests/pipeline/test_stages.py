@@ -364,9 +364,15 @@ def test_attack_tells_recovery_weights_and_membership(project: Path) -> None:
     before = files(project / "artifacts")
     succeed(project, "attack")
     told = json.loads((project / "attack.json").read_text())
-    assert told["restoration"].keys() == {"package", "widened", "without_weights", "uniform"}
+    attackers = {"package", "cut_only", "queries"}
+    assert told["restoration"].keys() == {*attackers, "widened", "without_weights", "uniform"}
     for row in told["restoration"].values():
         assert row["tokens"] == 8 * 4 * 32 and math.isfinite(row["recovered"]) and 0 <= row["tasks"]["piqa"]["acc"] <= 1
+        assert row["open"]["piqa"]["text_perplexity"] > 1 and 0 <= row["open"]["piqa"]["answer_tokens"] <= 1
+    assert len({told["restoration"][name]["perplexity"] for name in attackers}) == 3  # each by its own way
+    model, floor = told["before"]["model"]["above_floor"], told["restoration"]["without_weights"]["above_floor"]
+    assert model["corpus"] == model["piqa"]["text"] == 1 and floor["corpus"] == floor["piqa"]["text"] == 0
+    assert told["recovery_difficulty"]["loss"] > math.log(told["before"]["model"]["perplexity"])
     assert sum(told["weights"].values()) == pytest.approx(1) and all(told["weights"].values())
     assert told["membership"]["piqa"].keys() == {*load_params(project / "params.yaml").adapters}
     for member in told["membership"]["piqa"].values():
@@ -376,15 +382,17 @@ def test_attack_tells_recovery_weights_and_membership(project: Path) -> None:
     assert {name for name in after if name not in before} == {
         *(f"attack/{name}" for name in ("restoration.csv", "weights.csv", "membership.json", "cost.json")),
     }
-    assert len((project / "artifacts/attack/restoration.csv").read_text().splitlines()) == 1 + 4 * 3
+    assert len((project / "artifacts/attack/restoration.csv").read_text().splitlines()) == 1 + 6 * 3
     succeed(project, "attack")
     again = files(project / "artifacts")
     assert json.loads((project / "attack.json").read_text()) == told
     assert {name for name in again if again[name] != after[name]} <= {"attack/cost.json"}
-    change(project, attack={"references": ["uniform"]})
+    change(project, attack={"attackers": [], "references": ["uniform"]})
     succeed(project, "attack")
-    assert json.loads((project / "attack.json").read_text())["restoration"] == {
-        name: told["restoration"][name] for name in ("package", "uniform")
+    fewer = json.loads((project / "attack.json").read_text())["restoration"]
+    assert fewer == {  # the same figures, but for the floor, which is a reference that is left out
+        name: {key: value for key, value in told["restoration"][name].items() if key != "above_floor"}
+        for name in ("package", "uniform")
     }
 
 

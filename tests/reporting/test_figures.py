@@ -110,8 +110,17 @@ def written(tmp_path):
     attacks.append({**attacks[0], "line": "half the channels", "label": ""})
     told = {"auc": 0.625, "auc_stderr": 0.01, "true_positives": 0.03}
     said = {"members": 0.1, "others": 0.05}
+    spoken = {"text_perplexity": 41.5, "answer_tokens": 0.3, "answers": 0.0625}
+    capable = {
+        "perplexity": 33.0,
+        "tasks": {"piqa": {"acc": 0.59}, "text": {"perplexity": 33.0}},
+        "open": {"piqa": spoken, "text": spoken},
+    }
+    above = {"piqa": {"text": 0.5, "acc": 0.8125}, "text": {"text": 0.75}}
     attack = {
-        "restoration": {"package": {**CURVE[-1], "tasks": {"piqa": {"acc": 0.59}, "text": {"perplexity": 33.0}}}},
+        "before": {"model": capable, "package": {**capable, "above_floor": {**above, "corpus": 0.4375}}},
+        "restoration": {"package": {**CURVE[-1], **capable}, "without_weights": {**CURVE[-1], **capable}},
+        "recovery_difficulty": {"loss": 9.375, "loss_stdev": 0.25},
         "weights": {"exact": 0.6125, "rank": 0.1, "none": 0.2875},
         "membership": {"piqa": {"lora": {"loss": told, "calibrated": told, "extracted": said}}},
     }
@@ -135,6 +144,12 @@ def test_page_has_every_part_and_needs_nothing_else(written):
         "The dial under attack",
         "half the channels",
         "What an attacker makes of it",
+        "above chance",
+        "0.8125",
+        "0.4375",
+        "0.0625",
+        "9.38 ± 0.25 nats",
+        "the floor: the same shapes",
         "0.6125",
         "0.625",
         "The five measurements",
