@@ -28,7 +28,7 @@ KINDS = {"layers": "{}", "lora": "{}, lora"}  # of adapters, and the names of a 
 TARGETS = ("dvc.yaml", "studies/dvc.yaml:attack")
 COLUMNS = (
     *("recovery acc", "recovery answer_nll", "gap acc", "gap answer_nll"),  # the paper's
-    *("lacking", "won back", "attacker acc", "model acc", "bytes exact"),  # the package's
+    *("lacking", "won back", "attacker acc", "model acc", "bytes exact", "difficulty"),  # the package's
     *("membership AUC", "membership true positives", "answers said", "answers said of others"),  # the adapter's
 )
 SHOWN = ("recovery answer_nll", "gap answer_nll", "lacking", "bytes exact", "membership AUC")
@@ -43,8 +43,9 @@ def remaining_gap(metrics: Mapping[str, Any], attack: Mapping[str, Any]) -> floa
 def run_figures(metrics: Mapping[str, Any], attack: Mapping[str, Any], kind: str) -> dict[str, float | None]:
     """Utility and privacy of one run's adapters of a kind, the mean over tasks, and what the attacker has in the end.
 
-    `lacking` is the `remaining_gap`; `won back` the share of the distance at the start that was made good. `answers
-    said` is the share of the private questions' answers that the plug-in says word for word.
+    `lacking` is the `remaining_gap`; `won back` the share of the distance at the start that was made good; `difficulty`
+    the recovery difficulty (nats). `answers said` is the share of the private questions' answers that the plug-in says
+    word for word.
     """
     measured, end = of_kind(metrics, kind)["tasks"], attack["restoration"]["package"]
 
@@ -64,6 +65,7 @@ def run_figures(metrics: Mapping[str, Any], attack: Mapping[str, Any], kind: str
         "attacker acc": mean([row["acc"] for row in end["tasks"].values()]),
         "model acc": over_tasks("zero_shot", "acc"),
         "bytes exact": attack["weights"]["exact"],
+        "difficulty": attack["recovery_difficulty"]["loss"],
         "membership AUC": members("calibrated", "auc"),
         "membership true positives": members("calibrated", "true_positives"),
         "answers said": members("extracted", "members"),

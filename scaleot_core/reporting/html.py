@@ -131,9 +131,9 @@ def _attack(found: Mapping[str, Any], curves: Sequence[Row], tasks: Mapping[str,
     targets = dict.fromkeys(row["target"] for row in curves)
     lines = {target: [row for row in curves if row["target"] == target] for target in targets}
     text = (
-        "Attackers train on public text, each on the same number of tokens. A share above floor or chance is 0 there, and "
-        "1 for the real model. The floor is random weights of the same shapes with the same training; before the attack "
-        "it is one who takes all tokens for equally likely. Text perplexity is that of the questions with their answers, "
+        "Attackers train on public text, each on the same number of tokens. A share above floor or chance is 0 there "
+        "and 1 for the real model. The floor is random weights of the same shapes with the same training; before the "
+        "attack it is one who takes all tokens for equally likely. Text perplexity is that of questions and answers, "
         "another domain than the corpus. Answers are said without choices, greedily. "
         f"Recovery difficulty, the model's loss with what the package hides drawn anew, is {difficulty['loss']:.2f} ± "
         f"{difficulty['loss_stdev']:.2f} nats a token. "
