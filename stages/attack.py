@@ -23,6 +23,7 @@ from scaleot_core.methods import ModelOwner
 from scaleot_core.models.forward import mean_loss
 from scaleot_core.models.loading import load_model, load_tokenizer
 from scaleot_core.pipeline import run_stage
+from scaleot_core.training.blocks import prepare
 from scaleot_core.tuning import examples
 from scaleot_core.tuning.adapters import TunedAdapter, plug_in
 
@@ -33,6 +34,7 @@ def main() -> None:
     with run_stage("attack", file=ENTRY) as stage:
         params, artifacts, runtime, checkpoint = stage.params, stage.artifacts, stage.runtime, stage.checkpoint
         blocks, heldout = artifacts.blocks("train"), artifacts.blocks("heldout")
+        prepare(blocks, runtime.device)  # all is measured with the kernels that attacks train with, also when resumed
         tokenizer, package = load_tokenizer(artifacts.model), Package(artifacts.emulator, links=True)
         owner = ModelOwner(
             artifacts.model, runtime, blocks, params, artifacts.harmonizers, checkpoint.folder, checkpoint
@@ -56,8 +58,8 @@ def main() -> None:
             plug_in(plugged, package.plan, returned(params.tasks[0], params.adapters[0]))
             return plugged
 
-        def measured(name: str, known: PreTrainedModel) -> dict[str, Any]:
-            return {"perplexity": math.exp(mean_loss(known, heldout)), **yardstick.measure(known, name)}
+        def measured(known: PreTrainedModel, label: str) -> dict[str, Any]:
+            return {"perplexity": math.exp(mean_loss(known, heldout)), **yardstick.measure(known, label)}
 
         def attacked(name: str, target: Target) -> dict[str, Any]:
             victim, label = target.load(), f"attack {name}"
@@ -76,7 +78,7 @@ def main() -> None:
 
         shipped = package.load(runtime.device)
         before = {
-            name: cached_json(checkpoint.folder / f"before-{name}.json", partial(measured, name, known))
+            name: cached_json(checkpoint.folder / f"before-{name}.json", partial(measured, known, f"the {name}"))
             for name, known in (("model", model), ("package", shipped))
         }
         found = {

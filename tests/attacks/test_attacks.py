@@ -1,18 +1,22 @@
 """Attacks: what they are given, that they win where there is something to win, and that they say so rightly."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from helpers import CPU, IDS, PLAN, dies_after, each_family, emulator_of, piqa_rows, tiny_model
+from helpers import CPU, IDS, PLAN, dies_after, each_family, emulator_of, piqa_rows, tiny_model, write_package
 from sklearn.metrics import roc_auc_score
 
 from scaleot_core.attacks import exposure, membership, restoration
+from scaleot_core.attacks.hidden import cut_parameters
+from scaleot_core.attacks.targets import targets
 from scaleot_core.common.files import write_json
 from scaleot_core.common.runtime import Runtime, generator
 from scaleot_core.compression.emulator import assemble, layer_parameters
 from scaleot_core.compression.low_rank import LowRankLinear
 from scaleot_core.compression.plan import Plan
+from scaleot_core.exchange.package import Package
 from scaleot_core.methods import METHODS, ModelOwner
 from scaleot_core.models.families import decoder_layers, family
 from scaleot_core.models.forward import mean_loss
@@ -84,6 +88,58 @@ def test_attack_trains_every_weight(blocks, budget, tmp_path):
     model, before = emulator_of("llama"), dict(emulator_of("llama").named_parameters())
     attacked(model, blocks, budget, tmp_path)
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_attacker_of_what_was_cut_leaves_the_rest_as_it_was(blocks, budget, tmp_path):
+    model, before = emulator_of("llama"), dict(emulator_of("llama").named_parameters())
+    trained = cut_parameters(tiny_model("llama"), model, PLAN)
+    checkpoint = Checkpoint(tmp_path / "a", 1e9)
+    options = {"seed": 0, "label": "attack", "checkpoint": checkpoint, "parameters": trained}
+    curve = restoration.restore(model, blocks, blocks, budget, **options)
+    assert curve[-1]["loss"] < curve[0]["loss"]
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == trained.keys() and 0 < len(moved) < len(before)
+
+
+def test_imitation_is_cross_entropy_to_what_the_served_model_says(blocks):
+    model, served = emulator_of("llama").requires_grad_(True), tiny_model("llama")
+    told, said = (m(input_ids=blocks[:2].long()).logits[:, :-1].softmax(-1) for m in (served, model))
+    expected = -(told * said.log()).sum(-1).mean()
+    loss = restoration.imitation_loss(model, served, blocks[:2])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    own = tiny_model("llama").requires_grad_(True)
+    least = restoration.imitation_loss(own, served, blocks[:2])  # the entropy, and no way down from it
+    least.backward()
+    assert least < loss and all(p.grad is None or p.grad.abs().max() < 1e-6 for p in own.parameters())
+    draw = torch.distributions.Categorical(told).sample((2000,))  # sampled labels have it for their mean
+    sampled = torch.stack([-said.gather(-1, each[..., None]).log().mean() for each in draw]).mean()
+    assert sampled.item() == pytest.approx(loss.item(), rel=1e-2)
+
+
+def test_attacker_by_queries_comes_nearer_to_the_served_model(blocks, budget, tmp_path):
+    model, served = emulator_of("llama"), tiny_model("llama")
+    before = restoration.imitation_loss(model, served, blocks).item()
+    options = {"seed": 0, "label": "attack", "checkpoint": Checkpoint(tmp_path / "a", 1e9)}
+    restoration.restore(
+        model, blocks, blocks, budget, **options, loss=partial(restoration.imitation_loss, model, served)
+    )
+    assert restoration.imitation_loss(model, served, blocks).item() < before
+
+
+def test_package_with_nothing_for_what_was_cut_has_no_such_attacker(tokenizer, params, tmp_path, capfd):
+    removed = Plan(("removed", "adapter", "compressed", "compressed"), 0.0, PLAN.harmonizer)
+    tiny_model("llama").save_pretrained(tmp_path / "model", save_original_format=False)
+    for name, plan in (("cut", PLAN), ("removed", removed)):
+        package = Package(write_package(tmp_path / name, tiny_model("llama"), tokenizer, plan))
+        none = Checkpoint(tmp_path / "none", 1e9)
+        blocks = torch.zeros(1, 4)
+        owner = ModelOwner(
+            tmp_path / "model", Runtime(CPU, torch.float32), blocks, params, tmp_path, tmp_path / "scratch", none
+        )
+        found = targets(package, owner, lambda: tiny_model("llama"))
+        assert ("cut_only" in found) == (plan is PLAN)
+        assert next(iter(found)) == "package" and {"queries", "without_weights"} < found.keys()
+    assert "nothing in the place of what was cut" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("killed_at", [1, 15, 20, 30])
