@@ -61,7 +61,7 @@ attack: repro  ## what an attacker makes of the package and of the adapters: res
 attack-study: repro  ## the restoration attack over alpha, beta and channel_pruning.ratio, three seeds: about four hours on 2 cores
 	python -m studies.attacks
 
-budgets: repro  ## the attack with growing budgets, to 1 M tokens, and what 100 times more would reach: a GPU, or days on a CPU
+budgets: repro  ## the attack with growing budgets, to 1 M tokens, and what 100 times more would reach; about six hours
 	python -m studies.budgets $(STEPS)
 
 bench: repro  ## ratios against the plain ways, appended to docs/benchmarks.md
