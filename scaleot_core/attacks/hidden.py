@@ -20,11 +20,7 @@ from scaleot_core.compression.plan import LayerKind, Plan
 from scaleot_core.models.families import attention, decoder_layers, family, fusion
 from scaleot_core.models.forward import mean_loss
 
-HIDDEN_LAYERS: tuple[LayerKind, ...] = (
-    "harmonizer",
-    "shared",
-    "removed",
-)  # kinds of which nothing of the layer is in the package
+HIDDEN_LAYERS: tuple[LayerKind, ...] = ("harmonizer", "shared", "removed")  # of which the package has nothing
 DRAWS = 3  # of what is hidden, for the mean and its deviation
 
 
@@ -69,18 +65,17 @@ def cut_parameters(model: PreTrainedModel, emulator: PreTrainedModel, plan: Plan
     fewer channels. Removed layers have none.
     """
     names = family(model.config)
-    whole = {f"{names.layers}.{i}." for kind in HIDDEN_LAYERS for i in plan.layers(kind)}
-    matrices = set[str]()
+    whole = tuple(f"{names.layers}.{i}." for kind in HIDDEN_LAYERS for i in plan.layers(kind))
+    matrices = list[str]()
     for i in plan.layers("compressed"):
         inside = {f"{names.attention}.{cut.projection}" for cut in cut_matrices(model, emulator, plan, i)}
         if channels_of(emulator, i) < channels_of(model, i):
             inside |= {*names.feed_forward_in, names.feed_forward_out}
-        matrices |= {f"{names.layers}.{i}.{inner}." for inner in inside}
+        matrices += [f"{names.layers}.{i}.{inner}." for inner in sorted(inside)]
     return {
         name: parameter
         for name, parameter in emulator.named_parameters()
-        if any(name.startswith(prefix) for prefix in whole)
-        or (parameter.ndim > 1 and any(name.startswith(prefix) for prefix in matrices))
+        if name.startswith(whole) or (parameter.ndim > 1 and name.startswith(tuple(matrices)))
     }
 
 
