@@ -376,7 +376,8 @@ def test_attack_tells_recovery_weights_and_membership(project: Path) -> None:
     assert len({told["restoration"][name]["perplexity"] for name in attackers}) == 3  # each by its own way
     model, floor = told["before"]["model"]["above_floor"], told["restoration"]["without_weights"]["above_floor"]
     assert model["corpus"] == model["piqa"]["text"] == 1 and floor["corpus"] == floor["piqa"]["text"] == 0
-    assert told["recovery_difficulty"]["loss"] > math.log(told["before"]["model"]["perplexity"])
+    difficulty, known = told["recovery_difficulty"], math.log(told["before"]["model"]["perplexity"])
+    assert 0 < abs(difficulty["loss"] - known) < 0.1 < known  # weights that were random are drawn anew
     assert sum(told["weights"].values()) == pytest.approx(1) and all(told["weights"].values())
     assert told["membership"]["piqa"].keys() == {*load_params(project / "params.yaml").adapters}
     for member in told["membership"]["piqa"].values():
