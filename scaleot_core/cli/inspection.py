@@ -10,8 +10,9 @@ from scaleot_core.cli.output import describe_adapters, show
 
 if TYPE_CHECKING:
     from scaleot_core.exchange.adapter import AdapterManifest
+    from scaleot_core.exchange.description import PackageManifest
     from scaleot_core.exchange.manifest import Manifest
-    from scaleot_core.exchange.package import Package, PackageManifest
+    from scaleot_core.exchange.package import Package
 
 
 def inspect(

@@ -43,8 +43,9 @@ def pack(
     from scaleot_core.common.files import read_json, write_json
     from scaleot_core.compression.emulator import PARTS
     from scaleot_core.exchange.archive import new_output
+    from scaleot_core.exchange.description import LONGEST_LICENSE, UNSTATED, measured_recovery
     from scaleot_core.exchange.manifest import copy_files, manifest_sha256
-    from scaleot_core.exchange.package import LONGEST_LICENSE, UNSTATED, Package, measured_recovery, save
+    from scaleot_core.exchange.package import Package, save
     from scaleot_core.params import load_params
     from scaleot_core.pipeline import DVC_YAML, read_entry
 

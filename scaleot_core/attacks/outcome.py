@@ -1,0 +1,162 @@
+"""All attacks on one package and its adapters, and what they found, as attack.json has it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from scaleot_core.artifacts import Artifacts
+from scaleot_core.attacks import exposure, hidden, membership, restoration
+from scaleot_core.attacks.capabilities import Yardstick
+from scaleot_core.attacks.targets import Target, targets
+from scaleot_core.common.files import cached_json
+from scaleot_core.common.runtime import Runtime
+from scaleot_core.exchange import adapter
+from scaleot_core.exchange.package import Package
+from scaleot_core.exchange.returned import fitted, kept_channels
+from scaleot_core.methods import ModelOwner
+from scaleot_core.models.forward import mean_loss
+from scaleot_core.models.loading import load_model, load_tokenizer
+from scaleot_core.params import Params
+from scaleot_core.training.blocks import prepare
+from scaleot_core.training.checkpoint import Checkpoint
+from scaleot_core.tuning import examples
+from scaleot_core.tuning.adapters import TunedAdapter, plug_in
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What all attacks found."""
+
+    curves: list[Figures]
+    """Of restoration, a row for each target and measurement."""
+    weights: list[Figures]
+    """What the package has of each tensor."""
+    membership: dict[str, dict[str, Figures]]
+    """By task and kind of adapters, with ROC curves."""
+    summary: Figures
+    """All of it in the end, without curves."""
+
+
+class Attacks:
+    """The attacks on what a project's artifacts have. Each finished one is kept in the checkpoint's folder."""
+
+    def __init__(self, artifacts: Artifacts, params: Params, runtime: Runtime, checkpoint: Checkpoint) -> None:
+        self.artifacts, self.params, self.runtime, self.checkpoint = artifacts, params, runtime, checkpoint
+        self.blocks, self.heldout = artifacts.blocks("train"), artifacts.blocks("heldout")
+        prepare(self.blocks, runtime.device)  # all is measured with the kernels that attacks train with
+        self.package = Package(artifacts.emulator, links=True)
+        self.model, self.shipped = self._load(), self.package.load(runtime.device)
+        tokenizer = load_tokenizer(artifacts.model)
+
+        def encoded(task: str, part: str) -> examples.Examples:
+            rows = artifacts.questions(task, part)
+            return examples.from_task(self.model, tokenizer, task, rows, block_size=params.data.block_size)
+
+        self.members, self.others = ({task: encoded(task, part) for task in params.tasks} for part in ("train", "eval"))
+        questions = {task: artifacts.questions(task, "eval") for task in params.tasks}
+        self.yardstick = Yardstick(tokenizer, questions, self.others, params.evaluate.batch_size)
+
+    def run(self) -> Outcome:
+        """Run all attacks; the real model is of no use after it."""
+        package, params = self.package, self.params
+        before = {
+            name: self._kept(f"before-{name}", partial(self._measured, model, f"the {name}"))
+            for name, model in (("model", self.model), ("package", self.shipped))
+        }
+        owner = ModelOwner(
+            self.artifacts.model,
+            self.runtime,
+            self.blocks,
+            params,
+            self.artifacts.harmonizers,
+            self.checkpoint.folder,
+            self.checkpoint,
+        )
+        attacked = {
+            name: self._kept(name, partial(self._attacked, name, target))
+            for name, target in targets(package, owner, self._served).items()
+        }
+        model_loss = math.log(before["model"]["perplexity"])
+        curves = restoration.curves({name: result.pop("curve") for name, result in attacked.items()}, model_loss)
+        ends = {row["target"]: {**row, **attacked[row["target"]]} for row in curves}  # the last row stays
+        self._tell_shares(before, ends)
+        weights = exposure.exposure(self.model, self.shipped, package.plan)
+        told: dict[str, dict[str, Figures]] = {
+            task: {kind: self._membership(task, kind) for kind in params.adapters} for task in params.tasks
+        }
+        channels = kept_channels(self.artifacts.emulator_private, package.sha256) if package.plan.cuts else {}
+        difficulty = hidden.recovery_difficulty(  # last, since it changes the model
+            self.model, self.shipped, package.plan, channels, self.heldout, params.seed
+        )
+        short = {
+            task: {
+                kind: {name: membership.without_curve(figures) for name, figures in each.items()}
+                for kind, each in kinds.items()
+            }
+            for task, kinds in told.items()
+        }
+        summary = {
+            "package": package.sha256,
+            "before": before,
+            "restoration": ends,
+            "recovery_difficulty": difficulty,
+            "weights": exposure.shares(weights),
+            "membership": short,
+        }
+        return Outcome(curves, weights, told, summary)
+
+    def _kept(self, name: str, run: Any) -> Figures:
+        found: Figures = cached_json(self.checkpoint.folder / f"{name}.json", run)
+        return found
+
+    def _load(self) -> PreTrainedModel:
+        return load_model(self.artifacts.model, device=self.runtime.device, dtype=self.runtime.dtype)
+
+    def _returned(self, task: str, kind: str) -> TunedAdapter:
+        """Read what came back for a task, at the real model's shapes."""
+        tuned = adapter.read(self.artifacts.adapter(task, kind) / "adapter", self.package, links=True)
+        return fitted(tuned, self.package, self.model, self.artifacts.emulator_private)
+
+    def _served(self) -> PreTrainedModel:
+        """Load the plug-in of the first task and kind of adapters, as it would be served."""
+        plugged = self._load()
+        plug_in(plugged, self.package.plan, self._returned(self.params.tasks[0], self.params.adapters[0]))
+        return plugged
+
+    def _measured(self, model: PreTrainedModel, label: str) -> Figures:
+        return {"perplexity": math.exp(mean_loss(model, self.heldout)), **self.yardstick.measure(model, label)}
+
+    def _attacked(self, name: str, target: Target) -> Figures:
+        victim, label = target.load(), f"attack {name}"
+        curve = restoration.restore(
+            victim,
+            self.blocks,
+            self.heldout,
+            self.params.attack,
+            seed=self.params.seed,
+            label=label,
+            checkpoint=self.checkpoint.within(name),
+            parameters=target.parameters(victim),
+            loss=target.loss(victim),
+        )
+        return {"curve": curve, **self.yardstick.measure(victim, label)}
+
+    def _tell_shares(self, before: Mapping[str, Figures], ends: Mapping[str, Figures]) -> None:
+        """Put into every row the share above its floor: of what nobody trained, that of a uniform guess."""
+        floors = [(before, self.yardstick.uniform_guess(self.model.config.vocab_size))]
+        if "without_weights" in ends:  # with the same training
+            floors.append((ends, ends["without_weights"]))
+        for rows, floor in floors:
+            for row in rows.values():
+                row["above_floor"] = self.yardstick.above_floor(row, before["model"], floor)
+
+    def _membership(self, task: str, kind: str) -> Figures:
+        records = slice(self.params.attack.membership_records)
+        parts = (data[task][records] for data in (self.members, self.others))
+        return membership.attack(self.model, self.package.plan, self._returned(task, kind), *parts)

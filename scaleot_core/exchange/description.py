@@ -1,0 +1,88 @@
+"""What a package says of itself: its manifest, and the model's configuration in it."""
+
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+from scaleot_core.common.errors import UserError
+from scaleot_core.common.files import read_json
+from scaleot_core.common.runtime import DTYPES
+from scaleot_core.compression.plan import Cut, LayerKind
+from scaleot_core.exchange.manifest import MOST_LAYERS, Manifest
+from scaleot_core.models.families import FAMILIES
+from scaleot_core.settings import AdapterKind, Fraction, HarmonizerForm
+
+FORMAT: Final = "scaleot-emulator"
+FORMAT_VERSION: Final = 3
+UNSTATED = "not stated: ask the model owner"
+LONGEST_LICENSE = 1000  # characters
+
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+Recovery = Annotated[dict[Label, float | None], Field(max_length=16)]
+
+
+class PackageManifest(Manifest):
+    """A package's manifest: what tuning needs to know, and no more."""
+
+    format: Literal["scaleot-emulator"] = FORMAT
+    format_version: Literal[3] = FORMAT_VERSION
+    license: Annotated[str, Field(max_length=LONGEST_LICENSE)]
+    """Under which the package is shipped."""
+    architecture: dict[str, Any]
+    """The model's configuration, as transformers has it."""
+    dtype: Literal["float32", "bfloat16", "float16"]
+    """Of every tensor that `frozen` doesn't say otherwise of, and of all once they are read."""
+    frozen: Annotated[Literal["int8"] | None, Field(exclude_if=lambda form: form is None)] = None
+    """In what the matrices of harmonizers and compressed layers are shipped, where not in `dtype`."""
+    layers: Annotated[tuple[LayerKind, ...], Field(min_length=1, max_length=MOST_LAYERS)]
+    """What became of each decoder layer."""
+    beta: Fraction
+    """β, which says the ranks of the compressed layers."""
+    harmonizer: HarmonizerForm
+    like: Annotated[dict[int, int], Field(max_length=MOST_LAYERS, default_factory=dict)]
+    """Whose weights each shared layer has."""
+    cuts: Annotated[dict[int, Cut], Field(max_length=MOST_LAYERS, default_factory=dict)]
+    """How far layers are cut that β doesn't cut."""
+    figures: Annotated[dict[Label, dict[AdapterKind, Recovery]], Field(max_length=64, default_factory=dict)]
+    """The model owner's own measured recovery, by task, adapters and metric, if it chose to tell."""
+
+
+def measured_recovery(metrics: Path, package: str) -> dict[str, Any]:
+    """Read the recovery from a metrics.json, by task, adapters and metric; UserError where it is another package's."""
+    found = read_json(metrics)
+    try:
+        if found["emulator"]["package"] != package:
+            raise UserError(f"{metrics}: it was measured with another package than the one to ship; run `dvc repro`")
+        return {
+            task: {kind: figures["recovery"] for kind, figures in measured["adapters"].items()}
+            for task, measured in found["tasks"].items()
+        }
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{metrics}: it is no metrics.json of this version; run `dvc repro`") from None
+
+
+def config_fields(model_type: str) -> set[str]:
+    """What a configuration of an architecture may say: what transformers' own class has, but where it came from."""
+    return set(AutoConfig.for_model(model_type).to_dict()) - {"_name_or_path"}
+
+
+def stated_config(manifest: PackageManifest) -> PretrainedConfig:
+    """The configuration that a manifest states: plain settings of a supported architecture and no others.
+
+    What would make transformers fetch or run something, such as `auto_map`, `attn_implementation` or
+    `quantization_config`, is none of them.
+    """
+    fields = dict(manifest.architecture)
+    name = fields.pop("model_type", None)
+    if name not in FAMILIES:
+        raise ValueError(f"architecture {name!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
+    foreign = sorted(fields.keys() - config_fields(name))
+    if foreign:
+        raise ValueError(f"`{foreign[0]}` is no setting of {name}")
+    count = CONFIG_MAPPING[name].attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    stated = {fields.get(count), fields.get("num_hidden_layers", fields.get(count))}
+    if stated != {len(manifest.layers)}:  # before a configuration of so many layers is made
+        raise ValueError(f"`layers` has {len(manifest.layers)} kinds, the architecture {fields.get(count)!r}")
+    return AutoConfig.for_model(name, **{**fields, "dtype": DTYPES[manifest.dtype]})
