@@ -27,15 +27,18 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(deterministic)
 
 
-@pytest.fixture(scope="session", autouse=True)
+_rates: dict[tuple[Runtime, torch.dtype], float] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
 def rate() -> Iterator[None]:
     """How fast this machine multiplies, which prepare_data tells, is measured once a process, not for every project."""
-    measure, found = preflight._rate, dict[tuple[Runtime, torch.dtype], float]()
+    measure = preflight._rate
 
     def measured(runtime: Runtime, dtype: torch.dtype) -> float:
-        if (runtime, dtype) not in found:
-            found[runtime, dtype] = measure(runtime, dtype)
-        return found[runtime, dtype]
+        if (runtime, dtype) not in _rates:
+            _rates[runtime, dtype] = measure(runtime, dtype)
+        return _rates[runtime, dtype]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preflight, "_rate", measured)
