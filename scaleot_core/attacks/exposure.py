@@ -71,10 +71,10 @@ def exposure(model: PreTrainedModel, emulator: PreTrainedModel, plan: Plan) -> l
         for cut in cuts:
             where = f"{projection_name(model.config, i, cut.projection)}.weight"
             told.add(where)
-            whole = weight_of(model.get_submodule(where.removesuffix(".weight")))[0][cut.rows]
+            whole, shipped = weight_of(model.get_submodule(where.removesuffix(".weight")))[0][cut.rows], cut.shipped
             row = _row(f"{where}[{cut.part}]" if cut.projection in fused else where, "rank", whole)
-            error = float((whole.float() - cut.shipped.float()).norm() / whole.float().norm())
-            rows.append({**row, "rank": cut.rank, "error": error, "overlap": overlap(whole, cut.shipped, cut.rank)})
+            error = float((whole.float() - shipped.float()).norm() / whole.float().norm())
+            rows.append({**row, "rank": cut.rank, "error": error, "overlap": overlap(whole, shipped, cut.rank)})
         if i in plan.cuts:
             channels = _channel_rows(model, emulator, i)
             told |= {row["tensor"].partition(" (")[0] for row in channels}

@@ -1,7 +1,7 @@
 """All attacks on one package and its adapters, and what they found, as attack.json has it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -111,7 +111,7 @@ class Attacks:
         }
         return Outcome(curves, weights, told, summary)
 
-    def _kept(self, name: str, run: Any) -> Figures:
+    def _kept(self, name: str, run: Callable[[], Figures]) -> Figures:
         found: Figures = cached_json(self.checkpoint.folder / f"{name}.json", run)
         return found
 

@@ -110,11 +110,11 @@ def read_checked(
         reason = one_line(ValueError(first["msg"]))
         raise UserError(f"{folder}/{MANIFEST}: {where}: {reason}; fetch it again") from None
     there = {file.name: file.is_file() and (links or not file.is_symlink()) for file in folder.iterdir()}
+    large = {name for name in manifest.files.keys() | there.keys() if later is not None and later.fullmatch(name)}
     for name in sorted({*manifest.files, MANIFEST} | there.keys()):
         if is_litter(name) and name in there:
             raise UserError(f"{folder}: {name!r} is the operating system's; delete it, then run again")
-        known = name in (*names, MANIFEST) or (later is not None and later.fullmatch(name))
-        if not known or not there.get(name, True):
+        if name not in (*names, MANIFEST, *large) or not there.get(name, True):
             raise UserError(f"{folder}: {name!r} is no file of this format; fetch it again")
         if name not in there:
             raise UserError(f"{folder}: {name!r} is missing; fetch it again")
@@ -124,7 +124,8 @@ def read_checked(
         if name in TOKENIZER_FILES and entry.bytes > LARGEST_TOKENIZER:
             raise UserError(f"{folder}: {name!r} has more than {LARGEST_TOKENIZER:,} bytes")
         file = folder / name
-        whole = file.stat().st_size == entry.bytes
-        hashed = entry.sha256 if later and later.fullmatch(name) else sha256(file) if whole else ""
-        check_hash(file, hashed if whole else "", entry.sha256)
+        if file.stat().st_size != entry.bytes:
+            check_hash(file, "", entry.sha256)
+        elif name not in large:
+            check_hash(file, sha256(file), entry.sha256)
     return manifest

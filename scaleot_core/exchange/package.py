@@ -176,10 +176,6 @@ class Package:
         with byte_progress("reading the package", sum(entries[name].bytes for name in files)) as moved:
             yield from join_scales(stored(moved), DTYPES[self.manifest.dtype], self.folder)
 
-    def tensors(self, *parts: str) -> dict[str, Tensor]:
-        """Read the tensors of some parts in the package's dtype, by their names in the model; no other weights."""
-        return dict(self.stream(*parts))
-
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer."""
         return load_untrusted_tokenizer(self.folder, links=self.links)
