@@ -73,8 +73,8 @@ report: repro  ## report.html: what was measured on one page
 compare: repro  ## all methods on one model, three tasks, three seeds: about four hours on 2 cores
 	python -m studies.compare $(SET)
 
-table: .venv/ready  ## one row of the paper's table: PRESET=opt-1.3b SET="alpha=0.5" (presets.yaml)
-	python -m studies.table $(PRESET) $(SET)
+table: .venv/ready  ## one row of the paper's table: PRESET=opt-1.3b SET="alpha=0.5" SEEDS=0,1,2 (presets.yaml)
+	python -m studies.table $(PRESET) $(if $(SEEDS),SEEDS=$(SEEDS)) $(SET)
 
 check-default: repro  ## the full default run, and whether its measurements come out in the right order
 	python -m pytest tests/check_default.py

@@ -335,7 +335,10 @@ def test_memory_of_plugging_in_does_not_grow_with_the_layers(
         write_adapter(folder / "adapter", package.load(CPU), LORA, package)
         (folder / "text.txt").write_text("public text " * 200)
     folders = [str(tmp_path / str(depth)) for depth in depths]
-    returned = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # what is freed leaves the process
+    returned = {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }  # what is freed leaves the process
     command = [sys.executable, "-c", PEAK, *folders]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **returned})
     assert done.returncode == 0, done.stderr

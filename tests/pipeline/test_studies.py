@@ -380,32 +380,61 @@ def test_mistake_in_a_preset_is_told_before_the_run(
         table_study["preset"](name, settings)
 
 
-def test_table_has_the_five_measurements_of_every_task(
-    table_study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    figures = {"acc": 0.5, "acc_stderr": 0.01, "answer_nll": 3.0, "answer_nll_stderr": 0.1}
-    five = {name: figures for name in MEASUREMENTS}
-    told = {"metrics": ["acc", "answer_nll"], "lower_is_better": ["answer_nll"], "lr": {}}
-    tasks = {task: task_of(layers=five | told) for task in ("piqa", "sciq")}
-    ran: list[tuple[str, dict[str, Any]]] = []
+@pytest.fixture
+def made_up_runs(table_study: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the table's runs were given, by name; the figures of seed s are those of seed 0 and s more."""
+    ran: dict[str, Any] = {}
+
+    def read_metrics(changes: dict[str, Any]) -> dict[str, Any]:
+        seed = changes.get("seed", 0)
+        figures = {"acc": 0.5 + seed, "acc_stderr": 0.01, "answer_nll": 3.0 + seed, "answer_nll_stderr": 0.1}
+        five = {name: figures for name in MEASUREMENTS}
+        told = {"metrics": ["acc", "answer_nll"], "lower_is_better": ["answer_nll"], "lr": {}}
+        tasks = {task: task_of(layers=five | told) for task in ("piqa", "sciq")}
+        kept = {"emulator": {"share_of_model": 0.7}, "corpus_perplexity": {"model": 20.0, "emulator": 90.0}}
+        return kept | {"tasks": tasks}
+
+    def run(name: str, changes: dict[str, Any]) -> dict[str, Any]:
+        ran[name] = changes
+        return changes
+
     around = table_study["main"].__globals__
-    monkeypatch.setitem(around, "run", lambda name, changes: ran.append((name, changes)) or {"rev": "abc"})
-    kept = {"emulator": {"share_of_model": 0.7}, "corpus_perplexity": {"model": 20.0, "emulator": 90.0}}
-    monkeypatch.setitem(around, "read_metrics", lambda row: kept | {"tasks": tasks})
-    monkeypatch.setattr("sys.argv", ["table.py", "nine-tasks", "alpha=0.5"])
+    monkeypatch.setitem(around, "run", run)
+    monkeypatch.setitem(around, "read_metrics", read_metrics)
     for name in ("presets.yaml", "params.yaml"):
         shutil.copy(ROOT / name, tmp_path)
     monkeypatch.chdir(tmp_path)
-    table_study["main"]()
-    ((name, changes),) = ran
-    assert name == "table-nine-tasks-alpha-0.5" and changes["alpha"] == 0.5
-    with (tmp_path / "docs" / "studies" / f"{name}.csv").open() as stream:
+    return ran
+
+
+def figures_of(name: str) -> dict[tuple[str, ...], tuple[str, str]]:
+    with Path("docs", "studies", f"{name}.csv").open() as stream:
         rows = list(csv.DictReader(stream))
-    assert len(rows) == 2 * 5 * 2
-    assert rows[0] == {
-        "task": "piqa",
-        "measurement": "zero_shot",
-        "metric": "acc",
-        "value": "0.5",
-        "standard error": "0.01",
-    }
+    return {(row["task"], row["measurement"], row["metric"]): (row["value"], row["standard error"]) for row in rows}
+
+
+def test_table_has_the_five_measurements_of_every_task(
+    table_study: dict[str, Any], made_up_runs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["table.py", "nine-tasks", "alpha=0.5"])
+    table_study["main"]()
+    ((name, changes),) = made_up_runs.items()
+    assert name == "table-nine-tasks-alpha-0.5" and changes["alpha"] == 0.5
+    figures = figures_of(name)
+    assert len(figures) == 2 * (5 + 2) * 2  # tasks, measurements with gap and recovery, metrics
+    assert figures["piqa", "zero_shot", "acc"] == ("0.5", "0.01")
+
+
+def test_table_of_several_seeds_has_means_and_their_standard_errors(
+    table_study: dict[str, Any], made_up_runs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["table.py", "recommended", "SEEDS=0,2"])
+    table_study["main"]()
+    assert list(made_up_runs) == ["table-recommended-seed-0", "table-recommended-seed-2"]
+    assert [changes["seed"] for changes in made_up_runs.values()] == [0, 2]
+    figures = figures_of("table-recommended")
+    assert figures["sciq", "zero_shot", "answer_nll"] == ("4.0", "1.0")
+    assert figures["sciq", "recovery, layers", "acc"] == ("", "")  # undefined in one of them
+    monkeypatch.setattr("sys.argv", ["table.py", "recommended", "SEEDS=0,two"])
+    with pytest.raises(UserError, match="SEEDS='0,two': seeds are whole numbers"):
+        table_study["main"]()
