@@ -64,7 +64,7 @@ class LayerImportance(Block):
     calibration_blocks: Positive = 128
     """blocks whose hidden states are kept for the local fits"""
     steps: Count = 500
-    """steps of local regression, all layers at once; with 0 harmonizers stay identities"""
+    """steps of local regression of each harmonizer; with 0 they stay identities"""
     batch_tokens: Positive = 1024
     """tokens in a step"""
     lr: Rate = 0.01

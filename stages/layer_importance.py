@@ -9,7 +9,8 @@ from scaleot_core.common.tensors import write_tensors
 from scaleot_core.compression import layer_importance
 from scaleot_core.compression.local_fit import fit_locally
 from scaleot_core.models.forward import mean_loss
-from scaleot_core.models.loading import load_model
+from scaleot_core.models.loading import load_model, read_config
+from scaleot_core.models.streaming import StreamedModel
 from scaleot_core.pipeline import run_stage
 
 
@@ -17,11 +18,12 @@ def main() -> None:
     with run_stage("layer_importance") as stage:
         params, artifacts, runtime = stage.params, stage.artifacts, stage.runtime
         fits, blocks = params.layer_importance, artifacts.blocks("train")
-        model = load_model(artifacts.model, device=runtime.device, dtype=runtime.dtype)
-        stage.meter.count(model)
-        harmonizers = layer_importance.new_harmonizers(model, params.harmonizer, params.seed)
+        config = read_config(artifacts.model)
+        streamed = StreamedModel(artifacts.model, config, device=runtime.device, dtype=runtime.dtype)
+        stage.meter.count(streamed.model)
+        harmonizers = layer_importance.new_harmonizers(config, params.harmonizer, params.seed).to(runtime.device)
         history = fit_locally(
-            model,
+            streamed,
             harmonizers,
             blocks[: fits.calibration_blocks],
             steps=fits.steps,
@@ -30,6 +32,8 @@ def main() -> None:
             seed=params.seed,
             checkpoint=stage.checkpoint,
         )
+        model = load_model(artifacts.model, device=runtime.device, dtype=runtime.dtype)
+        stage.meter.count(model)
         costs = layer_importance.estimate(fits.estimator, model, harmonizers, blocks[-fits.sensitivity_blocks :])
         scores = {
             "estimator": fits.estimator,

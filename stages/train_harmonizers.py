@@ -18,7 +18,7 @@ def main() -> None:
         params, artifacts, runtime = stage.params, stage.artifacts, stage.runtime
         model = load_sharded(artifacts.model, device=runtime.device, dtype=runtime.dtype)
         stage.meter.count(model)
-        harmonizers = layer_importance.new_harmonizers(model, params.harmonizer, params.seed)
+        harmonizers = layer_importance.new_harmonizers(model.config, params.harmonizer, params.seed).to(runtime.device)
         prior = torch.zeros(len(harmonizers))
         if params.dlr.init == "prior":
             known = layer_importance.read_scores(artifacts.importance / "scores.json", len(harmonizers))

@@ -29,6 +29,7 @@ from scaleot_core.compression.local_fit import fit_locally
 from scaleot_core.compression.plan import choose_layers
 from scaleot_core.models.forward import hidden_states, mean_loss, swapped_layers
 from scaleot_core.models.loading import load_model
+from scaleot_core.models.streaming import StreamedModel
 from scaleot_core.params import Params, changed, load_params
 from scaleot_core.training.checkpoint import scratch_dir
 
@@ -86,10 +87,11 @@ def fitted(model: PreTrainedModel, blocks: Tensor, params: Params) -> tuple[Harm
     fits = params.layer_importance
     key = fingerprint(params.harmonizer.model_dump(), fits.model_dump(), params.seed)
     if key not in FITTED:
-        harmonizers = layer_importance.new_harmonizers(model, params.harmonizer, params.seed)
+        harmonizers = layer_importance.new_harmonizers(model.config, params.harmonizer, params.seed).to(model.device)
         start = time.perf_counter()
+        streamed = StreamedModel(MODEL, model.config, device=model.device, dtype=model.dtype)
         options = fits.model_dump(include={"steps", "batch_tokens", "lr"})
-        fit_locally(model, harmonizers, blocks, **options, seed=params.seed)
+        fit_locally(streamed, harmonizers, blocks, **options, seed=params.seed)
         FITTED[key] = (harmonizers, time.perf_counter() - start)
     harmonizers, seconds = FITTED[key]
     return copy.deepcopy(harmonizers), seconds
@@ -98,7 +100,7 @@ def fitted(model: PreTrainedModel, blocks: Tensor, params: Params) -> tuple[Harm
 def train(model: PreTrainedModel, blocks: Tensor, params: Params, prior: list[float]) -> Trained:
     """Harmonizers trained as the parameters say."""
     settings, seconds, tokens = params.dlr, 0.0, 0
-    harmonizers = layer_importance.new_harmonizers(model, params.harmonizer, params.seed)
+    harmonizers = layer_importance.new_harmonizers(model.config, params.harmonizer, params.seed).to(model.device)
     if settings.init == "prior" and params.layer_importance.steps:
         local = blocks[: params.layer_importance.calibration_blocks]
         harmonizers, seconds = fitted(model, local, params)

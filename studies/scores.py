@@ -59,7 +59,7 @@ def main() -> None:
     done = scratch_dir(f"study-scores-{fingerprint(params.model_dump(), MODEL, CORPUS, HARMONIZERS)}")
 
     def fitted(folder: Path) -> Harmonizers:
-        harmonizers = layer_importance.new_harmonizers(model, params.harmonizer, params.seed)
+        harmonizers = layer_importance.new_harmonizers(model.config, params.harmonizer, params.seed).to(model.device)
         layer_importance.restore(harmonizers, folder / "harmonizers.safetensors")
         return harmonizers
 

@@ -236,7 +236,7 @@ WHOLE = Plan(("adapter", "compressed", "compressed", "compressed"), beta=0.0, ha
 
 def trained_harmonizers(model: PreTrainedModel) -> nn.ModuleList:
     """Make harmonizers with something in them, as if they were trained."""
-    harmonizers = new_harmonizers(model, form(8), seed=0)
+    harmonizers = new_harmonizers(model.config, form(8), seed=0)
     for parameter in harmonizers.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return harmonizers

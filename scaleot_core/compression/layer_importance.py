@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import read_json
@@ -30,15 +30,15 @@ from scaleot_core.models.forward import (
 from scaleot_core.settings import HarmonizerForm
 
 
-def new_harmonizers(model: PreTrainedModel, form: HarmonizerForm, seed: int) -> Harmonizers:
-    """Make one fresh float32 harmonizer per decoder layer, on the model's device."""
+def new_harmonizers(config: PretrainedConfig, form: HarmonizerForm, seed: int) -> Harmonizers:
+    """Make one fresh float32 harmonizer per decoder layer."""
     draw = generator(seed, "harmonizers")
     harmonizers = Harmonizers()
-    for _ in decoder_layers(model):
-        harmonizer = Harmonizer(model.config.hidden_size, form, in_tuple=family(model.config).in_tuple)
+    for _ in range(config.num_hidden_layers):
+        harmonizer = Harmonizer(config.hidden_size, form, in_tuple=family(config).in_tuple)
         harmonizer.reset(draw)
         harmonizers.append(harmonizer)
-    return harmonizers.to(model.device)
+    return harmonizers
 
 
 def read_scores(path: Path, layers: int) -> list[float]:

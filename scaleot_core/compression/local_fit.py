@@ -1,93 +1,68 @@
 """Local fits: every harmonizer fitted alone to its own layer (method section 2)."""
 
-from itertools import pairwise
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from scaleot_core.common.runtime import generator, keep_freed_memory
-from scaleot_core.compression.harmonizer import Harmonizers
-from scaleot_core.models.forward import hidden_states
+from scaleot_core.common.tensors import read_tensors, write_tensors
+from scaleot_core.compression.harmonizer import Harmonizer, Harmonizers
+from scaleot_core.models.forward import hidden_of, hooks
+from scaleot_core.models.streaming import StreamedModel
 from scaleot_core.training.checkpoint import Checkpoint
 from scaleot_core.training.loop import run_steps
 from scaleot_core.training.optimizer import Optimizer, linear_warmup_decay
 
-SOLVED_TOKENS = 16384  # on which the output weights are solved for
-RIDGE = 1e-5  # of the Gram matrix's mean diagonal, for units that never fire
-
 
 class LocalFit:
-    """Local regression of all harmonizers at once, as batched matrix products over the layers.
+    """Regression of a harmonizer to what its layer makes of hidden states (N, D) that come in and go out.
 
     A token's error counts relative to the mean square of the state it leaves the layer with, as the next layer's norm
     will see it; otherwise the few tokens with massive activations would decide alone. Inputs are standardised by
     feature with the same weighting, and targets scaled to size one, so that one learning rate serves every layer. Both
-    are folded back into the weights. Gradient steps train the hidden units; the output weights are then solved for by
-    least squares.
+    are folded back into the weights.
     """
 
-    def __init__(self, harmonizers: Harmonizers, states: list[Tensor]) -> None:
-        self.states = states
-        self.harmonizers = harmonizers
-        means, deviations, weights, scales = [], [], [], []
-        for before, after in pairwise(states):
-            x, target = before.float(), after.float() - before.float()
-            weight = 1 / after.float().square().mean(1)  # (N·T,)
-            mean = (weight @ x) / weight.sum()
-            means.append(mean)
-            deviations.append(((weight @ (x - mean).square()) / weight.sum()).sqrt().clamp(min=1e-6))
-            weights.append(weight)
-            scales.append((weight @ target.square().mean(1) / len(weight)).sqrt())
-        self.mean, self.deviation = torch.stack(means)[:, None], torch.stack(deviations)[:, None]  # (L, 1, D)
-        self.scale = torch.stack(scales).clamp(min=1e-6)[:, None, None]  # (L, 1, 1)
-        self.token_weights = torch.stack(weights)  # (L, N·T)
-        stack = {
-            "down": torch.stack([h.down.weight for h in harmonizers]),  # (L, r, D)
-            "down_bias": torch.stack([h.down.bias for h in harmonizers])[:, None],  # (L, 1, r)
-            "up": torch.stack([h.up.weight for h in harmonizers]),  # (L, D, r)
-            "up_bias": torch.stack([h.up.bias for h in harmonizers])[:, None],  # (L, 1, D)
-        }
-        self.weights = {name: nn.Parameter(value.detach().clone()) for name, value in stack.items()}
+    def __init__(self, harmonizer: Harmonizer, before: Tensor, after: Tensor) -> None:
+        self.harmonizer, self.before, self.after = harmonizer, before, after
+        x, target = before.float(), after.float() - before.float()
+        self.token_weights = 1 / after.float().square().mean(1)  # (N,)
+        total = self.token_weights.sum()
+        self.mean = (self.token_weights @ x) / total  # (D,)
+        self.deviation = ((self.token_weights @ (x - self.mean).square()) / total).sqrt().clamp(min=1e-6)  # (D,)
+        scale = (self.token_weights @ target.square().mean(1) / len(x)).sqrt()
+        self.scale = scale.clamp(min=1e-6)
+        self.weights = {name: nn.Parameter(p.detach().clone()) for name, p in harmonizer.named_parameters()}
 
     def loss(self, rows: Tensor) -> Tensor:
-        """Compute the error relative to what each layer adds, summed over layers, at token positions `rows` (n,)."""
-        states = torch.stack([state[rows] for state in self.states])  # (L + 1, n, D)
-        before, after = states[:-1].float(), states[1:].float()
+        """Compute the error relative to what the layer adds, at token positions `rows` (n,)."""
+        before, after = self.before[rows].float(), self.after[rows].float()
         x, target = (before - self.mean) / self.deviation, after - before
-        hidden = torch.relu(torch.baddbmm(self.weights["down_bias"], x, self.weights["down"].mT))
-        error = torch.baddbmm(self.weights["up_bias"], hidden, self.weights["up"].mT) - target / self.scale
-        return (error.square().mean(2) * self.token_weights[:, rows]).mean(1).sum()
-
-    @torch.no_grad()
-    def solve_outputs(self, rows: Tensor) -> None:
-        """Set W_up and b_up to the least error at token positions `rows` (n,), given the hidden units."""
-        for i, (before, after) in enumerate(pairwise(self.states)):
-            x = before[rows].float()
-            target = (after[rows].float() - x) / self.scale[i]
-            x = (x - self.mean[i]) / self.deviation[i]
-            hidden = torch.relu(torch.addmm(self.weights["down_bias"][i], x, self.weights["down"][i].T))
-            hidden = nn.functional.pad(hidden, (0, 1), value=1.0).double()  # (n, r + 1), the last for the bias
-            weighted = hidden.T * self.token_weights[i, rows]
-            gram = weighted @ hidden
-            gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-            solution = torch.linalg.solve(gram, weighted @ target.double())  # (r + 1, D)
-            self.weights["up"][i].copy_(solution[:-1].T)
-            self.weights["up_bias"][i].copy_(solution[-1:])
+        hidden = torch.relu(nn.functional.linear(x, self.weights["down.weight"], self.weights["down.bias"]))
+        added = nn.functional.linear(hidden, self.weights["up.weight"], self.weights["up.bias"])
+        return ((added - target / self.scale).square().mean(1) * self.token_weights[rows]).mean()
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Put the fitted weights, mean and scales folded in, into the harmonizers."""
-        for i, harmonizer in enumerate(self.harmonizers):
-            down = self.weights["down"][i] / self.deviation[i]
-            harmonizer.down.weight.copy_(down)
-            harmonizer.down.bias.copy_(self.weights["down_bias"][i, 0] - down @ self.mean[i, 0])
-            harmonizer.up.weight.copy_(self.weights["up"][i] * self.scale[i])
-            harmonizer.up.bias.copy_(self.weights["up_bias"][i, 0] * self.scale[i, 0])
+        """Put the fitted weights, mean and scales folded in, into the harmonizer."""
+        down = self.weights["down.weight"] / self.deviation
+        self.harmonizer.down.weight.copy_(down)
+        self.harmonizer.down.bias.copy_(self.weights["down.bias"] - down @ self.mean)
+        self.harmonizer.up.weight.copy_(self.weights["up.weight"] * self.scale)
+        self.harmonizer.up.bias.copy_(self.weights["up.bias"] * self.scale)
+
+
+def kept(checkpoint: Checkpoint, i: int) -> Path:
+    """Name the file that has what was fitted to layer i."""
+    return checkpoint.folder / "fits" / f"{i}.safetensors"
 
 
 def fit_locally(
-    model: PreTrainedModel,
+    streamed: StreamedModel,
     harmonizers: Harmonizers,
     blocks: Tensor,
     *,
@@ -97,28 +72,56 @@ def fit_locally(
     seed: int,
     checkpoint: Checkpoint | None = None,
 ) -> list[dict[str, float]]:
-    """Fit each harmonizer to its own layer on the hidden states of `blocks` (N, T), kept from one forward pass.
+    """Fit each harmonizer to its own layer on the hidden states of `blocks` (M, T), in one pass through the model.
 
-    Memory: (L + 1) · N · T · D numbers in the model's dtype. Returns the loss a step: the mean over layers of the
-    squared error relative to what the layer adds.
+    A layer's harmonizer is fitted when the blocks have passed it, and kept in the checkpoint's folder then. Memory: the
+    embeddings, a layer, and its hidden states, 2 · M · T · D numbers in the model's dtype and 4 in float32. Returns the
+    loss a step: the mean over layers of the squared error relative to what the layer adds.
     """
     keep_freed_memory()
-    states = hidden_states(model, blocks)
-    fit = LocalFit(harmonizers, states)
-    optimizer = Optimizer(fit.weights)
-    tokens = states[0].shape[0]
-    batch = min(batch_tokens, tokens)
+    tokens = blocks.numel()
+    rows = [
+        torch.randint(tokens, (min(batch_tokens, tokens),), generator=generator(seed, "local fit", i))
+        for i in range(steps)
+    ]
+    own, losses = list(harmonizers), list[list[float]]()
 
-    def step(i: int) -> dict[str, float]:
-        rows = torch.randint(tokens, (batch,), generator=generator(seed, "local fit", i))
-        loss = fit.loss(rows.to(model.device))
-        loss.backward()
-        optimizer.step(lr * linear_warmup_decay(i, steps, 0.05))
-        return {"loss": loss.item() / len(harmonizers), "tokens": batch}
+    def fit(i: int, before: Tensor, after: Tensor) -> None:
+        regression = LocalFit(own[i], before, after)
+        optimizer = Optimizer(regression.weights)
 
-    history = run_steps(step, optimizer, label="local fits", steps=steps, checkpoint=checkpoint)
-    if steps:
-        rows = torch.randperm(tokens, generator=generator(seed, "local fit, outputs"))[:SOLVED_TOKENS]
-        fit.solve_outputs(rows.to(model.device))
-    fit.write_back()
-    return history
+        def step(k: int) -> dict[str, float]:
+            with torch.enable_grad():
+                loss = regression.loss(rows[k].to(before.device))
+                loss.backward()
+            optimizer.step(lr * linear_warmup_decay(k, steps, 0.05))
+            return {"loss": loss.item(), "tokens": len(rows[k])}
+
+        label, inner = f"local fit {i + 1} of {len(own)}", checkpoint and checkpoint.within(f"fits/{i}")
+        history = run_steps(step, optimizer, label=label, steps=steps, checkpoint=inner)
+        losses.append([row["loss"] for row in history])
+        regression.write_back()
+        if checkpoint and inner:
+            write_tensors(kept(checkpoint, i), {**own[i].state_dict(), "losses": torch.tensor(losses[-1])})
+            inner.remove()
+
+    @contextmanager
+    def around(i: int, layer: nn.Module) -> Iterator[None]:
+        """Keep what comes into a layer and what goes out; then fit, unless that was done before."""
+        if checkpoint and kept(checkpoint, i).exists():
+            yield
+            fitted = read_tensors(kept(checkpoint, i))
+            losses.append(fitted.pop("losses").tolist())
+            own[i].load_state_dict(fitted)
+            return
+        before: list[Tensor] = []
+        after: list[Tensor] = []
+        with hooks(
+            layer.register_forward_pre_hook(lambda module, args: before.append(args[0].flatten(0, 1))),
+            layer.register_forward_hook(lambda module, args, out: after.append(hidden_of(out).flatten(0, 1))),
+        ):
+            yield
+        fit(i, torch.cat(before), torch.cat(after))
+
+    streamed.run(blocks, around)
+    return [{"step": k, "loss": fmean(values)} for k, values in enumerate(zip(*losses, strict=True))]

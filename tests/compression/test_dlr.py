@@ -69,7 +69,7 @@ def test_score_update_equals_the_listing_and_credits_only_kept_layers():
 
 
 def test_training_moves_only_harmonizers_that_took_part(model, blocks, params):
-    harmonizers = new_harmonizers(model, form(8), seed=0)
+    harmonizers = new_harmonizers(model.config, form(8), seed=0)
     before = {name: p.clone() for name, p in harmonizers.named_parameters()}
     whole = weights_hash(model)
     settings = params.dlr.model_copy(update={"steps": 1, "score_blocks": 2})
@@ -101,7 +101,7 @@ def learn(model, blocks, without: int) -> None:
 )
 def test_an_identity_layer_ends_with_the_lowest_score(model, blocks, params):
     learn(model, blocks, without=2)
-    harmonizers = new_harmonizers(model, form(8), seed=0)
+    harmonizers = new_harmonizers(model.config, form(8), seed=0)
     settings = params.dlr.model_copy(
         update={"steps": 100, "lr": 1e-4, "score_interval": 1, "score_lr": 10.0, "score_blocks": 12, "batch_blocks": 12}
     )
@@ -113,17 +113,17 @@ def test_an_identity_layer_ends_with_the_lowest_score(model, blocks, params):
 def test_more_candidates_than_networks_are_refused(model, blocks, params):
     settings = params.dlr.model_copy(update={"candidates": 7})
     with pytest.raises(UserError, match=r"dlr\.candidates = 7.* 6 networks"):
-        train(model, new_harmonizers(model, form(8), seed=0), torch.zeros(4), blocks, settings, seed=0)
+        train(model, new_harmonizers(model.config, form(8), seed=0), torch.zeros(4), blocks, settings, seed=0)
 
 
 def test_groups_larger_than_the_model_are_refused(model, blocks, params):
     settings = params.dlr.model_copy(update={"group_size": 5})
     with pytest.raises(UserError, match=r"dlr\.group_size = 5"):
-        train(model, new_harmonizers(model, form(8), seed=0), torch.zeros(4), blocks, settings, seed=0)
+        train(model, new_harmonizers(model.config, form(8), seed=0), torch.zeros(4), blocks, settings, seed=0)
 
 
 def test_making_up_lowers_the_loss_and_moves_nothing_but_harmonizers(model, blocks, params):
-    harmonizers = new_harmonizers(model, form(8), seed=0)
+    harmonizers = new_harmonizers(model.config, form(8), seed=0)
     settings = params.dlr.model_copy(update={"after_src": 30, "lr": 1e-2, "batch_blocks": 12})
     whole = weights_hash(model)
     with swapped_layers(model, {1: harmonizers[1]}):

@@ -1,12 +1,16 @@
 import pytest
 import torch
-from helpers import form
+from helpers import CPU, form, tiny_model, weights_hash
 
+from scaleot_core.compression import local_fit
 from scaleot_core.compression.harmonizer import Harmonizer
 from scaleot_core.compression.layer_importance import new_harmonizers, sensitivity
-from scaleot_core.compression.local_fit import LocalFit, fit_locally
+from scaleot_core.compression.local_fit import fit_locally
 from scaleot_core.models.families import decoder_layers
 from scaleot_core.models.forward import hidden_of, hidden_states, next_token_loss, swapped_layers
+from scaleot_core.models.loading import read_config
+from scaleot_core.models.streaming import StreamedModel
+from scaleot_core.training.checkpoint import Checkpoint
 
 
 def naive(h: Harmonizer, x: torch.Tensor) -> torch.Tensor:
@@ -22,7 +26,7 @@ def test_equals_the_equation():
 
 
 def test_untrained_is_the_identity_and_every_matrix_gets_a_gradient_in_two_steps(model, blocks):
-    harmonizers = new_harmonizers(model, form(8), seed=0)
+    harmonizers = new_harmonizers(model.config, form(8), seed=0)
     before = {name: p.clone() for name, p in harmonizers[1].named_parameters()}
     x = torch.randn(1, 3, 32)
     assert torch.equal(hidden_of(harmonizers[1](x)), x)
@@ -37,7 +41,7 @@ def test_untrained_is_the_identity_and_every_matrix_gets_a_gradient_in_two_steps
 
 def test_takes_and_returns_what_a_decoder_layer_does(model, blocks):
     """The model's own forward runs with every layer replaced, with a mask and while generating with a cache."""
-    harmonizers = new_harmonizers(model, form(8), seed=0)
+    harmonizers = new_harmonizers(model.config, form(8), seed=0)
     stand_ins = dict(enumerate(harmonizers))
     stand_ins.pop(0)
     with swapped_layers(model, stand_ins):
@@ -57,36 +61,47 @@ def test_hidden_states_are_what_the_model_computes(model, blocks):
         torch.testing.assert_close(mine, theirs.flatten(0, 1))
 
 
-def test_local_fit_approaches_the_layer(model, blocks):
-    harmonizers = new_harmonizers(model, form(8), seed=0)
-    history = fit_locally(model, harmonizers, blocks, steps=150, batch_tokens=96, lr=3e-3, seed=0)
-    assert history[-1]["loss"] < 0.9 * history[0]["loss"]
+def on_disk(model, folder):
+    model.save_pretrained(folder, save_original_format=False)
+    return StreamedModel(folder, read_config(folder), device=CPU, dtype=torch.float32)
+
+
+FITS = {"batch_tokens": 96, "lr": 3e-3, "seed": 0}
+
+
+def test_local_fit_approaches_the_layer(model, blocks, tmp_path):
+    harmonizers = new_harmonizers(model.config, form(8), seed=0)
+    history = fit_locally(on_disk(model, tmp_path), harmonizers, blocks, steps=150, **FITS)
+    assert [row["step"] for row in history] == [*range(150)] and history[-1]["loss"] < 0.9 * history[0]["loss"]
     states = hidden_states(model, blocks)
     for i, h in enumerate(harmonizers):
         target = states[i + 1]
         assert (hidden_of(h(states[i])) - target).square().mean() < (states[i] - target).square().mean()
 
 
-def test_outputs_are_the_best_that_the_hidden_units_allow(model, blocks):
-    harmonizers = new_harmonizers(model, form(8), seed=0)
-    fit = LocalFit(harmonizers, hidden_states(model, blocks))
-    rows = torch.arange(blocks.numel())
-    torch.nn.init.normal_(fit.weights["up"])
-    before = fit.loss(rows).item()
-    fit.solve_outputs(rows)
-    best = fit.loss(rows).item()
-    assert best < before
-    for name in ("up", "up_bias"):
-        for step in (1e-2, -1e-2):
-            with torch.no_grad():
-                moved = step * torch.randn(fit.weights[name].shape, generator=torch.Generator().manual_seed(0))
-                fit.weights[name] += moved
-                assert fit.loss(rows).item() > best
-                fit.weights[name] -= moved
+def test_fit_stopped_between_layers_goes_on_to_the_same_bytes(tmp_path, blocks, monkeypatch):
+    model = tiny_model("llama")
+    streamed = on_disk(model, tmp_path / "model")
+    whole, begins, goes_on = (new_harmonizers(model.config, form(8), seed=0) for _ in range(3))
+    history = fit_locally(streamed, whole, blocks, steps=6, **FITS)
+    checkpoint, run, begun = Checkpoint(tmp_path / "fits", 0), local_fit.run_steps, []
+
+    def stops_at_the_third(*args, label, **options):
+        begun.append(label)
+        if len(begun) == 3:
+            raise KeyboardInterrupt
+        return run(*args, label=label, **options)
+
+    monkeypatch.setattr(local_fit, "run_steps", stops_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        fit_locally(streamed, begins, blocks, steps=6, checkpoint=checkpoint, **FITS)
+    assert fit_locally(streamed, goes_on, blocks, steps=6, checkpoint=checkpoint, **FITS) == history
+    assert begun[3:] == ["local fit 3 of 4", "local fit 4 of 4"]
+    assert weights_hash(goes_on) == weights_hash(whole)
 
 
 def test_sensitivity_is_the_loss_of_replacing_one_layer(model, blocks):
-    harmonizers = new_harmonizers(model, form(8), seed=0)
+    harmonizers = new_harmonizers(model.config, form(8), seed=0)
     costs = sensitivity(model, harmonizers, blocks)
     layers = decoder_layers(model)
     original = layers[2]

@@ -47,7 +47,7 @@ def owner(tmp_path, blocks, params):
         values = changed(params, {**small, **changes})
         folder = tmp_path / "harmonizers"
         folder.mkdir(exist_ok=True)
-        harmonizers = new_harmonizers(model, values.harmonizer, seed=0)
+        harmonizers = new_harmonizers(model.config, values.harmonizer, seed=0)
         write_tensors(folder / "harmonizers.safetensors", harmonizers.state_dict())
         write_json(folder / "scores.json", {"scores": [float((i * 5) % LAYERS) for i in range(LAYERS)]})
         model.save_pretrained(tmp_path / name, save_original_format=False)

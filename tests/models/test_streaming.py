@@ -135,7 +135,9 @@ def test_memory_does_not_grow_with_the_layers(tmp_path, tokenizer, params):
         stored(folder, num_hidden_layers=depth, **wide)
         tokenizer.save_pretrained(folder)
         (folder / "params.yaml").write_text(yaml.safe_dump(values.model_dump()))
-        harmonizers = new_harmonizers(tiny_model("llama", num_hidden_layers=depth, hidden_size=512), form(8), seed=0)
+        harmonizers = new_harmonizers(
+            tiny_model("llama", num_hidden_layers=depth, hidden_size=512).config, form(8), seed=0
+        )
         write_tensors(folder / "harmonizers.safetensors", harmonizers.state_dict())
         write_json(folder / "scores.json", {"scores": [float(i) for i in range(depth)]})
     folders = [str(tmp_path / str(depth)) for depth in depths]
