@@ -65,29 +65,37 @@ def measure(
         for kind in kinds
     }
 
-    def figures(label: str, asked: Mapping[str, Rows]) -> dict[str, Figures]:
+    def figures(model: PreTrainedModel, label: str, asked: Mapping[str, Rows]) -> dict[str, Figures]:
         run = partial(evaluate, model, tokenizer, asked, batch_size=batch_size, label=label)
         found: dict[str, Figures] = cached_json(cache / f"{label}.json", run)
         return found
 
-    model = package.load(runtime.device)
-    loss = cached_json(cache / "emulator_loss.json", partial(mean_loss, model, artifacts.blocks("heldout")))
-    zero_shot = figures("emulator_zero_shot", questions)
     found: dict[str, dict[str, dict[str, Any]]] = {task: {kind: {} for kind in kinds} for task in questions}
-    effects = {}
-    for (task, kind), given in tuned.items():
-        label = f"emulator_finetune@{task}-{kind}"
-        with tuned_emulator(model, plan, given):
-            found[task][kind]["emulator_finetune"] = figures(label, {task: questions[task]})[task]
-        effect = partial(emulator_effect, model, plan, given, public)
-        effects[task, kind] = cached_json(cache / f"effect@{task}-{kind}.json", effect)
-    model = load_model(artifacts.model, device=runtime.device, dtype=runtime.dtype)
-    for (task, kind), given in tuned.items():
-        given, label = fitted(given, package, model, artifacts.emulator_private), f"plug_in@{task}-{kind}"
-        with plugged_in(model, plan, given):
-            found[task][kind]["plug_in"] = figures(label, {task: questions[task]})[task]
-        run = partial(_scale, model, plan, given, effects[task, kind], public)
-        found[task][kind]["scale"] = cached_json(cache / f"scale@{task}-{kind}.json", run)
+    effects: dict[tuple[str, str], float] = {}
+
+    def in_emulator() -> tuple[dict[str, Figures], float]:
+        model = package.load(runtime.device)
+        loss = cached_json(cache / "emulator_loss.json", partial(mean_loss, model, artifacts.blocks("heldout")))
+        zero_shot = figures(model, "emulator_zero_shot", questions)
+        for (task, kind), given in tuned.items():
+            label = f"emulator_finetune@{task}-{kind}"
+            with tuned_emulator(model, plan, given):
+                found[task][kind]["emulator_finetune"] = figures(model, label, {task: questions[task]})[task]
+            effect = partial(emulator_effect, model, plan, given, public)
+            effects[task, kind] = cached_json(cache / f"effect@{task}-{kind}.json", effect)
+        return zero_shot, loss
+
+    def in_model() -> None:
+        model = load_model(artifacts.model, device=runtime.device, dtype=runtime.dtype)
+        for (task, kind), given in tuned.items():
+            given, label = fitted(given, package, model, artifacts.emulator_private), f"plug_in@{task}-{kind}"
+            with plugged_in(model, plan, given):
+                found[task][kind]["plug_in"] = figures(model, label, {task: questions[task]})[task]
+            run = partial(_scale, model, plan, given, effects[task, kind], public)
+            found[task][kind]["scale"] = cached_json(cache / f"scale@{task}-{kind}.json", run)
+
+    zero_shot, loss = in_emulator()  # which is gone from memory when the model comes
+    in_model()
     return Evaluated(zero_shot, found, loss)
 
 

@@ -1,5 +1,6 @@
 """Every stage by itself: what it reads, that its bytes repeat, that it survives a kill, what a mistake ends in."""
 
+import gc
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -34,10 +36,12 @@ from helpers import (
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
+from scaleot_core import results
 from scaleot_core.artifacts import Artifacts
 from scaleot_core.common.files import read_csv
 from scaleot_core.common.tensors import read_tensors
 from scaleot_core.compression.plan import LayerKind
+from scaleot_core.exchange.package import Package
 from scaleot_core.params import load_params
 from scaleot_core.reporting import figures
 from scaleot_core.reporting.measurements import five
@@ -49,7 +53,7 @@ OUTPUTS = {
     "compress": "artifacts/emulator",
     "offsite_tune": "artifacts/adapters/piqa/layers",
 }
-STEPS = {"layer_importance": 400, "train_harmonizers": 150, "offsite_tune": 150}
+STEPS = {"layer_importance": 100, "train_harmonizers": 150, "offsite_tune": 150}
 PARAMS = {
     "layer_importance.steps": STEPS["layer_importance"],
     "dlr.steps": STEPS["train_harmonizers"],
@@ -325,6 +329,25 @@ def test_harmonizers_trained_after_the_truncation_are_others(made: Path, project
     assert not [left.name for left in (project / ".scaleot/scratch").iterdir() if left.name.startswith("compress")]
 
 
+def one_model_at_a_time(patch: pytest.MonkeyPatch) -> None:
+    """Let stage evaluate load the real model only when the emulator is gone from memory."""
+    loaded: list[weakref.ref[torch.nn.Module]] = []
+    load_package, load_model = Package.load, results.load_model
+
+    def emulator(*args: Any, **options: Any) -> Any:
+        model = load_package(*args, **options)
+        loaded.append(weakref.ref(model))
+        return model
+
+    def whole(*args: Any, **options: Any) -> Any:
+        gc.collect()
+        assert [reference() for reference in loaded] == [None]
+        return load_model(*args, **options)
+
+    patch.setattr(Package, "load", emulator)
+    patch.setattr(results, "load_model", whole)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -342,13 +365,17 @@ def test_harmonizers_trained_after_the_truncation_are_others(made: Path, project
     ],
     ids=str,
 )
-def test_every_way_goes_through_the_rest_of_the_pipeline(made: Path, project: Path, changes: dict[str, Any]) -> None:
+def test_every_way_goes_through_the_rest_of_the_pipeline(
+    made: Path, project: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     change(project, **{"offsite_tune": {"epochs": 1}, **changes})
     (kind,) = changes.get("adapters", ["layers"])
     succeed(project, "zero_shot", "full_finetune", "compress")
     ended = run(project, "offsite_tune", ["piqa", kind])
     assert ended.code == 0, ended.said
-    succeed(project, "evaluate")
+    with monkeypatch.context() as patch:
+        one_model_at_a_time(patch)
+        succeed(project, "evaluate")
     metrics = json.loads((project / "metrics.json").read_text())
     measured, emulator = five(metrics["tasks"]["piqa"], kind), metrics["emulator"]
     assert all(math.isfinite(measured[name]["answer_nll"]) for name in ("emulator_zero_shot", "plug_in"))
