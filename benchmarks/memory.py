@@ -47,6 +47,7 @@ SMALL: dict[str, Any] = {  # beside the setting recommended in presets.yaml, wit
     "layer_importance.steps": 2,
     "layer_importance.sensitivity_blocks": 1,
     "dlr.group_size": 2,
+    "dlr.candidates": 2,
     "dlr.steps": 2,
     "dlr.score_interval": 1,
     "dlr.score_blocks": 2,
@@ -93,8 +94,8 @@ def write_project(folder: Path, layers: int) -> None:
         shutil.copytree(source, folder / name, ignore=ignore) if source.is_dir() else shutil.copy(source, folder)
     write_model(folder / "model", layers)
     (folder / "questions" / "piqa").mkdir(parents=True)
-    rows = [{"goal": f"count to {i}", "sol1": f"from one to {i}", "sol2": f"from {i}", "label": 0} for i in range(8)]
-    for part in ("train", "validation"):
+    for part, numbers in (("train", range(8)), ("validation", range(8, 16))):
+        rows = [{"goal": f"count to {i}", "sol1": f"from 1 to {i}", "sol2": f"from {i}", "label": 0} for i in numbers]
         (folder / "questions" / "piqa" / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     texts = [{"text": f"passage {i} " + " ".join(str(i * k % 97) for k in range(60))} for i in range(40)]
     (folder / "corpus.jsonl").write_text("\n".join(map(json.dumps, texts)), encoding="utf-8")

@@ -136,9 +136,9 @@ def test_nothing_is_left_over_for_the_next_step(monkeypatch):
     assert sums(made, monkeypatch)["p"].any() and not sums(made, monkeypatch)["p"].any()
 
 
-def private(data, settings, seed=0, **changes):
+def private(data, settings, seed=0, only="", **changes):
     model = tiny_model("llama")
-    parameters = dict(model.named_parameters())
+    parameters = {name: p for name, p in model.named_parameters() if only in name}
     tuned = train_privately(model, parameters, data, settings.model_copy(update=changes), seed=seed, label="test")
     return *tuned, weights_hash(model)
 
@@ -156,7 +156,9 @@ def test_epsilon_is_kept_to_and_tells_its_steps(data, settings):
 
 @pytest.mark.slow
 def test_every_example_has_a_coin_of_its_own(data, settings):
-    history, _, _ = private(data, settings, epochs=40)
+    history, _, _ = private(
+        data, settings, epochs=40, only="model.norm"
+    )  # noise on all weights takes ten times as long
     counts = [row["examples"] for row in history]
     assert sum(counts) / len(counts) == pytest.approx(4, rel=0.15) and len(set(counts)) > 4
 
