@@ -94,11 +94,9 @@ def learn(model, blocks, without: int) -> None:
     model.requires_grad_(False)
 
 
-# The scores' rule knows no family; these have their layers in different ways (fused, in a tuple, norms).
+# The scores' rule knows no family; these have their layers in different ways (fused, in a tuple, parallel, norms).
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "model", ["bloom", "gpt2", "gpt_neox", "llama", "mistral", "opt", "qwen2", "qwen3"], indirect=True
-)
+@pytest.mark.parametrize("model", ["bloom", "gpt2", "gpt_neox", "llama", "opt"], indirect=True)
 def test_an_identity_layer_ends_with_the_lowest_score(model, blocks, params):
     learn(model, blocks, without=2)
     harmonizers = new_harmonizers(model.config, form(8), seed=0)
@@ -124,7 +122,7 @@ def test_groups_larger_than_the_model_are_refused(model, blocks, params):
 
 def test_making_up_lowers_the_loss_and_moves_nothing_but_harmonizers(model, blocks, params):
     harmonizers = new_harmonizers(model.config, form(8), seed=0)
-    settings = params.dlr.model_copy(update={"after_src": 30, "lr": 1e-2, "batch_blocks": 12})
+    settings = params.dlr.model_copy(update={"steps": 30, "lr": 1e-2, "batch_blocks": 12})
     whole = weights_hash(model)
     with swapped_layers(model, {1: harmonizers[1]}):
         before = next_token_loss(model, blocks).item()
