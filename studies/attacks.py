@@ -28,14 +28,14 @@ KINDS = {"layers": "{}", "lora": "{}, lora"}  # of adapters, and the names of a 
 TARGETS = ("dvc.yaml", "studies/dvc.yaml:attack")
 COLUMNS = (
     *("recovery acc", "recovery answer_nll", "gap acc", "gap answer_nll"),  # the paper's
-    *("lacking", "won back", "attacker acc", "model acc", "bytes exact", "difficulty"),  # the package's
+    *("remaining gap", "won back", "attacker acc", "model acc", "bytes exact", "difficulty"),  # the package's
     *("membership AUC", "membership true positives", "answers said", "answers said of others"),  # the adapter's
 )
-SHOWN = ("recovery answer_nll", "gap answer_nll", "lacking", "bytes exact", "membership AUC")
+SHOWN = ("recovery answer_nll", "gap answer_nll", "remaining gap", "bytes exact", "membership AUC")
 
 
 def remaining_gap(metrics: Mapping[str, Any], attack: Mapping[str, Any]) -> float:
-    """Compute the log-perplexity (nats) that the attacker's model still lacks to the real one."""
+    """Compute the log-perplexity (nats) that still separates the attacker's model from the real one."""
     end = attack["restoration"]["package"]["perplexity"]
     return math.log(end / metrics["corpus_perplexity"]["model"])
 
@@ -43,9 +43,8 @@ def remaining_gap(metrics: Mapping[str, Any], attack: Mapping[str, Any]) -> floa
 def run_figures(metrics: Mapping[str, Any], attack: Mapping[str, Any], kind: str) -> dict[str, float | None]:
     """Utility and privacy of one run's adapters of a kind, the mean over tasks, and what the attacker has in the end.
 
-    `lacking` is the `remaining_gap`; `won back` the share of the distance at the start that was made good; `difficulty`
-    the recovery difficulty (nats). `answers said` is the share of the private questions' answers that the plug-in says
-    word for word.
+    `won back` is the share of the distance at the start that was made good; `difficulty` the recovery difficulty
+    (nats); `answers said` the share of the private questions' answers that the plug-in says word for word.
     """
     measured, end = of_kind(metrics, kind)["tasks"], attack["restoration"]["package"]
 
@@ -60,7 +59,7 @@ def run_figures(metrics: Mapping[str, Any], attack: Mapping[str, Any], kind: str
         "recovery answer_nll": over_tasks("recovery", "answer_nll"),
         "gap acc": over_tasks("gap", "acc"),
         "gap answer_nll": over_tasks("gap", "answer_nll"),
-        "lacking": remaining_gap(metrics, attack),
+        "remaining gap": remaining_gap(metrics, attack),
         "won back": end["recovered"],
         "attacker acc": mean([row["acc"] for row in end["tasks"].values()]),
         "model acc": over_tasks("zero_shot", "acc"),

@@ -38,7 +38,7 @@ from studies.experiments import (
 from studies.frontier import Needs, Row, between, frontier, known, neighbours
 
 SETTINGS, OUT = Path(__file__).with_suffix(".yaml"), Path("docs/studies")
-COLUMNS = ("recovery", "recovery error", "gap", "lacking", "bytes", "exact")
+COLUMNS = ("recovery", "recovery error", "gap", "remaining gap", "bytes", "exact")
 PLAIN: Any = {"highlight": False, "markup": False, "soft_wrap": True}
 UNSURE = 0.25  # standard error of a recovery above which settings can't be told apart
 
@@ -76,7 +76,7 @@ def run_figures(metrics: Mapping[str, Any], attack: Mapping[str, Any], kind: str
         "recovery": mean(recoveries),
         "recovery error": math.hypot(*errors) / len(errors),
         "gap": mean(gaps),
-        "lacking": remaining_gap(metrics, attack),
+        "remaining gap": remaining_gap(metrics, attack),
         "bytes": metrics["emulator"]["share_of_model"],
         "exact": attack["weights"]["exact"],
     }
@@ -143,13 +143,13 @@ class Search:
 
     def best(self, needs: Needs) -> Row:
         """Choose the setting that is still the best one once it has all seeds."""
-        while (row := needs.best(self.rows))["lacking ±"] is None and self.plan["seeds"] > 1:
+        while (row := needs.best(self.rows))["remaining gap ±"] is None and self.plan["seeds"] > 1:
             self.confirm([row])
         return row
 
     def confirm(self, rows: Sequence[Row]) -> None:
         """Give rows the mean over all seeds and its standard error, in place."""
-        for row in (row for row in rows if row["lacking ±"] is None):
+        for row in (row for row in rows if row["remaining gap ±"] is None):
             changes = {**row["changes"], "adapters": [row["adapters"]]}
             seeds = range(self.seed, self.seed + self.plan["seeds"])
             parts = [f"{key} {value}" for key, value in changes.items()]
@@ -167,8 +167,8 @@ def described(row: Mapping[str, Any]) -> str:
         return "–" if row[name] is None else f"{row[name]:.2f}{'' if error is None else f' ± {error:.2f}'}{unit}"
 
     return (
-        f"recovery {figure('recovery')}, remaining gap {figure('lacking', ' nats')}, {figure('bytes')} of the model's "
-        f"bytes, {figure('exact')} exact"
+        f"recovery {figure('recovery')}, remaining gap {figure('remaining gap', ' nats')}, "
+        f"{figure('bytes')} of the model's bytes, {figure('exact')} exact"
     )
 
 
@@ -212,7 +212,7 @@ def report(search: Search, needs: Needs, reported: Sequence[Row]) -> None:
         figures.save_png(figures.frontier(figures.by_line(drawn), [figures.LACKING]), temporary)
     table = Table("", "recovery", "remaining gap, nats", "bytes", "exact", title=f"all settings: {OUT}/choose.csv")
     for row in frontier(rows):
-        numbers = (f"{known(row[name]):.2f}" for name in ("recovery", "lacking", "bytes", "exact"))
+        numbers = (f"{known(row[name]):.2f}" for name in ("recovery", "remaining gap", "bytes", "exact"))
         table.add_row(Text(as_settings(row)), *numbers)
     console.print(table)
     for title, row in zip(("recommended", "neighbour", "neighbour"), reported, strict=False):

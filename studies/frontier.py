@@ -25,7 +25,7 @@ class Needs:
         found = {}
         for name, asked, there in (
             ("recovery", self.recovery, row["recovery"]),
-            ("lacks", self.lacks, row["lacking"]),
+            ("lacks", self.lacks, row["remaining gap"]),
             ("bytes", self.bytes and -self.bytes, -row["bytes"]),
         ):
             if asked is not None and not (there is not None and there >= asked):
@@ -39,7 +39,7 @@ class Needs:
         one that recovers most. Where none does: the nearest, by the share of what is asked that it misses.
         """
         if holding := [row for row in rows if not self.misses(row)]:
-            wanted = "recovery" if self.recovery is None else "lacking"
+            wanted = "recovery" if self.recovery is None else "remaining gap"
             return max(holding, key=lambda row: known(row[wanted]))
         asked = {"recovery": self.recovery, "lacks": self.lacks, "bytes": self.bytes}
         return min(rows, key=lambda row: sum(miss / (asked[name] or 1) for name, miss in self.misses(row).items()))
@@ -54,8 +54,8 @@ def frontier(rows: Sequence[Row]) -> list[Row]:
     """Keep settings that no other equals in recovery and remaining gap and beats in one; by rising recovery."""
 
     def beaten(row: Row) -> bool:
-        own = (known(row["recovery"]), known(row["lacking"]))
-        others = ((known(other["recovery"]), known(other["lacking"])) for other in rows)
+        own = (known(row["recovery"]), known(row["remaining gap"]))
+        others = ((known(other["recovery"]), known(other["remaining gap"])) for other in rows)
         return any(other != own and other[0] >= own[0] and other[1] >= own[1] for other in others)
 
     return sorted((row for row in rows if not beaten(row)), key=lambda row: known(row["recovery"]))

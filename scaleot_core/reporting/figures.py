@@ -128,9 +128,9 @@ def gap_panel(metric: str, title: str) -> Panel:
 GAP_ACCURACY, GAP_NLL = gap_panel("acc", "accuracy"), gap_panel("answer_nll", "answer nll (nats)")
 LACKING = Panel(
     "recovery answer_nll",
-    "lacking",
+    "remaining gap",
     "after the restoration attack",
-    "log-perplexity that the attacker still lacks (nats, better ↑)",
+    "remaining log-perplexity gap after the attack (nats, better ↑)",
 )
 
 

@@ -451,6 +451,8 @@ def test_attacks_over_the_dial(sweep: Sweep) -> None:
     assert rows[0]["line"] == "β = 0.8, over α" != rows[1]["line"]
     for row in rows:
         assert (row["alpha"], row["beta"], row["channels"]) == (0.5, 0.8, 0.0)
-        assert all(isinstance(row[name], float) for name in ("lacking", "lacking ±", "gap acc", "membership AUC"))
+        assert all(
+            isinstance(row[name], float) for name in ("remaining gap", "remaining gap ±", "gap acc", "membership AUC")
+        )
         assert 0 < row["bytes exact"] < 1 and row["bytes exact ±"] == 0
     assert (sweep.folder / "docs/studies/attacks.png").stat().st_size > 10_000

@@ -106,7 +106,9 @@ def written(tmp_path):
     compared = {f"{f} {m}{e}": 0.3 for f in ("recovery", "gap") for m in ("acc", "nll") for e in ("", " ±")}
     rows = [{"method": "uniform", **compared}, {"method": "scaleot", **compared, "recovery acc": ""}]
     sweep = [{"alpha": a, "beta": b, **point("", 0.5, a)} for a in (0.0, 0.5) for b in (0.0, 0.8)]
-    attacks = [{"line": "over α", **row, "label": row["alpha"], "lacking": 1.5, "lacking ±": ""} for row in sweep]
+    attacks = [
+        {"line": "over α", **row, "label": row["alpha"], "remaining gap": 1.5, "remaining gap ±": ""} for row in sweep
+    ]
     attacks.append({**attacks[0], "line": "half the channels", "label": ""})
     told = {"auc": 0.625, "auc_stderr": 0.01, "true_positives": 0.03}
     said = {"members": 0.1, "others": 0.05}

@@ -18,8 +18,8 @@ from studies.frontier import Needs, between, frontier, neighbours
 SETTINGS = yaml.safe_load((ROOT / "studies/choose.yaml").read_text())
 
 
-def row(recovery: float | None, lacking: float, share: float = 0.7) -> dict[str, Any]:
-    return {"recovery": recovery, "lacking": lacking, "bytes": share}
+def row(recovery: float | None, gap: float, share: float = 0.7) -> dict[str, Any]:
+    return {"recovery": recovery, "remaining gap": gap, "bytes": share}
 
 
 ROWS = [row(0.95, 0.2, 0.8), row(0.9, 0.5, 0.7), row(0.85, 0.4, 0.7), row(0.7, 1.0, 0.5), row(None, 1.5, 0.4)]
@@ -150,9 +150,9 @@ def test_study_recommends_a_setting_with_its_seeds_and_runs_nothing_twice(
     assert "recommended: " in said and "channel_pruning.ratio" in said and "dvc exp run" in said
     assert {run["seed"] for run in runs} == {0, 1, 2}
     rows = read_csv(tmp_path / "choose.csv")
-    best = max((r for r in rows if r["recovery"] >= 0.75), key=lambda r: r["lacking"])
-    assert best["lacking ±"] == 0 and f"recommended: {best['changes']}" in said
-    assert len([r for r in rows if r["lacking ±"] != ""]) == 3
+    best = max((r for r in rows if r["recovery"] >= 0.75), key=lambda r: r["remaining gap"])
+    assert best["remaining gap ±"] == 0 and f"recommended: {best['changes']}" in said
+    assert len([r for r in rows if r["remaining gap ±"] != ""]) == 3
     assert (tmp_path / "choose.png").stat().st_size > 10_000
     assert made("RECOVERY=0.75") == []  # all figures are in choose-runs.csv
     made("RECOVERY=0.75", "tasks=[sciq]")
