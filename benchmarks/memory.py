@@ -26,11 +26,12 @@ from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import read_json, write_json
 from scaleot_core.common.progress import console
 from scaleot_core.common.tensors import TensorWriter
-from scaleot_core.params import Params, changed, load_params
+from scaleot_core.params import changed, load_params
 from scaleot_core.training.checkpoint import scratch_dir
 
 WHOLE = 32  # decoder layers of LLaMA-7B
-SMALL: dict[str, Any] = {  # beside the setting recommended in presets.yaml, with one layer that is shipped whole
+SMALL: dict[str, Any] = {  # the preset `recommended`, but with a layer that is shipped whole and both kinds of adapters
+    "device": "cpu",
     "model": "model",
     "tasks": ["piqa"],
     "alpha": 0.0,
@@ -99,7 +100,7 @@ def write_project(folder: Path, layers: int) -> None:
         (folder / "questions" / "piqa" / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     texts = [{"text": f"passage {i} " + " ".join(str(i * k % 97) for k in range(60))} for i in range(40)]
     (folder / "corpus.jsonl").write_text("\n".join(map(json.dumps, texts)), encoding="utf-8")
-    params: Params = changed(load_params(), SMALL)
+    params = changed(load_params(), SMALL)
     (folder / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")), encoding="utf-8")
 
 
@@ -126,18 +127,19 @@ def peaks(layers: int, place: Path) -> dict[str, float]:
             done = subprocess.run(command, cwd=folder, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
             if done.returncode:
                 raise UserError(f"{stage}: it failed; {' '.join(done.stderr.split())[-300:]}")
-            cost = "-".join([script, *item])
-            found[stage] = float(read_json(folder / "costs" / f"{cost}.json")["peak_memory_mib"])
+            file = folder / "costs" / f"{'-'.join([script, *item])}.json"
+            cost = read_json(file) if file.exists() else read_json(folder / "metrics.json")["cost"][script]
+            found[stage] = float(cost["peak_memory_mib"])
     return found
 
 
 def main() -> None:
-    depths = [int(argument) for argument in sys.argv[1:] if argument.isdigit()]
-    if len(depths) < 2 or len(depths) < len(sys.argv) - 1:
-        raise UserError(f"name two numbers of layers or more: python {sys.argv[0]} 2 3 4")
+    depths = sorted({int(argument) for argument in sys.argv[1:] if argument.isdecimal()})
+    if len(depths) < 2 or depths[0] < 2 or len(depths) < len(sys.argv) - 1:
+        raise UserError(f"name two numbers of layers or more, from 2 on: python {sys.argv[0]} 2 3 4")
     place = scratch_dir("bench")
     place.mkdir(parents=True, exist_ok=True)
-    found = {depth: peaks(depth, place.resolve()) for depth in sorted(depths)}
+    found = {depth: peaks(depth, place.resolve()) for depth in depths}
     first, *_, last = found
     table = Table("stage", *(f"{depth} layers" for depth in found), "a layer", f"{WHOLE} layers", title="peak MiB")
     for stage in STAGES:

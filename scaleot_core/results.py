@@ -1,5 +1,6 @@
 """Measure the emulator and the plug-in on every task, and collect what all stages found into metrics.json."""
 
+import gc
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ def measure(
     batch_size: int,
     cache: Path,
 ) -> Evaluated:
-    """Measure the emulator, and the adapters of some kinds in it and in the real model, on every task.
+    """Measure on every task the emulator untuned, each adapter in the emulator, and each in the real model.
 
     Each finished measurement is kept in `cache`, so that a stopped evaluation goes on. UserError for an adapter that
     isn't sound.
@@ -94,7 +95,8 @@ def measure(
             run = partial(_scale, model, plan, given, effects[task, kind], public)
             found[task][kind]["scale"] = cached_json(cache / f"scale@{task}-{kind}.json", run)
 
-    zero_shot, loss = in_emulator()  # which is gone from memory when the model comes
+    zero_shot, loss = in_emulator()
+    gc.collect()  # lm-eval's view of the emulator is a circle of references; it must be gone when the model comes
     in_model()
     return Evaluated(zero_shot, found, loss)
 

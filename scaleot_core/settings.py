@@ -81,7 +81,7 @@ class Dlr(Block):
     group_size: Annotated[int, Field(ge=2)] = 4
     """N_g, neighbouring layers in a group, half of which is replaced in a sample"""
     keep_threshold: Fraction = 0.9
-    """layers with p_i above it are always kept; 1 for none, the paper's rule"""
+    """layers with p_i above it are kept ahead of the others of their group; 1 for none, the paper's rule"""
     steps: Count = 60
     """harmonizer updates"""
     batch_blocks: Positive = 2

@@ -24,7 +24,7 @@ PRESETS = Path("presets.yaml")
 
 
 def preset(name: str, arguments: list[str]) -> dict[str, Any]:
-    """What a preset changes in params.yaml, with `key=value` settings on top; UserError for one that is no such."""
+    """What a preset changes in params.yaml, with `key=value` settings on top; UserError for none such."""
     rows = {
         row: values
         for row, values in yaml.safe_load(PRESETS.read_text(encoding="utf-8")).items()
@@ -38,17 +38,20 @@ def preset(name: str, arguments: list[str]) -> dict[str, Any]:
 
 
 def seeds_of(arguments: list[str]) -> tuple[list[int], list[str]]:
-    """Split `SEEDS=0,1,2` from the other arguments; no seed where it isn't there, UserError where it has none."""
+    """Split `SEEDS=0,1,2` from the other arguments; no seed where it isn't there, UserError for others than these."""
     rest = [argument for argument in arguments if not argument.startswith("SEEDS=")]
     named = [argument.removeprefix("SEEDS=") for argument in arguments if argument not in rest]
-    try:
-        return [int(seed) for each in named for seed in each.split(",")], rest
-    except ValueError:
-        raise UserError(f"SEEDS={named[0]!r}: seeds are whole numbers, as in SEEDS=0,1,2") from None
+    seeds = [seed for each in named for seed in each.split(",")]
+    if not all(seed.isdecimal() for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise UserError(f"SEEDS={','.join(named)}: seeds are whole numbers, each named once, as in SEEDS=0,1,2")
+    return [int(seed) for seed in seeds], rest
 
 
 def averaged(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Average the metrics of several seeds: of every figure its mean, and as `_stderr` its error over them."""
+    """Average the metrics of several seeds: every float is its mean, with its error over them as `_stderr` beside it.
+
+    All else, such as counts and names, is the first seed's.
+    """
     if len(runs) == 1:
         return runs[0]
     found: dict[str, Any] = {}
@@ -88,7 +91,9 @@ def main() -> None:
     changes, title = preset(name, arguments), experiment_name("table", name, *arguments)
     runs = {experiment_name(title, "seed", seed): {**changes, "seed": seed} for seed in seeds} or {title: changes}
     metrics = averaged([read_metrics(run(each, own)) for each, own in runs.items()])
-    write_csv(Path(f"docs/studies/{title}.csv"), list(rows_of(metrics)))
+    used = " ".join(map(str, seeds or [changes.get("seed", load_params().seed)]))
+    rows = [{**row, "seeds": used} for row in rows_of(metrics)]
+    write_csv(Path(f"docs/studies/{title}.csv"), rows)
     tables.show(metrics)
 
 

@@ -37,7 +37,8 @@ def pack(
     """Model owner: make the package to ship from what the pipeline wrote.
 
     Beside it comes OUT.private.json, with the layers' scores, the parameters, which feed-forward channels are in the
-    package, and what metrics.json and attack.json have of it. It stays with you: plugging in an adapter needs it.
+    package, and what metrics.json and attack.json have of it. It stays with you: `plug` needs it for LoRA on
+    pruned matrices.
     """
     from scaleot_core.artifacts import Artifacts
     from scaleot_core.common.files import read_json, write_json

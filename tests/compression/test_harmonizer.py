@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import CPU, form, tiny_model, weights_hash
+from helpers import CPU, form, tiny_model, trained_harmonizers, weights_hash
 
 from scaleot_core.compression import local_fit
 from scaleot_core.compression.harmonizer import Harmonizer
@@ -40,8 +40,8 @@ def test_untrained_is_the_identity_and_every_matrix_gets_a_gradient_in_two_steps
 
 
 def test_takes_and_returns_what_a_decoder_layer_does(model, blocks):
-    """The model's own forward runs with every layer replaced, with a mask and while generating with a cache."""
-    harmonizers = new_harmonizers(model.config, form(8), seed=0)
+    """The model's own forward runs with all layers but one replaced, with a mask and generating with a cache."""
+    harmonizers = trained_harmonizers(model)
     stand_ins = dict(enumerate(harmonizers))
     stand_ins.pop(0)
     with swapped_layers(model, stand_ins):
@@ -101,7 +101,7 @@ def test_fit_stopped_between_layers_goes_on_to_the_same_bytes(tmp_path, blocks, 
 
 
 def test_sensitivity_is_the_loss_of_replacing_one_layer(model, blocks):
-    harmonizers = new_harmonizers(model.config, form(8), seed=0)
+    harmonizers = trained_harmonizers(model)
     costs = sensitivity(model, harmonizers, blocks)
     layers = decoder_layers(model)
     original = layers[2]

@@ -1,16 +1,16 @@
-"""Where a plug-in is served: its folder, and its PEFT adapter on the real model, answer there as transformers does."""
+"""Served by transformers or vLLM, a plug-in's folder, or its PEFT adapter on the real model, answers as in Python."""
 
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -72,19 +72,24 @@ def server(*command: object) -> Iterator[int]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     small = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB
-    process = subprocess.Popen([*map(str, command), "--port", str(port)], stdout=subprocess.DEVNULL, env=small)
+    arguments = [*map(str, command), "--port", str(port)]
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, env=small, start_new_session=True)
     try:
         while True:
             assert process.poll() is None, "the server ended before it answered"
             try:
                 ask(port, "/health")
                 break
-            except (urllib.error.URLError, ConnectionError):
+            except (OSError, ValueError):  # not there yet, or not whole
                 time.sleep(0.2)
         yield port
     finally:
-        process.terminate()
-        process.wait(60)
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(60)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def completion(port: int, model: str) -> str:

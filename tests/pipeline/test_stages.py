@@ -1,6 +1,5 @@
 """Every stage by itself: what it reads, that its bytes repeat, that it survives a kill, what a mistake ends in."""
 
-import gc
 import json
 import math
 import os
@@ -340,7 +339,6 @@ def one_model_at_a_time(patch: pytest.MonkeyPatch) -> None:
         return model
 
     def whole(*args: Any, **options: Any) -> Any:
-        gc.collect()
         assert [reference() for reference in loaded] == [None]
         return load_model(*args, **options)
 

@@ -436,5 +436,5 @@ def test_table_of_several_seeds_has_means_and_their_standard_errors(
     assert figures["sciq", "zero_shot", "answer_nll"] == ("4.0", "1.0")
     assert figures["sciq", "recovery, layers", "acc"] == ("", "")  # undefined in one of them
     monkeypatch.setattr("sys.argv", ["table.py", "recommended", "SEEDS=0,two"])
-    with pytest.raises(UserError, match="SEEDS='0,two': seeds are whole numbers"):
+    with pytest.raises(UserError, match="SEEDS=0,two: seeds are whole numbers"):
         table_study["main"]()
