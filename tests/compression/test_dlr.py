@@ -96,7 +96,9 @@ def learn(model, blocks, without: int) -> None:
 
 # The scores' rule knows no family; these have their layers in different ways (fused, in a tuple, parallel, norms).
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["bloom", "gpt2", "gpt_neox", "llama", "opt"], indirect=True)
+@pytest.mark.parametrize(
+    "model", ["bloom", "gpt2", "gpt_neox", "llama", "mistral", "opt", "qwen2", "qwen3"], indirect=True
+)
 def test_an_identity_layer_ends_with_the_lowest_score(model, blocks, params):
     learn(model, blocks, without=2)
     harmonizers = new_harmonizers(model.config, form(8), seed=0)

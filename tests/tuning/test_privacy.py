@@ -156,9 +156,7 @@ def test_epsilon_is_kept_to_and_tells_its_steps(data, settings):
 
 @pytest.mark.slow
 def test_every_example_has_a_coin_of_its_own(data, settings):
-    history, _, _ = private(
-        data, settings, epochs=40, only="model.norm"
-    )  # noise on all weights takes ten times as long
+    history, _, _ = private(data, settings, epochs=40, only="model.norm")  # noise on all weights takes far longer
     counts = [row["examples"] for row in history]
     assert sum(counts) / len(counts) == pytest.approx(4, rel=0.15) and len(set(counts)) > 4
 
