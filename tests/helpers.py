@@ -60,6 +60,8 @@ from scaleot_core.compression.svd import svd_factors
 from scaleot_core.exchange import adapter
 from scaleot_core.exchange.package import save
 from scaleot_core.models.families import decoder_layers, family, projection_name
+from scaleot_core.models.loading import read_config
+from scaleot_core.models.streaming import StreamedModel
 from scaleot_core.reporting import measurements
 from scaleot_core.settings import HarmonizerForm, LoraForm, OffsiteTuning
 from scaleot_core.tuning.adapters import TunedLora
@@ -192,6 +194,11 @@ def _initialised(name: str, **changes: object) -> PreTrainedModel:
     for parameter in model.parameters():  # large enough that layers differ and biases count
         torch.nn.init.normal_(parameter, std=0.1)
     return model.eval().requires_grad_(False)
+
+
+def streamed(folder: Path, dtype: torch.dtype = torch.float32) -> StreamedModel:
+    """Open the model in a folder with its layers left on disk."""
+    return StreamedModel(folder, read_config(folder), device=CPU, dtype=dtype)
 
 
 def projections(model: PreTrainedModel) -> dict[str, nn.Module]:

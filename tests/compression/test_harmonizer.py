@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import CPU, form, tiny_model, trained_harmonizers, weights_hash
+from helpers import form, streamed, tiny_model, trained_harmonizers, weights_hash
 
 from scaleot_core.compression import local_fit
 from scaleot_core.compression.harmonizer import Harmonizer
@@ -8,8 +8,6 @@ from scaleot_core.compression.layer_importance import new_harmonizers, sensitivi
 from scaleot_core.compression.local_fit import fit_locally
 from scaleot_core.models.families import decoder_layers
 from scaleot_core.models.forward import hidden_of, hidden_states, next_token_loss, swapped_layers
-from scaleot_core.models.loading import read_config
-from scaleot_core.models.streaming import StreamedModel
 from scaleot_core.training.checkpoint import Checkpoint
 
 
@@ -63,7 +61,7 @@ def test_hidden_states_are_what_the_model_computes(model, blocks):
 
 def on_disk(model, folder):
     model.save_pretrained(folder, save_original_format=False)
-    return StreamedModel(folder, read_config(folder), device=CPU, dtype=torch.float32)
+    return streamed(folder)
 
 
 FITS = {"batch_tokens": 96, "lr": 3e-3, "seed": 0}
@@ -81,9 +79,9 @@ def test_local_fit_approaches_the_layer(model, blocks, tmp_path):
 
 def test_fit_stopped_between_layers_goes_on_to_the_same_bytes(tmp_path, blocks, monkeypatch):
     model = tiny_model("llama")
-    streamed = on_disk(model, tmp_path / "model")
+    stored = on_disk(model, tmp_path / "model")
     whole, begins, goes_on = (new_harmonizers(model.config, form(8), seed=0) for _ in range(3))
-    history = fit_locally(streamed, whole, blocks, steps=6, **FITS)
+    history = fit_locally(stored, whole, blocks, steps=6, **FITS)
     checkpoint, run, begun = Checkpoint(tmp_path / "fits", 0), local_fit.run_steps, []
 
     def stops_at_the_third(*args, label, **options):
@@ -94,8 +92,8 @@ def test_fit_stopped_between_layers_goes_on_to_the_same_bytes(tmp_path, blocks, 
 
     monkeypatch.setattr(local_fit, "run_steps", stops_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        fit_locally(streamed, begins, blocks, steps=6, checkpoint=checkpoint, **FITS)
-    assert fit_locally(streamed, goes_on, blocks, steps=6, checkpoint=checkpoint, **FITS) == history
+        fit_locally(stored, begins, blocks, steps=6, checkpoint=checkpoint, **FITS)
+    assert fit_locally(stored, goes_on, blocks, steps=6, checkpoint=checkpoint, **FITS) == history
     assert begun[3:] == ["local fit 3 of 4", "local fit 4 of 4"]
     assert weights_hash(goes_on) == weights_hash(whole)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import CPU, DAMAGES, each_family, form, refusal, tiny_model
+from helpers import CPU, DAMAGES, each_family, form, refusal, streamed, tiny_model
 
 from scaleot_core.common.files import write_json
 from scaleot_core.common.tensors import read_tensors, write_tensors
@@ -17,8 +17,6 @@ from scaleot_core.compression.layer_importance import new_harmonizers
 from scaleot_core.exchange.package import Package
 from scaleot_core.models.families import decoder_layers
 from scaleot_core.models.forward import hidden_of, hidden_states, hooks
-from scaleot_core.models.loading import read_config
-from scaleot_core.models.streaming import StreamedModel
 from scaleot_core.params import changed
 
 each_head = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -29,10 +27,6 @@ def stored(folder, name="llama", shard="1KB", **changes):
     model = tiny_model(name, **changes)
     model.save_pretrained(folder, max_shard_size=shard, save_original_format=False)
     return model
-
-
-def streamed(folder, dtype=torch.float32):
-    return StreamedModel(folder, read_config(folder), device=CPU, dtype=dtype)
 
 
 @each_head
