@@ -36,6 +36,7 @@ from scaleot_core.models.loading import load_model, load_tokenizer
 from scaleot_core.params import Params, changed, load_params
 from scaleot_core.training.checkpoint import Checkpoint
 from scaleot_core.tuning import examples
+from scaleot_core.tuning.adapters import TunedLayers, plug_in
 from scaleot_core.tuning.tuner import train
 from studies.experiments import EMULATOR_STAGES
 
@@ -86,12 +87,12 @@ def tune(params: Params, device: torch.device) -> list[Row]:
     losses: dict[str, list[float]] = {}
 
     def ours() -> None:
-        emulator.plug_in(model, package.plan, start)
+        plug_in(model, package.plan, TunedLayers(start))
         settings = params.offsite_tune.model_copy(update={"epochs": 1, "max_steps": 0})
         losses["ours"] = [step["loss"] for step in train(model, adapters, data, settings, lr=lr, seed=0, label="tune")]
 
     def baseline() -> None:
-        emulator.plug_in(model, package.plan, start)
+        plug_in(model, package.plan, TunedLayers(start))
         for parameter in adapters.values():
             parameter.requires_grad_(True)
         optimizer = torch.optim.AdamW(adapters.values(), lr=lr)

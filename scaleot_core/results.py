@@ -1,8 +1,7 @@
 """Measure the emulator and the plug-in on every task, and collect what all stages found into metrics.json."""
 
-import gc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -22,11 +21,12 @@ from scaleot_core.evaluation.tasks import metrics as metrics_of
 from scaleot_core.exchange import adapter
 from scaleot_core.exchange.package import Package
 from scaleot_core.exchange.returned import fitted
-from scaleot_core.exchange.scale import BLOCKS, emulator_effect, measure_scale
+from scaleot_core.exchange.scale import BLOCKS, measure_scale
 from scaleot_core.models.forward import mean_loss
-from scaleot_core.models.loading import load_model, load_tokenizer
+from scaleot_core.models.loading import load_model, load_tokenizer, read_config
+from scaleot_core.models.streaming import StreamedModel
 from scaleot_core.reporting.measurements import utility
-from scaleot_core.tuning.adapters import TunedAdapter, plugged_in, tuned_emulator
+from scaleot_core.tuning.adapters import TunedAdapter, plug_in, tuned_emulator
 
 Figures = dict[str, Any]
 """One measurement's figures on one task, as `harness.evaluate` gives them."""
@@ -55,54 +55,55 @@ def measure(
 ) -> Evaluated:
     """Measure on every task the emulator untuned, each adapter in the emulator, and each in the real model.
 
-    Each finished measurement is kept in `cache`, so that a stopped evaluation goes on. UserError for an adapter that
-    isn't sound.
+    One model at a time is in memory: each adapter is plugged into a model of its own, since what LoRA in every layer
+    changes is nearly all of it. Each finished measurement is kept in `cache`, so that a stopped evaluation goes on.
+    UserError for an adapter that isn't sound.
     """
     tokenizer, package = load_tokenizer(artifacts.model), Package(artifacts.emulator, links=True)
     plan, public = package.plan, artifacts.blocks("train")[:BLOCKS]
+    streamed = StreamedModel(artifacts.model, read_config(artifacts.model), device=runtime.device, dtype=runtime.dtype)
     tuned = {
         (task, kind): adapter.read(artifacts.adapter(task, kind) / "adapter", package, links=True)
         for task in questions
         for kind in kinds
     }
 
-    def figures(model: PreTrainedModel, label: str, asked: Mapping[str, Rows]) -> dict[str, Figures]:
-        run = partial(evaluate, model, tokenizer, asked, batch_size=batch_size, label=label)
+    def figures(load: Callable[[], PreTrainedModel], label: str, asked: Mapping[str, Rows]) -> dict[str, Figures]:
+        def run() -> dict[str, Figures]:
+            return evaluate(load(), tokenizer, asked, batch_size=batch_size, label=label)
+
         found: dict[str, Figures] = cached_json(cache / f"{label}.json", run)
         return found
 
     found: dict[str, dict[str, dict[str, Any]]] = {task: {kind: {} for kind in kinds} for task in questions}
-    effects: dict[tuple[str, str], float] = {}
 
     def in_emulator() -> tuple[dict[str, Figures], float]:
         model = package.load(runtime.device)
         loss = cached_json(cache / "emulator_loss.json", partial(mean_loss, model, artifacts.blocks("heldout")))
-        zero_shot = figures(model, "emulator_zero_shot", questions)
+        zero_shot = figures(lambda: model, "emulator_zero_shot", questions)
         for (task, kind), given in tuned.items():
             label = f"emulator_finetune@{task}-{kind}"
             with tuned_emulator(model, plan, given):
-                found[task][kind]["emulator_finetune"] = figures(model, label, {task: questions[task]})[task]
-            effect = partial(emulator_effect, model, plan, given, public)
-            effects[task, kind] = cached_json(cache / f"effect@{task}-{kind}.json", effect)
+                found[task][kind]["emulator_finetune"] = figures(lambda: model, label, {task: questions[task]})[task]
         return zero_shot, loss
 
-    def in_model() -> None:
+    def plugged(given: TunedAdapter) -> PreTrainedModel:
         model = load_model(artifacts.model, device=runtime.device, dtype=runtime.dtype)
-        for (task, kind), given in tuned.items():
-            given, label = fitted(given, package, model, artifacts.emulator_private), f"plug_in@{task}-{kind}"
-            with plugged_in(model, plan, given):
-                found[task][kind]["plug_in"] = figures(model, label, {task: questions[task]})[task]
-            run = partial(_scale, model, plan, given, effects[task, kind], public)
-            found[task][kind]["scale"] = cached_json(cache / f"scale@{task}-{kind}.json", run)
+        plug_in(model, plan, given)
+        return model
 
     zero_shot, loss = in_emulator()
-    gc.collect()  # lm-eval's view of the emulator is a circle of references; it must be gone when the model comes
-    in_model()
+    for (task, kind), given in tuned.items():
+        there = fitted(given, package, streamed.model, artifacts.emulator_private)
+        label = f"plug_in@{task}-{kind}"
+        found[task][kind]["plug_in"] = figures(partial(plugged, there), label, {task: questions[task]})[task]
+        run = partial(_scale, streamed, package, given, there, public)
+        found[task][kind]["scale"] = cached_json(cache / f"scale@{task}-{kind}.json", run)
     return Evaluated(zero_shot, found, loss)
 
 
-def _scale(model: PreTrainedModel, plan: Plan, tuned: TunedAdapter, effect: float, public: Tensor) -> float:
-    return measure_scale(model, plan, tuned, effect, public).scale
+def _scale(model: StreamedModel, package: Package, tuned: TunedAdapter, fitted: TunedAdapter, public: Tensor) -> float:
+    return measure_scale(model, package, tuned, fitted, public).scale
 
 
 def collect(

@@ -119,7 +119,7 @@ def main() -> None:
             row[figure], row[f"{figure} ±"] = over_seeds(values) or (None, None)
         rows.append(row)
     write_csv(OUT / "attacks.csv", rows)
-    panels = [figures.LACKING, figures.GAP_NLL]
+    panels = [figures.REMAINING_GAP, figures.GAP_NLL]
     with atomic_file(OUT / "attacks.png") as temporary:
         figures.save_png(figures.frontier(figures.by_line(rows), panels), temporary)
     table = Table("", *SHOWN, title=f"the dial under attack, means of seeds {seeds}; all figures: {OUT}/attacks.csv")

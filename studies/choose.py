@@ -209,7 +209,7 @@ def report(search: Search, needs: Needs, reported: Sequence[Row]) -> None:
     write_csv(OUT / "choose.csv", [{**row, "changes": as_settings(row)} for row in rows], [*_columns()])
     drawn = [{**row, "recovery answer_nll": row["recovery"]} for row in rows]
     with atomic_file(OUT / "choose.png") as temporary:
-        figures.save_png(figures.frontier(figures.by_line(drawn), [figures.LACKING]), temporary)
+        figures.save_png(figures.frontier(figures.by_line(drawn), [figures.REMAINING_GAP]), temporary)
     table = Table("", "recovery", "remaining gap, nats", "bytes", "exact", title=f"all settings: {OUT}/choose.csv")
     for row in frontier(rows):
         numbers = (f"{known(row[name]):.2f}" for name in ("recovery", "remaining gap", "bytes", "exact"))

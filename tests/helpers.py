@@ -9,7 +9,7 @@ import runpy
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, chdir, contextmanager, redirect_stderr, redirect_stdout
 from functools import cache
 from io import StringIO
 from itertools import count
@@ -347,6 +347,15 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = model.eval()(input_ids=IDS).logits
     return found
+
+
+@torch.no_grad()
+def effect(model: PreTrainedModel, change: AbstractContextManager[None], blocks: torch.Tensor) -> float:
+    """The root mean square change of what a model's head gives for blocks, by a change for the length of a block."""
+    before = model(blocks.long()).logits
+    with change:
+        moved = model(blocks.long()).logits - before
+    return float(moved.square().mean().sqrt()) * getattr(model.config, "logits_scaling", 1.0)
 
 
 def close(one: torch.Tensor, two: torch.Tensor) -> None:

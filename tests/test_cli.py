@@ -34,14 +34,15 @@ from scaleot_core.cli.options import option_name
 from scaleot_core.common.files import write_json
 from scaleot_core.common.tensors import read_tensors, write_tensors
 from scaleot_core.common.validation import Block
-from scaleot_core.compression.emulator import package_tensors, plug_in
-from scaleot_core.exchange import streamed_scale
+from scaleot_core.compression.emulator import package_tensors
+from scaleot_core.exchange import scale as scales
 from scaleot_core.exchange.manifest import manifest_sha256
 from scaleot_core.exchange.package import save
 from scaleot_core.params import Params, load_params
 from scaleot_core.pipeline import read_entry
 from scaleot_core.settings import LoraForm, Machine, OffsiteTuning
 from scaleot_core.tuning import tuner
+from scaleot_core.tuning.adapters import TunedLayers, plug_in
 
 COMMANDS = ["pack", "inspect", "tune", "check", "plug"]
 
@@ -551,7 +552,7 @@ def test_plug_in_is_a_plain_transformers_folder(tmp_path, base, adapter, package
     names = {f.name for f in (tmp_path / "plugged").iterdir()}
     assert names >= {"config.json", "model.safetensors", "tokenizer.json"}
     expected = tiny_model("llama")
-    plug_in(expected, PLAN, read_tensors(adapter / "adapter.safetensors"))
+    plug_in(expected, PLAN, TunedLayers(read_tensors(adapter / "adapter.safetensors")))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "plugged", dtype="auto", local_files_only=True)
     assert torch.equal(logits(loaded), logits(expected)) and not torch.equal(
         logits(loaded), logits(tiny_model("llama"))
@@ -587,9 +588,9 @@ def test_lora_over_some_of_the_channels_needs_what_its_owner_kept(tmp_path, base
 
 
 def test_plug_measures_the_scale_on_public_text(tmp_path, base, pruned_package, pruned_lora, text, monkeypatch):
-    measure = streamed_scale.streamed_emulator_effect
+    measure = scales.emulator_effect
     larger = lambda *args: 1.7 * measure(*args)  # noqa: E731  # tiny models have none to see
-    monkeypatch.setattr(streamed_scale, "streamed_emulator_effect", larger)
+    monkeypatch.setattr(scales, "emulator_effect", larger)
     command = ("plug", base, pruned_lora, "--package", pruned_package)
     found = gives(*command, "--out", tmp_path / "out", "--public", text)
     assert found["scale"] != 1

@@ -139,8 +139,7 @@ def plug(
     from scaleot_core.exchange.plugging import write_plugged
     from scaleot_core.exchange.public_text import public_blocks
     from scaleot_core.exchange.returned import check_adapter, check_base, fitted
-    from scaleot_core.exchange.scale import check_scale
-    from scaleot_core.exchange.streamed_scale import measure_streamed_scale
+    from scaleot_core.exchange.scale import check_scale, measure_scale
     from scaleot_core.models.families import context_length
     from scaleot_core.models.sources import open_model
     from scaleot_core.tuning.adapters import TunedLora
@@ -167,7 +166,7 @@ def plug(
         tuned = fitted(checked.adapter, shipped, model.model, private or private_file(package))
         if blocks is not None:
             runtime = setup(Machine(dtype=shipped.manifest.dtype), "plug")
-            measured = measure_streamed_scale(source.streamed(runtime.device), shipped, checked.adapter, tuned, blocks)
+            measured = measure_scale(source.streamed(runtime.device), shipped, checked.adapter, tuned, blocks)
             strength = measured.scale
         if as_lora and isinstance(tuned, TunedLora):
             layers = [change.layer for change in checked.layer_changes]

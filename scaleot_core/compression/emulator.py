@@ -1,4 +1,4 @@
-"""The emulator: a model whose layers are what a plan says, in place (method section 3); adapters plugged in."""
+"""The emulator: a model whose layers are what a plan says, in place (method section 3)."""
 
 import copy
 import math
@@ -13,7 +13,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from scaleot_core.common.errors import UserError
 from scaleot_core.common.tensors import Shapes
 from scaleot_core.compression.channels import channels_of, prune_channels
 from scaleot_core.compression.harmonizer import Harmonizer
@@ -86,23 +85,6 @@ def layer_parameters(model: PreTrainedModel, plan: Plan, kind: LayerKind) -> dic
     """Collect the parameters of the layers of one kind, by name. Offsite tuning trains the adapter layers'."""
     path = family(model.config).layers
     return {name: p for name, p in model.named_parameters() if part_of(name, path, plan) == kind}
-
-
-def plug_in(model: PreTrainedModel, plan: Plan, tensors: dict[str, Tensor], kind: LayerKind = "adapter") -> None:
-    """Put tuned tensors into the layers of one kind: adapters into the emulator or the real model, in place.
-
-    They must be all that the plan's layers of that kind have and nothing else; UserError names one that isn't.
-    """
-    parameters = layer_parameters(model, plan, kind)
-    for name in sorted(parameters.keys() | tensors.keys()):
-        here, given = parameters.get(name), tensors.get(name)
-        if here is None or given is None or here.shape != given.shape:
-            raise UserError(
-                f"{kind} tensor {name!r} is missing, foreign or of another shape; tune the adapter on this package"
-            )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
 
 
 PARTS = ("base", "adapter", "harmonizer", "compressed")  # a package's files of tensors

@@ -30,7 +30,8 @@ class LocalFit:
     def __init__(self, harmonizer: Harmonizer, before: Tensor, after: Tensor) -> None:
         self.harmonizer, self.before, self.after = harmonizer, before, after
         x, target = before.float(), after.float() - before.float()
-        self.token_weights = 1 / after.float().square().mean(1)  # (N,)
+        squares = after.float().square().mean(1)
+        self.token_weights = torch.where(squares > 0, 1 / squares, 0)  # (N,)
         total = self.token_weights.sum()
         self.mean = (self.token_weights @ x) / total  # (D,)
         self.deviation = ((self.token_weights @ (x - self.mean).square()) / total).sqrt().clamp(min=1e-6)  # (D,)
@@ -54,6 +55,13 @@ class LocalFit:
         self.harmonizer.down.bias.copy_(self.weights["down.bias"] - down @ self.mean)
         self.harmonizer.up.weight.copy_(self.weights["up.weight"] * self.scale)
         self.harmonizer.up.bias.copy_(self.weights["up.bias"] * self.scale)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Put tensors together, and drop them."""
+    joined = torch.cat(parts)
+    parts.clear()
+    return joined
 
 
 def kept(checkpoint: Checkpoint, i: int) -> Path:
@@ -121,7 +129,7 @@ def fit_locally(
             layer.register_forward_hook(lambda module, args, out: after.append(hidden_of(out).flatten(0, 1))),
         ):
             yield
-        fit(i, torch.cat(before), torch.cat(after))
+        fit(i, _joined(before), _joined(after))
 
     streamed.run(blocks, around)
     return [{"step": k, "loss": fmean(values)} for k, values in enumerate(zip(*losses, strict=True))]

@@ -48,7 +48,7 @@ def lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: i
         def _loglikelihood_tokens(self, requests: Any, **options: Any) -> list[tuple[float, bool]]:
             pairs = [(context, continuation) for _, context, continuation in requests]
             size, length = self.batch_size_per_gpu, self.max_length
-            return score(model, pairs, batch_size=size, max_length=length, tick=self.tick)
+            return score(self.model, pairs, batch_size=size, max_length=length, tick=self.tick)
 
         def _model_generate(self, context: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
             made = super()._model_generate(context, *args, **options)

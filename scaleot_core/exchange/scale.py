@@ -1,22 +1,29 @@
 """The model owner's scale: how strongly an adapter is plugged in, chosen on public text (method section 8).
 
 What is tuned in an emulator changes the real model less, or more. The scale is that with which the change of the real
-model's logits on public text is as large as that of the emulator's was.
+model's logits on public text is as large as that of the emulator's was. Both are read from disk a layer at a time.
 """
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from scaleot_core.common.errors import UserError
-from scaleot_core.compression.plan import Plan
-from scaleot_core.models.forward import last_hidden_state
-from scaleot_core.tuning.adapters import TunedAdapter, plugged_in, tuned_emulator
+from scaleot_core.common.runtime import DTYPES
+from scaleot_core.compression.emulator import meta_emulator
+from scaleot_core.compression.quantization import QuantizedMatrix
+from scaleot_core.exchange.package import Package
+from scaleot_core.exchange.quantized import SCALES
+from scaleot_core.models.forward import hooks
+from scaleot_core.models.streaming import StreamedModel
+from scaleot_core.tuning.adapters import TunedAdapter, TunedLora
 
 LEAST, MOST = 0.5, 3.0  # scales that were tried (docs/results.md); outside nothing is known
 CLOSE = 0.05  # relative difference of the effects that is near enough
@@ -42,42 +49,22 @@ def check_scale(scale: float) -> float:
     return scale
 
 
-@torch.no_grad()
-def states(model: PreTrainedModel, blocks: Tensor) -> Tensor:
-    """Compute the last hidden states (N, T, D) of blocks (N, T), in float32."""
-    return torch.cat([last_hidden_state(model, block).float() for block in blocks.split(1)])
-
-
-@torch.no_grad()
-def effect(
-    model: PreTrainedModel, change: AbstractContextManager[None], blocks: Tensor, untuned: Tensor | None = None
-) -> float:
-    """Measure the root mean square change of a model's logits on blocks (N, T), over tokens and vocabulary.
-
-    Logits as the head gives them, before a cap or a divisor, which would be the same for the emulator.
-    `change` changes the model for the length of a block, but not its head; `untuned` are its `states` without it.
-    """
-    before = states(model, blocks) if untuned is None else untuned
-    with change:
-        moved = states(model, blocks) - before
-    return change_of_logits(moved, model.get_output_embeddings().weight)
-
-
-def change_of_logits(moved: Tensor, head: Tensor) -> float:
-    """Compute the root mean square change of logits from that of last hidden states (N, T, D) and the head (V, D)."""
-    squares = [float(nn.functional.linear(part.to(head.dtype), head).float().square().mean()) for part in moved]
-    return math.sqrt(sum(squares) / len(squares))
-
-
 def measure_scale(
-    model: PreTrainedModel, plan: Plan, adapter: TunedAdapter, target: float, blocks: Tensor
+    model: StreamedModel, package: Package, adapter: TunedAdapter, fitted: TunedAdapter, blocks: Tensor
 ) -> MeasuredScale:
-    """Find the scale at which an adapter changes the real model's logits as much as `target`, the emulator's `effect`.
+    """Find the scale at which an adapter's effect on the real model is as large as it is on the emulator.
 
-    As `find_scale` does.
+    `fitted` is the adapter at the real model's shapes. Blocks (N, T) are of public text. The model is read from disk up
+    to five times, the package three times. UserError for an effect that isn't finite.
     """
-    before = states(model, blocks)
-    return find_scale(lambda scale: effect(model, plugged_in(model, plan, adapter, scale), blocks, before), target)
+    target = emulator_effect(package, adapter, blocks, model.device)
+    return find_scale(_effect(model, partial(_plugged, model, fitted), blocks), target)
+
+
+def emulator_effect(package: Package, adapter: TunedAdapter, blocks: Tensor, device: torch.device) -> float:
+    """Measure the adapter's effect on the emulator that it was tuned in."""
+    emulator = stream_emulator(package, device)
+    return _effect(emulator, partial(_tuned, emulator, adapter), blocks)()
 
 
 def find_scale(effect_at: Callable[[float], float], target: float) -> MeasuredScale:
@@ -107,6 +94,89 @@ def _next(found: dict[float, float], target: float) -> float:
     return s * (target / last) ** (1 / slope) if slope > 0 else s
 
 
-def emulator_effect(emulator: PreTrainedModel, plan: Plan, adapter: TunedAdapter, blocks: Tensor) -> float:
-    """Measure the adapter's `effect` on the emulator that it was tuned in."""
-    return effect(emulator, tuned_emulator(emulator, plan, adapter), blocks)
+class StreamedEmulator(StreamedModel):
+    """A package's emulator, read part by part, codes and scales as the matrices that they stand for."""
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor as a copy, in the package's dtype; that has room for every code."""
+        tensor, place = super().read(name), self.places.get(f"{name}{SCALES}")
+        if place is None:
+            return tensor
+        with safe_open(place.file, framework="pt") as stream:
+            scales = stream.get_tensor(place.name).to(self.device)
+        return QuantizedMatrix(tensor.to(torch.int8), scales, tensor.shape, self.dtype).dequantized()
+
+
+def stream_emulator(package: Package, device: torch.device) -> StreamedModel:
+    """Open a package's emulator to be read layer by layer; UserError where its tensors are not sound."""
+    package.check()
+    config, plan = package.config, package.plan
+    files = [package.folder / name for names in package.expected.values() for name in names]
+    empty = meta_emulator(config, plan, buffers_too=False)
+    dtype = DTYPES[package.manifest.dtype]
+    emulator = StreamedEmulator(package.folder, config, device=device, dtype=dtype, files=files, model=empty)
+    for i, other in plan.like.items():
+        own = f"{emulator.path}.{other}."
+        same = {name.removeprefix(own): place for name, place in emulator.places.items() if name.startswith(own)}
+        emulator.places |= {f"{emulator.path}.{i}.{name}": place for name, place in same.items()}
+    return emulator
+
+
+def _effect(
+    model: StreamedModel, change: Callable[..., AbstractContextManager[None]], blocks: Tensor
+) -> Callable[..., float]:
+    """Make of a change of layers, given its scale, a function of that: the effect on the logits of blocks (N, T).
+
+    It is the root mean square change over tokens and vocabulary, of logits as the head gives them, before a cap or a
+    divisor, which would be the same for the emulator.
+    """
+
+    def states(*scale: float) -> Tensor:
+        return model.run(blocks, partial(change, scale), batch_blocks=1, states=True).float()
+
+    head, before = model.read_head(), model.run(blocks, _untouched, batch_blocks=1, states=True).float()
+    return lambda *scale: change_of_logits(states(*scale) - before, head)
+
+
+def change_of_logits(moved: Tensor, head: Tensor) -> float:
+    """Compute the root mean square change of logits from that of last hidden states (N, T, D) and the head (V, D)."""
+    squares = [float(nn.functional.linear(part.to(head.dtype), head).float().square().mean()) for part in moved]
+    return math.sqrt(sum(squares) / len(squares))
+
+
+@contextmanager
+def _untouched(index: int, layer: nn.Module) -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _plugged(
+    model: StreamedModel, adapter: TunedAdapter, scale: tuple[float, ...], index: int, layer: nn.Module
+) -> Iterator[None]:
+    """Plug an adapter into one layer, whose weights are dropped behind it."""
+    prefix = f"{model.path}.{index}."
+    for name in adapter.changes:
+        if name.startswith(prefix):
+            weight = layer.get_parameter(name.removeprefix(prefix))
+            weight.copy_(adapter.plugged(name, weight, *scale))
+    yield
+
+
+@contextmanager
+def _tuned(
+    emulator: StreamedModel, adapter: TunedAdapter, scale: tuple[float, ...], index: int, layer: nn.Module
+) -> Iterator[None]:
+    """Have in one layer of the emulator what was tuned in it; LoRA beside the matrices, as it was tuned."""
+    if not isinstance(adapter, TunedLora):
+        with _plugged(emulator, adapter, scale, index, layer):
+            yield
+        return
+    prefix, strength = f"{emulator.path}.{index}.", adapter.form.alpha / adapter.form.rank
+
+    def beside(factors: tuple[Tensor, Tensor], module: nn.Module, inputs: Any, out: Tensor) -> Tensor:
+        a, b = (factor.to(out.device) for factor in factors)
+        return out + strength * nn.functional.linear(nn.functional.linear(inputs[0], a), b)
+
+    own = {name.removeprefix(prefix): f for name, f in adapter.factors.items() if name.startswith(prefix)}
+    with hooks(*(layer.get_submodule(n).register_forward_hook(partial(beside, f)) for n, f in own.items())):
+        yield

@@ -126,7 +126,7 @@ def gap_panel(metric: str, title: str) -> Panel:
 
 
 GAP_ACCURACY, GAP_NLL = gap_panel("acc", "accuracy"), gap_panel("answer_nll", "answer nll (nats)")
-LACKING = Panel(
+REMAINING_GAP = Panel(
     "recovery answer_nll",
     "remaining gap",
     "after the restoration attack",

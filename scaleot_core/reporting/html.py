@@ -174,7 +174,7 @@ def sections(
             "ScaleOT over α, β and channel_pruning.ratio (the number beside a point), and variants of the default: "
             "what an attacker is left without, and the paper's gap."
         )
-        panels = [figures.LACKING, figures.GAP_NLL]
+        panels = [figures.REMAINING_GAP, figures.GAP_NLL]
         found.append(_frontier("The dial under attack", text, figures.by_line(attacks), panels))
     if compared:
         lines = {row["method"]: [{**_renamed(row), "label": ""}] for row in compared}

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from scaleot_core.common.errors import UserError
-from scaleot_core.compression import emulator
 from scaleot_core.compression.channels import channel_rows
+from scaleot_core.compression.emulator import layer_parameters
 from scaleot_core.compression.low_rank import features
 from scaleot_core.compression.plan import Plan
 from scaleot_core.models.families import family
@@ -113,24 +113,38 @@ def _spread(rows: Tensor, at: Tensor, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def plug_in(model: PreTrainedModel, plan: Plan, adapter: TunedAdapter, scale: float = 1.0) -> dict[str, Tensor]:
-    """Plug an adapter into the real model, in place; give back what the changed weights were.
+def plug_in(model: PreTrainedModel, plan: Plan, adapter: TunedAdapter, scale: float = 1.0) -> None:
+    """Plug an adapter into the real model, in place.
 
-    UserError where it has other weights than the adapter layers have.
+    UserError where it has other weights than the adapter layers have, or one would have numbers that are not finite.
     """
-    parameters = dict(model.named_parameters())
-    before = {name: parameters[name].detach().clone() for name in adapter.changes if name in parameters}
     if isinstance(adapter, TunedLayers):
-        emulator.plug_in(model, plan, dict(adapter.weights))  # which checks them
-    for name, base in before.items():
-        parameters[name].copy_(adapter.plugged(name, base, scale))
-    return before
+        _check_layers(model, plan, adapter)
+    for name in adapter.changes:
+        weight = model.get_parameter(name)
+        weight.copy_(adapter.plugged(name, weight, scale))
+
+
+def _check_layers(model: PreTrainedModel, plan: Plan, adapter: TunedLayers) -> None:
+    """Raise UserError, naming a tensor, unless an adapter has all that the adapter layers have and nothing else."""
+    parameters = layer_parameters(model, plan, "adapter")
+    for name in sorted(parameters.keys() | adapter.weights.keys()):
+        here, given = parameters.get(name), adapter.weights.get(name)
+        if here is None or given is None or here.shape != given.shape:
+            raise UserError(
+                f"adapter tensor {name!r} is missing, foreign or of another shape; tune the adapter on this package"
+            )
 
 
 @contextmanager
 def plugged_in(model: PreTrainedModel, plan: Plan, adapter: TunedAdapter, scale: float = 1.0) -> Iterator[None]:
-    """Have an adapter plugged into the real model for the length of a block; then it is what it was."""
-    before = plug_in(model, plan, adapter, scale)
+    """Have an adapter plugged into the real model for the length of a block; then it is what it was.
+
+    What the changed weights were is in memory meanwhile: of LoRA in every layer nearly the whole model.
+    """
+    parameters = dict(model.named_parameters())
+    before = {name: parameters[name].detach().clone() for name in adapter.changes if name in parameters}
+    plug_in(model, plan, adapter, scale)
     try:
         yield
     finally:

@@ -16,13 +16,14 @@ from helpers import CPU, ROOT, TEST_DATA, form
 
 from scaleot_core.common.files import write_jsonl
 from scaleot_core.common.runtime import cpu_count, generator
-from scaleot_core.compression.emulator import layer_parameters, plug_in
+from scaleot_core.compression.emulator import layer_parameters
 from scaleot_core.compression.plan import Plan
 from scaleot_core.data import embedded, questions
 from scaleot_core.evaluation.definitions import task_config
 from scaleot_core.evaluation.harness import evaluate
 from scaleot_core.evaluation.tasks import Rows
 from scaleot_core.models.loading import load_model, load_tokenizer
+from scaleot_core.tuning.adapters import TunedLayers, plug_in
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the fixture: the real model, twice, on whatever CPU
 EMBEDDED_TASKS = ("piqa", "openbookqa")
@@ -46,7 +47,7 @@ def plugged(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         name: p + 0.05 * p.std() * torch.randn(p.shape, generator=draw).to(p)
         for name, p in layer_parameters(model, plan, "adapter").items()
     }
-    plug_in(model, plan, tuned)
+    plug_in(model, plan, TunedLayers(tuned))
     model.save_pretrained(folder)
     load_tokenizer(base).save_pretrained(folder)
     return folder

@@ -10,6 +10,7 @@ from helpers import (
     PLAN,
     change_manifest,
     each_family,
+    effect,
     list_again,
     logits,
     make_emulator,
@@ -30,9 +31,9 @@ from scaleot_core.exchange import adapter
 from scaleot_core.exchange.package import Package, save
 from scaleot_core.exchange.returned import check_adapter, check_base
 from scaleot_core.exchange.scale import emulator_effect
-from scaleot_core.exchange.streamed_scale import streamed_emulator_effect
 from scaleot_core.models.families import family
 from scaleot_core.settings import LoraForm
+from scaleot_core.tuning.adapters import tuned_emulator
 
 FORM = LoraForm(rank=3, alpha=5.0)
 COMPRESSED = "compressed.safetensors"
@@ -79,8 +80,9 @@ def test_package_of_int8_is_the_same_whether_it_stays_so_or_not(tmp_path, tokeni
 def test_effect_of_an_adapter_is_measured_a_layer_at_a_time_too(tmp_path, tokenizer, blocks, lora):
     small = Package(write_int8(tmp_path / "small", tiny_model("llama"), tokenizer))
     tuned = adapter.read(write_adapter(tmp_path / "adapter", small.load(CPU), lora, small), small)
-    expected = emulator_effect(small.load(CPU), small.plan, tuned, blocks)
-    assert streamed_emulator_effect(small, tuned, blocks, CPU) == pytest.approx(expected, rel=1e-3) and expected > 0
+    emulator = small.load(CPU)
+    expected = effect(emulator, tuned_emulator(emulator, small.plan, tuned), blocks)
+    assert emulator_effect(small, tuned, blocks, CPU) == pytest.approx(expected, rel=1e-3) and expected > 0
 
 
 def test_shared_layers_of_int8(tmp_path, tokenizer):

@@ -11,7 +11,7 @@ from scaleot_core.common.files import folder_bytes, write_json
 from scaleot_core.common.runtime import Runtime
 from scaleot_core.common.tensors import write_tensors
 from scaleot_core.compression.channels import channel_rows, channels_of
-from scaleot_core.compression.emulator import assemble, layer_parameters, package_tensors, plan_bytes, plug_in
+from scaleot_core.compression.emulator import assemble, layer_parameters, package_tensors, plan_bytes
 from scaleot_core.compression.layer_importance import new_harmonizers
 from scaleot_core.compression.low_rank import weight_of
 from scaleot_core.compression.plan import Plan, plan_for
@@ -22,6 +22,7 @@ from scaleot_core.models.families import attention, decoder_layers, family
 from scaleot_core.models.forward import hidden_states, next_token_loss
 from scaleot_core.params import changed
 from scaleot_core.training.checkpoint import Checkpoint
+from scaleot_core.tuning.adapters import TunedLayers, plug_in
 
 LAYERS = 8
 each_method = pytest.mark.parametrize("method", METHODS)
@@ -96,7 +97,7 @@ def test_adapters_are_the_models_own_layers_and_go_back_into_it(method, owner):
     plan, made = emulated(who)
     shipped, real = layer_parameters(made, plan, "adapter"), tiny_model("llama", num_hidden_layers=LAYERS)
     assert all(torch.equal(p, real.get_parameter(name)) for name, p in shipped.items())
-    plug_in(real, plan, {name: p + 1 for name, p in shipped.items()})
+    plug_in(real, plan, TunedLayers({name: p + 1 for name, p in shipped.items()}))
 
 
 @each_method
@@ -227,7 +228,8 @@ def test_shared_layers_keep_the_shipped_weights_when_the_adapters_are_tuned(owne
     loaded = Package(tmp_path / "package").load(CPU)
     for model in (made, loaded):
         before = {i: decoder_layers(model)[i].state_dict()["mlp.up_proj.weight"].clone() for i in of_adapters}
-        plug_in(model, plan, {name: p + 1 for name, p in layer_parameters(model, plan, "adapter").items()})
+        moved = {name: p + 1 for name, p in layer_parameters(model, plan, "adapter").items()}
+        plug_in(model, plan, TunedLayers(moved))
         for i, weight in before.items():
             assert torch.equal(decoder_layers(model)[i].mlp.up_proj.weight, weight)
 

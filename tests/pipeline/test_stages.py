@@ -329,7 +329,7 @@ def test_harmonizers_trained_after_the_truncation_are_others(made: Path, project
 
 
 def one_model_at_a_time(patch: pytest.MonkeyPatch) -> None:
-    """Let stage evaluate load the real model only when the emulator is gone from memory."""
+    """Let stage evaluate load the real model only when the emulator, or the plug-in before, is gone from memory."""
     loaded: list[weakref.ref[torch.nn.Module]] = []
     load_package, load_model = Package.load, results.load_model
 
@@ -339,8 +339,10 @@ def one_model_at_a_time(patch: pytest.MonkeyPatch) -> None:
         return model
 
     def whole(*args: Any, **options: Any) -> Any:
-        assert [reference() for reference in loaded] == [None]
-        return load_model(*args, **options)
+        assert {reference() for reference in loaded} == {None}
+        model = load_model(*args, **options)
+        loaded.append(weakref.ref(model))
+        return model
 
     patch.setattr(Package, "load", emulator)
     patch.setattr(results, "load_model", whole)
@@ -354,7 +356,7 @@ def one_model_at_a_time(patch: pytest.MonkeyPatch) -> None:
         {"method": "crash"},
         {"method": "gradot", "gradot": {"calibration_blocks": 4}},
         {"method": "scaleot", "max_bytes_ratio": 0.9},
-        {"adapters": ["lora"], "lora": {"rank": 4}},
+        {"adapters": ["layers", "lora"], "lora": {"rank": 4}},
         {"adapters": ["lora"], "lora": {"rank": 4, "layers": "adapter", "modules": "attention"}},
         {"adapters": ["lora"], "alpha": 0.0, "beta": 0.0, "channel_pruning": {"ratio": 0.5}, "adapter_layers": 0},
         {"method": "crash", "adapters": ["lora"], "adapter_layers": 0},
@@ -367,20 +369,23 @@ def test_every_way_goes_through_the_rest_of_the_pipeline(
     made: Path, project: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change(project, **{"offsite_tune": {"epochs": 1}, **changes})
-    (kind,) = changes.get("adapters", ["layers"])
+    kinds = changes.get("adapters", ["layers"])
     succeed(project, "zero_shot", "full_finetune", "compress")
-    ended = run(project, "offsite_tune", ["piqa", kind])
-    assert ended.code == 0, ended.said
+    for kind in kinds:
+        ended = run(project, "offsite_tune", ["piqa", kind])
+        assert ended.code == 0, ended.said
     with monkeypatch.context() as patch:
         one_model_at_a_time(patch)
         succeed(project, "evaluate")
     metrics = json.loads((project / "metrics.json").read_text())
-    measured, emulator = five(metrics["tasks"]["piqa"], kind), metrics["emulator"]
-    assert all(math.isfinite(measured[name]["answer_nll"]) for name in ("emulator_zero_shot", "plug_in"))
-    assert 0.5 <= measured["scale"] <= 3 and measured["plug_in"] != measured["zero_shot"]
+    emulator = metrics["emulator"]
+    for kind in kinds:
+        measured = five(metrics["tasks"]["piqa"], kind)
+        assert all(math.isfinite(measured[name]["answer_nll"]) for name in ("emulator_zero_shot", "plug_in"))
+        assert 0.5 <= measured["scale"] <= 3 and measured["plug_in"] != measured["zero_shot"]
+        assert metrics["cost"][f"offsite_tune-piqa-{kind}"]["tokens"] > 1000
     assert sum(emulator[f"{kind}_layers"] for kind in get_args(LayerKind)) == 4
     assert emulator["adapter_layers"] == changes.get("adapter_layers", 1)
-    assert metrics["cost"][f"offsite_tune-piqa-{kind}"]["tokens"] > 1000
     size = sum(file.stat().st_size for file in (made / OUTPUTS["compress"]).glob("*.safetensors"))
     if changes.get("method", "scaleot") != "scaleot":
         assert emulator["bytes"] <= size + 10_000  # of headers
