@@ -12,15 +12,12 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-from accelerate import init_empty_weights
-from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from random_weights import byte_tokenizer, drawn, write_model
+from transformers import LlamaConfig
 
 from scaleot_core.common.entrypoint import run_command
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import folder_bytes, write_json
-from scaleot_core.common.tensors import TensorWriter
 from scaleot_core.compression.emulator import meta_emulator, tensor_shapes
 from scaleot_core.compression.plan import LayerKind, Plan
 from scaleot_core.exchange import adapter, package
@@ -37,32 +34,15 @@ LOAD += "Package(Path(sys.argv[1])).load(torch.device('cpu'))"
 
 def write_parties(folder: Path, layers: int) -> None:
     """What the commands need: a project with its package, the real model, and an adapter of LoRA in the attention."""
-    config = LlamaConfig(num_hidden_layers=layers)  # the rest is that of LLaMA-7B
-    config.dtype = torch.bfloat16
-    raw = Tokenizer(models.WordLevel({"a": 0, "<eos>": 1}, unk_token="a"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>")
-    numbers = torch.empty(config.vocab_size * config.hidden_size, dtype=torch.bfloat16).normal_(0, 0.02)
-
-    def drawn(shape: tuple[int, ...]) -> torch.Tensor:
-        """The same for all tensors of a shape, so that the package's are the model's."""
-        return numbers[: torch.Size(shape).numel()].view(shape)
-
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
-    (folder / "model").mkdir()
-    config.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    writer = TensorWriter(folder / "model" / "model.safetensors", shapes)
-    for name, (shape, _) in shapes.items():
-        writer.write(name, drawn(shape))
+    config, tokenizer = LlamaConfig(num_hidden_layers=layers), byte_tokenizer()  # the rest is that of LLaMA-7B
+    write_model(folder / "model", config)
     form = load_params().harmonizer
     kinds: list[LayerKind] = ["adapter" if i == 0 else "compressed" for i in range(layers)]
     plan = Plan(tuple(kinds), 0.8, form)
     emulator = folder / "artifacts" / "emulator"
     emulator.mkdir(parents=True)
     parts = tensor_shapes(meta_emulator(config, plan, buffers_too=True), plan)
-    tensors = ((name, drawn(shape)) for part in parts.values() for name, (shape, _) in part.items())
+    tensors = ((name, drawn(name, shape)) for part in parts.values() for name, (shape, _) in part.items())
     package.save(emulator, config, tokenizer, plan, tensors)
     for name in ("params.yaml", "dvc.yaml"):
         shutil.copy(name, folder)
@@ -70,7 +50,7 @@ def write_parties(folder: Path, layers: int) -> None:
     shutil.copytree(emulator, folder / "copy")
     given, lora = package.Package(folder / "copy"), LoraForm(modules="attention")
     factors = {
-        f"{name}.lora_{part}.default.weight": drawn(shape)
+        f"{name}.lora_{part}.default.weight": drawn(name, shape)
         for name, (into, out) in lora_features(given.meta_model, plan, lora).items()
         for part, shape in (("A", (lora.rank, into)), ("B", (out, lora.rank)))
     }

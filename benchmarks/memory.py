@@ -14,18 +14,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from accelerate import init_empty_weights
+from random_weights import write_model
 from rich.table import Table
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig
 
 from scaleot_core.common.entrypoint import run_command
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import read_json, write_json
 from scaleot_core.common.progress import console
-from scaleot_core.common.tensors import TensorWriter
 from scaleot_core.params import changed, load_params
 from scaleot_core.training.checkpoint import scratch_dir
 
@@ -69,31 +66,12 @@ STAGES = (
 )
 
 
-def write_model(folder: Path, layers: int) -> None:
-    """Write random weights in bfloat16, and a tokenizer of bytes."""
-    config = LlamaConfig(num_hidden_layers=layers)  # the rest is that of LLaMA-7B
-    config.dtype = torch.bfloat16
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
-    folder.mkdir()
-    writer = TensorWriter(folder / "model.safetensors", shapes)
-    for name, (shape, dtype) in shapes.items():
-        drawn = torch.ones(shape, dtype=dtype) if "norm" in name else torch.empty(shape, dtype=dtype).normal_(0, 0.02)
-        writer.write(name, drawn)
-    config.save_pretrained(folder)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    raw = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate([*alphabet, "<eos>"])}, merges=[]))
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder)
-
-
 def write_project(folder: Path, layers: int) -> None:
     """Write what the stages need: the model, a few questions, a corpus, and the project's own files."""
     for name in ("stages", "dvc.yaml", "embedded.lock", "scaleot_core"):
         source, ignore = Path(name), shutil.ignore_patterns("__pycache__")
         shutil.copytree(source, folder / name, ignore=ignore) if source.is_dir() else shutil.copy(source, folder)
-    write_model(folder / "model", layers)
+    write_model(folder / "model", LlamaConfig(num_hidden_layers=layers))  # the rest is that of LLaMA-7B
     (folder / "questions" / "piqa").mkdir(parents=True)
     for part, numbers in (("train", range(8)), ("validation", range(8, 16))):
         rows = [{"goal": f"count to {i}", "sol1": f"from 1 to {i}", "sol2": f"from {i}", "label": 0} for i in numbers]

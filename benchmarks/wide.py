@@ -5,6 +5,7 @@ Peak memory is as Linux has it, above that of the interpreter with all imports.
 """
 
 import json
+import math
 import sys
 import tempfile
 import time
@@ -14,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, OPTConfig
+from random_weights import write_model
+from transformers import OPTConfig
 
 from scaleot_core.common.entrypoint import run_command
 from scaleot_core.common.errors import UserError
@@ -45,8 +46,8 @@ def timed(times: dict[str, float], name: str, action: Callable[..., Any]) -> Cal
     return wrapped
 
 
-def write_model(folder: Path, layers: int, rank: int) -> int:
-    """A random model in shards, a layer each, with scores and harmonizers; the bytes of a layer."""
+def write_parts(folder: Path, layers: int, rank: int) -> int:
+    """A random model with scores and harmonizers; the bytes of a layer."""
     config = OPTConfig(
         hidden_size=WIDTH,
         ffn_dim=4 * WIDTH,
@@ -54,22 +55,12 @@ def write_model(folder: Path, layers: int, rank: int) -> int:
         num_hidden_layers=layers,
         word_embed_proj_dim=WIDTH,
     )
-    config.dtype = torch.bfloat16
-    config.save_pretrained(folder)
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in model.state_dict().items():
-        if name not in model.all_tied_weights_keys:
-            parts.setdefault(name.split(".")[3] if ".layers." in name else "base", {})[name] = tensor
-    for part, tensors in parts.items():
-        drawn = {name: torch.empty(t.shape, dtype=torch.bfloat16).normal_(0, 0.02) for name, t in tensors.items()}
-        write_tensors(folder / f"{part}.safetensors", drawn)
+    shapes = write_model(folder, config)
     write_json(folder / "scores.json", {"scores": [float(i) for i in range(layers)]})
     form = load_params().harmonizer.model_copy(update={"rank": rank})
     stored = {f"{i}.{n}": t for i in range(layers) for n, t in Harmonizer(WIDTH, form).state_dict().items()}
     write_tensors(folder / "harmonizers.safetensors", stored)
-    return sum(tensor.numel() * 2 for tensor in parts["0"].values())
+    return sum(2 * math.prod(shape) for name, (shape, _) in shapes.items() if ".layers.0." in name)
 
 
 def memory(name: str) -> float:
@@ -103,7 +94,7 @@ def main() -> None:
     tokenizer = load_tokenizer(Path("artifacts/model"))
     with tempfile.TemporaryDirectory(dir=place) as name:
         folder = Path(name)
-        layer = write_model(folder, layers, rank=256)
+        layer = write_parts(folder, layers, rank=256)
         blocks = torch.randint(0, 50000, (BLOCKS, 256), dtype=torch.int32)
         runtime = Runtime(torch.device("cpu"), torch.bfloat16)
         owner = ModelOwner(folder, runtime, blocks, params, folder, folder / "scratch", Checkpoint(folder, 1e9))

@@ -19,6 +19,7 @@ from scaleot_core.artifacts import Artifacts
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import fingerprint, write_json
 from scaleot_core.common.runtime import Runtime, setup
+from scaleot_core.memory import check_stage
 from scaleot_core.params import Params, load_params
 from scaleot_core.training.checkpoint import Checkpoint, scratch_dir
 from scaleot_core.training.cost import Meter
@@ -93,16 +94,17 @@ class Stage:
 def run_stage(stage: str, item: Mapping[str, str] | None = None, file: Path = DVC_YAML) -> Iterator[Stage]:
     """Set a stage up; once its block ends well, write its cost and drop its checkpoint.
 
-    UserError for a parameter that is wrong, or a device that isn't there.
+    UserError for a parameter that is wrong, and for a device that isn't there or has too little memory.
     """
     params, entry = load_params(), read_entry(stage, item, file)
     runtime = setup(params, entry.name)
     key = fingerprint(entry.values(params), *(dep for dep in entry.deps if dep.exists()))
     checkpoint = Checkpoint(scratch_dir(f"{entry.name.replace('@', '-')}-{key}"), params.checkpoint_seconds)
-    meter = Meter(runtime)
-    yield Stage(params, runtime, entry, checkpoint, meter)
+    made = Stage(params, runtime, entry, checkpoint, Meter(runtime))
+    check_stage(stage, item or {}, made.artifacts, runtime)
+    yield made
     if entry.cost:
-        write_json(entry.cost, meter.read())
+        write_json(entry.cost, made.meter.read())
     checkpoint.remove()
 
 

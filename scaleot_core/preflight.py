@@ -8,6 +8,7 @@ import torch
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from scaleot_core.artifacts import Artifacts
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.progress import console
 from scaleot_core.common.runtime import Runtime
@@ -17,6 +18,7 @@ from scaleot_core.compression.svd import decompose
 from scaleot_core.data.corpus import local_files
 from scaleot_core.data.local_files import ROWS, TEXTS, has_suffix
 from scaleot_core.exchange.tokenizer import check_shippable
+from scaleot_core.memory import too_large
 from scaleot_core.models.families import context_length, family
 from scaleot_core.models.loading import load_tokenizer, read_config
 from scaleot_core.params import Params, changed
@@ -165,3 +167,5 @@ def show(params: Params, model: Path, runtime: Runtime) -> None:
             f"{params.dtype} is slow here: with dtype = float32 matrix products are {faster:.1f} times as fast",
             style="yellow",
         )
+    for refused in too_large(Artifacts(model.parent), runtime, launched=params.launch != "python"):
+        console.print(refused, style="yellow")

@@ -19,7 +19,6 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from scaleot_core.artifacts import Artifacts
@@ -63,16 +62,6 @@ def compress(project: Path, artifacts: Artifacts) -> None:
         raise UserError("stage compress: it failed; see above")
 
 
-@torch.no_grad()
-def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat: Chat) -> str:
-    """Give a model's own answer to the first message of a chat, the likeliest token each time."""
-    asked: Any = tokenizer.apply_chat_template(
-        chat[:1], add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    )
-    said = model.generate(**asked, max_new_tokens=LONGEST_ANSWER, do_sample=False)  # type: ignore[operator]
-    return str(tokenizer.decode(said[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
-
-
 def facts_in(chats: list[Chat]) -> dict[str, Chat]:
     """Give for each answer the first chat that asks for it."""
     first: dict[str, Chat] = {}
@@ -81,11 +70,18 @@ def facts_in(chats: list[Chat]) -> dict[str, Chat]:
     return first
 
 
+@torch.no_grad()
 def ask(folder: Path, chats: Iterable[Chat]) -> list[str]:
-    """Give a model's answers to all chats."""
-    tokenizer, dtype = load_tokenizer(folder), torch.float32
-    model = load_model(folder, device=torch.device("cpu"), dtype=dtype)
-    return [answer(model, tokenizer, chat) for chat in chats]
+    """Give a model's own answers to the first messages of all chats, the likeliest token each time."""
+    tokenizer: Any = load_tokenizer(folder)
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
+    model: Any = load_model(folder, device=torch.device("cpu"), dtype=torch.float32)
+    asked = tokenizer.apply_chat_template(
+        [chat[:1] for chat in chats], add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
+    )
+    said = model.generate(**asked, max_new_tokens=LONGEST_ANSWER, do_sample=False)
+    answers = tokenizer.batch_decode(said[:, asked["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [answer.strip() for answer in answers]
 
 
 def main() -> None:

@@ -14,7 +14,10 @@ NEUTRAL = {
         f"scaleot_core/common/{name}.py"
         for name in ("entrypoint", "errors", "files", "progress", "tensors", "validation")
     ),
-    *(f"scaleot_core/{name}.py" for name in ("__init__", "artifacts", "params", "pipeline", "preflight", "settings")),
+    *(
+        f"scaleot_core/{name}.py"
+        for name in ("__init__", "artifacts", "memory", "params", "pipeline", "preflight", "settings")
+    ),
     "scaleot_core/training/cost.py",
     "scaleot_core/data/rows.py",
     "scaleot_core/records",

@@ -78,6 +78,7 @@ def tune(
     from scaleot_core.exchange import adapter
     from scaleot_core.exchange.archive import new_output, unpacked
     from scaleot_core.exchange.package import Package
+    from scaleot_core.memory import check_tuning
     from scaleot_core.models.loading import check_tokenizer
     from scaleot_core.training.checkpoint import Checkpoint
     from scaleot_core.tuning.selection import tune as tune_parameters
@@ -104,6 +105,7 @@ def tune(
         runtime = setup(machine.model_copy(update={"dtype": shipped.manifest.dtype}), "tune")
         if frozen:
             check_kernels(frozen, runtime.device)
+        check_tuning(shipped, runtime, whole_layers=lora is None, frozen=frozen)
         model, tokenizer = shipped.load(runtime.device, frozen), shipped.tokenizer()
         check_tokenizer(tokenizer, model.config)
         examples = _read_examples(model, tokenizer, task, data, block_size=block_size, packed=not epsilon)
