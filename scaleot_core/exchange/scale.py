@@ -25,9 +25,10 @@ from scaleot_core.models.forward import hooks
 from scaleot_core.models.streaming import StreamedModel
 from scaleot_core.tuning.adapters import TunedAdapter, TunedLora
 
-LEAST, MOST = 0.5, 3.0  # scales that were tried (docs/results.md); outside nothing is known
+LEAST, MOST = 0.5, 3.0  # scales that were tried (docs/log.md); outside nothing is known
 CLOSE = 0.05  # relative difference of the effects that is near enough
 STEPS = 4  # most measurements on the real model
+FAR = math.log(MOST / LEAST)  # further than that, in logarithms, no next scale need be
 BLOCKS, BLOCK_SIZE = 2, 256  # of public text
 
 
@@ -91,7 +92,9 @@ def _next(found: dict[float, float], target: float) -> float:
     if len(found) > 1:
         t, before = list(found.items())[-2]
         slope = math.log(last / before) / math.log(s / t)
-    return s * (target / last) ** (1 / slope) if slope > 0 else s
+    if slope <= 0:
+        return s
+    return s * math.exp(max(-FAR, min(FAR, math.log(target / last) / slope)))
 
 
 class StreamedEmulator(StreamedModel):

@@ -73,6 +73,11 @@ def test_scale_is_found_within_what_was_measured(power, times, expected):
     assert found.scale == pytest.approx(expected, rel=0.06) and len(found.model) <= scales.STEPS
 
 
+@pytest.mark.parametrize(("target", "expected"), [(2.0, 3.0), (1e-3, 0.5)])
+def test_effect_that_hardly_grows_ends_at_the_last_scale(target, expected):
+    assert find_scale(lambda scale: 1 + 1e-4 * scale, target).scale == pytest.approx(expected)
+
+
 def test_adapter_that_changes_nothing_keeps_its_scale():
     assert find_scale(lambda scale: 0.0, 1.0).scale == 1.0
 
@@ -88,4 +93,4 @@ def test_scale_outside_of_what_was_measured_is_refused(scale):
 
 
 def test_scale_within_it_is_taken():
-    assert [check_scale(s) for s in (0.5, 1.0, 3.0)] == [0.5, 1.0, 3.0] and LORA.rank == 3
+    assert [check_scale(s) for s in (0.5, 1.0, 3.0)] == [0.5, 1.0, 3.0]
