@@ -58,7 +58,6 @@ def write_parties(folder: Path, layers: int) -> None:
     adapter.save(
         folder / "adapter", given, factors, lora=lora, tuning=OffsiteTuning(), tuned=TuningResult([], 1e-3, 1, {})
     )
-    (folder / "text.txt").write_text("a " * 600, encoding="utf-8")
 
 
 def run(label: str, *command: object) -> None:
@@ -87,6 +86,7 @@ def main() -> None:
         run("pack", *cli, "pack", "--project", folder, "--out", folder / "packed.zip")
         run("inspect", *cli, "inspect", folder / "packed.zip")
         run("tune, as far as the package is loaded", "-c", LOAD, folder / "copy")
+        run("check", *cli, "check", folder / "adapter", "--package", folder / "copy")
         run("plug", *plug, folder / "plugged")
 
 

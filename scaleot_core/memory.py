@@ -4,25 +4,40 @@ Weights, gradients and optimizer states are counted, activations aren't: what is
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from scaleot_core.artifacts import Artifacts
+from scaleot_core.common.distributed import fsdp_enabled
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import folder_bytes
-from scaleot_core.common.launch import world_size
+from scaleot_core.common.launch import local_world_size, world_size
 from scaleot_core.common.runtime import DTYPES, Runtime
 from scaleot_core.settings import Frozen
 
 if TYPE_CHECKING:
     from scaleot_core.exchange.package import Package
 
-TRAINED = 16  # bytes of a trained weight: in float32, with its gradient and AdamW's two moments
 FROZEN_BYTES: dict[Frozen, float] = {"int8": 1, "int4": 0.5 + 4 / 64}  # of a number; int4 with a scale for 64
-SPLIT = ("train_harmonizers", "offsite_tune", "full_finetune")  # stages whose layers several GPUs share
+SPLIT = ("train_harmonizers", "full_finetune")  # stages whose layers the processes of FSDP share
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How many numbers are held, and how many of these are trained."""
+
+    held: float = 0
+    """In the dtype; a quantized one counts as less."""
+    trained: float = 0
+
+    def bytes(self, dtype: torch.dtype) -> float:
+        """Count what they take: of a trained one a float32 master too, its gradient and AdamW's two moments."""
+        own = 0 if dtype == torch.float32 else dtype.itemsize  # in float32 a weight is its own master
+        return (self.held - self.trained) * dtype.itemsize + self.trained * (own + 16)
 
 
 def device_memory(device: torch.device, root: Path = Path("/")) -> int:
@@ -31,56 +46,89 @@ def device_memory(device: torch.device, root: Path = Path("/")) -> int:
         return torch.cuda.get_device_properties(device).total_memory
     import psutil
 
-    limits = [psutil.virtual_memory().total + psutil.swap_memory().total]
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container: cgroups of version 2 and 1
-        try:
-            limits.append(int((root / "sys/fs/cgroup" / name).read_text(encoding="utf-8")))
-        except (OSError, ValueError):  # there is none, or it says `max`
+    swap = psutil.swap_memory().total
+    return min([psutil.virtual_memory().total + swap, *_cgroup_limits(root, swap)])
+
+
+def _cgroup_limits(root: Path, swap: int) -> Iterator[int]:
+    """Yield the limits (bytes, with swap) of this process's cgroups and those around them, of version 1 and 2."""
+    try:
+        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for group in groups:
+        _, controllers, path = group.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
             continue
-    return min(limits)
+        mount = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        names = ("memory.limit_in_bytes", "") if controllers else ("memory.max", "memory.swap.max")
+        folder = mount / path.lstrip("/")
+        for level in (folder, *folder.parents):
+            if level.is_relative_to(mount) and (limit := _number(level / names[0])) is not None:
+                allowed = _number(level / names[1]) if names[1] else None
+                yield limit + (swap if allowed is None else allowed)
 
 
-def tuning_bytes(package: "Package", *, whole_layers: bool, frozen: Frozen | None = None) -> float:
-    """Count what tuning adapters in a package takes: the emulator, and what is trained of the adapter layers."""
+def _number(file: Path) -> int | None:
+    """Read a limit; None where there is none, or it says `max`."""
+    try:
+        return int(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def tuning_weights(package: "Package", *, whole_layers: bool, frozen: Frozen | None = None) -> Weights:
+    """Count what tuning adapters in a package holds: the emulator, of which whole adapter layers are trained, or none.
+
+    LoRA's own weights are left out.
+    """
     from scaleot_core.compression.emulator import tensor_shapes
     from scaleot_core.exchange.quantized import FROZEN_PARTS
 
-    dtype, total = DTYPES[package.manifest.dtype], 0.0
+    size, held, trained = DTYPES[package.manifest.dtype].itemsize, 0.0, 0.0
     for part, shapes in tensor_shapes(package.meta_model, package.plan).items():
         numbers = sum(math.prod(shape) for shape, _ in shapes.values())
-        total += numbers * (FROZEN_BYTES[frozen] if frozen and part in FROZEN_PARTS else dtype.itemsize)
-        total += numbers * TRAINED if whole_layers and part == "adapter" else 0
-    return total
+        held += numbers * (FROZEN_BYTES[frozen] / size if frozen and part in FROZEN_PARTS else 1)
+        trained += numbers if whole_layers and part == "adapter" else 0
+    return Weights(held, trained)
 
 
-def stage_bytes(stage: str, item: Mapping[str, str], artifacts: Artifacts, dtype: torch.dtype) -> float:
-    """Count what a stage of the pipeline takes, by the sizes of the artifacts that it reads; 0 where it streams."""
-    model, size = folder_bytes(artifacts.model, ".safetensors"), dtype.itemsize
+def stage_weights(stage: str, item: Mapping[str, str], artifacts: Artifacts, dtype: torch.dtype) -> Weights:
+    """Count what a stage of the pipeline holds, by the artifacts that it reads; nothing where it streams."""
+    model = folder_bytes(artifacts.model, ".safetensors") / dtype.itemsize
     if stage == "offsite_tune":
         from scaleot_core.exchange.package import Package
 
-        return tuning_bytes(Package(artifacts.emulator, links=True), whole_layers=item["adapters"] == "layers")
+        return tuning_weights(Package(artifacts.emulator, links=True), whole_layers=item["adapters"] == "layers")
     if stage == "full_finetune":
-        return model / size * TRAINED
+        return Weights(model, model)
     if stage == "attack":
-        return folder_bytes(artifacts.emulator, ".safetensors") / size * TRAINED
-    if stage == "train_harmonizers":  # stored in float32
-        return model + folder_bytes(artifacts.importance, ".safetensors") / 4 * TRAINED
-    return model if stage in ("layer_importance", "zero_shot", "evaluate") else 0
+        emulator = folder_bytes(artifacts.emulator, ".safetensors") / dtype.itemsize
+        return Weights(emulator, emulator)
+    if stage == "train_harmonizers":
+        harmonizers = folder_bytes(artifacts.importance, ".safetensors") / torch.float32.itemsize
+        return Weights(model + harmonizers, harmonizers)
+    return Weights(model) if stage in ("layer_importance", "zero_shot", "evaluate") else Weights()
 
 
 def check_stage(stage: str, item: Mapping[str, str], artifacts: Artifacts, runtime: Runtime) -> None:
     """Raise UserError, with what would fit, where a stage takes more memory than there is.
 
-    Processes on CPUs share the machine's memory; on GPUs each has its own, and split layers take a share of it.
+    Each process holds all of it, on CPUs in the same memory; under FSDP they share the layers of the stages that train.
     """
-    split = stage in SPLIT and runtime.device.type == "cuda"
-    need, have = stage_bytes(stage, item, artifacts, runtime.dtype), device_memory(runtime.device)
-    if need / (world_size() if split else 1) <= have:
+    weights, have = stage_weights(stage, item, artifacts, runtime.dtype), device_memory(runtime.device)
+    gpu = runtime.device.type == "cuda"
+    if stage in SPLIT and fsdp_enabled():
+        copies = 1 / world_size() if gpu else 1.0
+    else:
+        copies = 1.0 if gpu else local_world_size()
+    need = weights.bytes(runtime.dtype) * copies
+    if need <= have:
         return
-    if split:
-        remedy = f"with `launch` over {math.ceil(need / have)} such GPUs its layers fit"
-    elif runtime.dtype == torch.float32 and stage not in ("full_finetune", "attack") and need / 2 <= have:
+    if gpu and stage in SPLIT:
+        count = math.ceil(weights.bytes(runtime.dtype) / have)
+        remedy = f"with `launch` over {count} such GPUs and --use_fsdp its layers fit (docs/distributed.md)"
+    elif runtime.dtype == torch.float32 and weights.bytes(torch.bfloat16) * copies <= have:
         remedy = "with dtype = bfloat16 it fits"
     else:
         remedy = f"a machine with {_gib(need)} fits, or a model of {have / need:.0%} of the size"
@@ -89,12 +137,12 @@ def check_stage(stage: str, item: Mapping[str, str], artifacts: Artifacts, runti
     )
 
 
-def too_large(artifacts: Artifacts, runtime: Runtime, *, launched: bool) -> list[str]:
-    """Say of the stages to come, as far as the model tells, which would be refused; `launched` ones may be split."""
+def too_large(artifacts: Artifacts, runtime: Runtime, *, split: bool) -> list[str]:
+    """Say of the stages to come, as far as the model tells, which would be refused, but for those that are split."""
     found = []
     for stage in ("layer_importance", "train_harmonizers", "zero_shot", "full_finetune", "evaluate"):
         try:
-            if not (launched and stage in SPLIT):
+            if not (split and stage in SPLIT):
                 check_stage(stage, {}, artifacts, runtime)
         except UserError as error:
             found.append(error.message)
@@ -103,12 +151,14 @@ def too_large(artifacts: Artifacts, runtime: Runtime, *, launched: bool) -> list
 
 def check_tuning(package: "Package", runtime: Runtime, *, whole_layers: bool, frozen: Frozen | None) -> None:
     """Raise UserError, with what would fit, where tuning adapters in a package takes more memory than there is."""
-    have = device_memory(runtime.device)
-    need = tuning_bytes(package, whole_layers=whole_layers, frozen=frozen)
-    if need <= have:
+    have, dtype = device_memory(runtime.device), DTYPES[package.manifest.dtype]
+
+    def taken(form: Frozen | None) -> float:
+        return tuning_weights(package, whole_layers=whole_layers, frozen=form).bytes(dtype)
+
+    if (need := taken(frozen)) <= have:
         return
-    forms: tuple[Frozen, ...] = ("int8", "int4")
-    fits = [f for f in forms if tuning_bytes(package, whole_layers=whole_layers, frozen=f) <= have]
+    fits = [form for form in FROZEN_BYTES if taken(form) <= have]
     remedy = f"with --frozen {fits[0]} it fits" if fits else f"a machine with {_gib(need)} fits"
     raise UserError(
         f"tuning this package takes at least {_gib(need)} of memory, and {_place(runtime)} has {_gib(have)}; {remedy}"

@@ -167,5 +167,5 @@ def show(params: Params, model: Path, runtime: Runtime) -> None:
             f"{params.dtype} is slow here: with dtype = float32 matrix products are {faster:.1f} times as fast",
             style="yellow",
         )
-    for refused in too_large(Artifacts(model.parent), runtime, launched=params.launch != "python"):
+    for refused in too_large(Artifacts(model.parent), runtime, split="fsdp" in params.launch):
         console.print(refused, style="yellow")

@@ -587,6 +587,13 @@ def test_lora_over_some_of_the_channels_needs_what_its_owner_kept(tmp_path, base
     assert "another package" in refused(*command[:-1], tmp_path / "out2", "--private", other)
 
 
+def test_folders_of_which_one_would_replace_the_other_are_refused(tmp_path, base, package, lora):
+    command = ("plug", base, lora, "--package", package)
+    for out, as_lora in (("a", "a"), ("a", "a/b"), ("a/b", "a"), ("a", "c/../a/b")):
+        said = refused(*command, "--out", tmp_path / out, "--as-lora", tmp_path / as_lora)
+        assert "--out and --as-lora: one is the other, or lies in it" in said
+
+
 def test_plug_measures_the_scale_on_public_text(tmp_path, base, pruned_package, pruned_lora, text, monkeypatch):
     measure = scales.emulator_effect
     larger = lambda *args: 1.7 * measure(*args)  # noqa: E731  # tiny models have none to see

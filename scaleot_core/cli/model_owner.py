@@ -116,7 +116,8 @@ def plug(
         typer.Option(help="A file of public text (.txt, .jsonl …), to measure the scale on."),
     ] = None,
     scale: Annotated[
-        float | None, typer.Option(help="How strongly to plug it in, 0.5 to 3; without it and --public as it came: 1.")
+        float | None,
+        typer.Option(help="How strongly to plug the adapter in, 0.5 to 3; without this and --public 1, as it came."),
     ] = None,
     max_change: Annotated[
         float | None, typer.Option(min=0, help="Refuse an adapter that changes a layer by more (relative norm).")
@@ -149,6 +150,10 @@ def plug(
     if public and scale is not None:
         raise UserError("--scale and --public: one of them says the scale; leave the other out")
     written = [new for new in (out, as_lora) if new is not None]
+    if out and as_lora:
+        one, two = out.resolve(), as_lora.resolve()
+        if one == two or one in two.parents or two in one.parents:
+            raise UserError("--out and --as-lora: one is the other, or lies in it; name two folders apart")
     for new in written:
         check_new(new)
     strength, measured = 1.0 if scale is None else check_scale(scale), None

@@ -129,7 +129,7 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[
                 yield name, changes
 
         def read(run: dict[str, Any], name: str = "metrics.json") -> Any:
-            cut = run.get("channel_pruning.ratio", 0.6) + run["alpha"]
+            cut = (run["channel_pruning.ratio"] or 0.6) + run["alpha"]
             return measured(1 - cut / 2, 20 * math.exp(cut), error)[name == "attack.json"]
 
         ran.clear()
