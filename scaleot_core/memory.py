@@ -96,7 +96,7 @@ def tuning_weights(package: "Package", *, whole_layers: bool, frozen: Frozen | N
 def stage_weights(stage: str, item: Mapping[str, str], artifacts: Artifacts, dtype: torch.dtype) -> Weights:
     """Count what a stage of the pipeline holds, by the artifacts that it reads; nothing where it streams."""
     model = folder_bytes(artifacts.model, ".safetensors") / dtype.itemsize
-    if stage == "offsite_tune":
+    if stage == "offsite_tune" and artifacts.emulator.is_dir():  # what is missing is told by the stage
         from scaleot_core.exchange.package import Package
 
         return tuning_weights(Package(artifacts.emulator, links=True), whole_layers=item["adapters"] == "layers")
