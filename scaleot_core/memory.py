@@ -96,9 +96,12 @@ def tuning_weights(package: "Package", *, whole_layers: bool, frozen: Frozen | N
 def stage_weights(stage: str, item: Mapping[str, str], artifacts: Artifacts, dtype: torch.dtype) -> Weights:
     """Count what a stage of the pipeline holds, by the artifacts that it reads; nothing where it streams."""
     model = folder_bytes(artifacts.model, ".safetensors") / dtype.itemsize
-    if stage == "offsite_tune" and artifacts.emulator.is_dir():  # what is missing is told by the stage
+    if stage == "offsite_tune":
+        from scaleot_core.exchange.manifest import MANIFEST
         from scaleot_core.exchange.package import Package
 
+        if not (artifacts.emulator / MANIFEST).is_file():
+            return Weights()  # the stage itself says what is missing
         return tuning_weights(Package(artifacts.emulator, links=True), whole_layers=item["adapters"] == "layers")
     if stage == "full_finetune":
         return Weights(model, model)
