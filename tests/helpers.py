@@ -352,8 +352,9 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 @torch.no_grad()
 def effect(model: PreTrainedModel, change: AbstractContextManager[None], blocks: torch.Tensor) -> float:
     """The root mean square change of what a model's head gives for blocks, by a change for the length of a block."""
-    before = model(blocks.long()).logits
-    with change:
+    with torch.no_grad():
+        before = model(blocks.long()).logits
+    with torch.no_grad(), change:
         moved = model(blocks.long()).logits - before
     return float(moved.square().mean().sqrt()) * getattr(model.config, "logits_scaling", 1.0)
 

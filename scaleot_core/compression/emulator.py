@@ -7,11 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 
 from scaleot_core.common.tensors import Shapes
 from scaleot_core.compression.channels import channels_of, prune_channels
@@ -21,6 +17,7 @@ from scaleot_core.compression.rank_compression import compress_layer
 from scaleot_core.compression.svd import Decompose, empty_factors
 from scaleot_core.models.families import attention, decoder_layers, family
 from scaleot_core.models.forward import StandIn
+from scaleot_core.models.loading import empty_model
 
 
 def apply_plan(
@@ -98,8 +95,8 @@ def package_tensors(model: PreTrainedModel, plan: Plan) -> Iterator[tuple[str, T
 
 def meta_emulator(config: PretrainedConfig, plan: Plan, *, buffers_too: bool) -> PreTrainedModel:
     """Build an emulator without weights; buffers are computed, unless they too are to take no memory."""
+    model = empty_model(config, buffers_too=buffers_too)
     with init_empty_weights(include_buffers=buffers_too):
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
         apply_plan(model, plan, empty_factors)
     return model
 

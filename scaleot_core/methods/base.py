@@ -5,16 +5,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from accelerate import init_empty_weights
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.runtime import Runtime
 from scaleot_core.compression import emulator
 from scaleot_core.compression.layer_importance import read_scores
 from scaleot_core.compression.plan import LayerKind, Plan, plan_for
-from scaleot_core.models.loading import load_model, read_config
+from scaleot_core.models.loading import empty_model, load_model, read_config
 from scaleot_core.models.streaming import StreamedModel
 from scaleot_core.params import Params
 from scaleot_core.training.checkpoint import Checkpoint
@@ -60,8 +59,7 @@ class ModelOwner:
     @cached_property
     def outline(self) -> PreTrainedModel:
         """The real model without weights, to read shapes from."""
-        with init_empty_weights(include_buffers=True):
-            return AutoModelForCausalLM.from_config(self.config)
+        return empty_model(self.config, self.runtime.dtype, buffers_too=True)
 
     def load(self) -> PreTrainedModel:
         """Load the real model, frozen."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -15,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 from transformers.utils import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
@@ -40,6 +42,17 @@ def _pretrained(source: str | Path, **options: Any) -> PreTrainedModel:
     model, missing = loaded[0], loaded[1]["missing_keys"]
     if missing:
         raise ValueError(f"tensor {min(missing)!r} is missing")
+    return model
+
+
+def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None, *, buffers_too: bool) -> PreTrainedModel:
+    """Build a model of shapes without weights, by default in its configuration's dtype, and draw none on the way.
+
+    Buffers are computed, unless they too are to take no memory.
+    """
+    with init_empty_weights(include_buffers=buffers_too), no_init_weights():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
+    model.tie_weights()
     return model
 
 

@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from scaleot_core.common import distributed
 from scaleot_core.common.errors import UserError, one_line
 from scaleot_core.models.families import decoder_layers, family
 from scaleot_core.models.forward import hidden_of, last_hidden_state, swapped_layers
-from scaleot_core.models.loading import load_model, read_config
+from scaleot_core.models.loading import empty_model, load_model, read_config
 
 LayerHook = Callable[[int, nn.Module], AbstractContextManager[object]]
 """What is to happen around the pass through a layer: it is given its number and the layer with its weights."""
@@ -56,8 +55,7 @@ class StreamedModel:
     ) -> None:
         self.folder, self.device, self.dtype = folder, device, dtype
         if model is None:
-            with init_empty_weights(include_buffers=False):
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = empty_model(config, dtype, buffers_too=False)
         self.model: PreTrainedModel = model.eval().requires_grad_(False)
         for name, buffer in self.model.named_buffers():  # what a model computes for itself
             owner, _, last = name.rpartition(".")

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from scaleot_core.common.errors import UserError
 from scaleot_core.compression.layer_importance import new_harmonizers
 from scaleot_core.params import Params, changed
 from scaleot_core.reporting.measurements import MEASUREMENTS, of_kind
+from studies import harmonizers, scores
 from studies.experiments import code
 
 
@@ -34,28 +36,31 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedToken
     return folder
 
 
-def table(folder: Path, study: str) -> list[dict[str, str]]:
+def table(folder: Path, study: ModuleType) -> list[dict[str, str]]:
     with chdir(folder):
-        runpy.run_path(f"studies/{study}.py", run_name="__main__")
-    with (folder / "docs" / "studies" / f"{study}.csv").open() as stream:
+        study.main()
+    with (folder / study.OUT).open() as stream:
         return list(csv.DictReader(stream))
 
 
-def test_harmonizers(trained: Path) -> None:
-    rows = table(trained, "harmonizers")
-    study = runpy.run_path(str(trained / "studies/harmonizers.py"))
-    assert [(row["variant"], int(row["seed"])) for row in rows] == [
-        (name, seed) for seed in study["SEEDS"] for name in study["VARIANTS"]
-    ]
+def test_harmonizers(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {
+        name: {key: min(value, 20) if key.endswith("steps") else value for key, value in changes.items()}
+        for name, changes in harmonizers.VARIANTS.items()
+    }
+    monkeypatch.setattr(harmonizers, "VARIANTS", few)
+    monkeypatch.setattr(harmonizers, "SEEDS", (0, 1))
+    rows = table(trained, harmonizers)
+    assert [(row["variant"], int(row["seed"])) for row in rows] == [(name, seed) for seed in (0, 1) for name in few]
     for row in rows:
-        assert all(float(row[f"alpha={alpha}"]) > 1 for alpha in study["ALPHAS"])
+        assert all(float(row[f"alpha={alpha}"]) > 1 for alpha in harmonizers.ALPHAS)
     dropped = [row for row in rows if row["variant"] == "layers dropped"]
     assert len({row["alpha=0.5"] for row in dropped}) == 1  # no seed in it, and no token
     assert {row["tokens"] for row in dropped} == {"0"}
 
 
-def test_ridge_is_the_best_linear_map_of_its_rank(trained: Path) -> None:
-    linear_map = runpy.run_path(str(trained / "studies/harmonizers.py"))["LinearMap"]
+def test_ridge_is_the_best_linear_map_of_its_rank() -> None:
+    linear_map = harmonizers.LinearMap
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(400, 12, generator=draw)
     low = torch.randn(12, 3, generator=draw) @ torch.randn(3, 12, generator=draw)
@@ -65,8 +70,10 @@ def test_ridge_is_the_best_linear_map_of_its_rank(trained: Path) -> None:
     assert errors == sorted(errors, reverse=True) and errors[1] > 100 * errors[2]
 
 
-def test_scores(trained: Path) -> None:
-    rows = {row["estimator"]: row for row in table(trained, "scores")}
+def test_scores(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scores, "SETS", 40)
+    monkeypatch.setattr(scores, "STEPS", 20)
+    rows = {row["estimator"]: row for row in table(trained, scores)}
     assert {"sensitivity", "block_influence", "taylor", "DLR from the prior", "DLR from zero", "random"} <= rows.keys()
     for row in rows.values():
         assert all(abs(float(row[name])) <= 1 or math.isnan(float(row[name])) for name in ("layers", "sets"))
@@ -74,11 +81,10 @@ def test_scores(trained: Path) -> None:
     assert float(truth["sets by cost"]) == pytest.approx(1)  # sets of one, of four layers
 
 
-def test_true_cost_is_the_loss_of_replacing_a_set(trained: Path) -> None:
+def test_true_cost_is_the_loss_of_replacing_a_set() -> None:
     model = tiny_model("llama")
-    study = runpy.run_path(str(trained / "studies/scores.py"))
     blocks = torch.randint(1, 256, (4, 16), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
-    costs = study["true_costs"](model, new_harmonizers(model.config, form(8), seed=0), [[], [0], [0, 1, 2, 3]], blocks)
+    costs = scores.true_costs(model, new_harmonizers(model.config, form(8), seed=0), [[], [0], [0, 1, 2, 3]], blocks)
     assert costs[0] == 0 and costs[1] != 0 and costs[2] != costs[1]
 
 
