@@ -48,7 +48,7 @@ from studies.experiments import EMULATOR_STAGES
 
 ARTIFACTS, COSTS, LOG = Path("artifacts"), Path("costs"), Path("docs/benchmarks.md")
 ROUNDS = 3
-LONGER = {"hellaswag": 50, "race": 20}  # tasks whose questions share long contexts, and how many
+LONGER = {"hellaswag": 20, "race": 8}  # tasks whose questions share long contexts, and how many
 CHANNELS_ALONE = {
     "alpha": 0.0,
     "beta": 0.0,

@@ -16,7 +16,7 @@ from scaleot_core.common.distributed import fsdp_enabled
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import folder_bytes
 from scaleot_core.common.launch import local_world_size, world_size
-from scaleot_core.common.runtime import DTYPES, Runtime
+from scaleot_core.common.runtime import DTYPES, Runtime, cgroup_folders
 from scaleot_core.settings import Frozen
 
 if TYPE_CHECKING:
@@ -52,20 +52,10 @@ def device_memory(device: torch.device, root: Path = Path("/")) -> int:
 
 def _cgroup_limits(root: Path, swap: int) -> Iterator[int]:
     """Yield the limits (bytes, with swap) of this process's cgroups and those around them, of version 1 and 2."""
-    try:
-        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    for group in groups:
-        _, controllers, path = group.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        mount = root / "sys/fs/cgroup" / ("memory" if controllers else "")
-        names = ("memory.limit_in_bytes", "") if controllers else ("memory.max", "memory.swap.max")
-        folder = mount / path.lstrip("/")
-        for level in (folder, *folder.parents):
-            if level.is_relative_to(mount) and (limit := _number(level / names[0])) is not None:
-                allowed = _number(level / names[1]) if names[1] else None
+    for folder in cgroup_folders("memory", root):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            if (limit := _number(folder / name)) is not None:
+                allowed = _number(folder / "memory.swap.max")
                 yield limit + (swap if allowed is None else allowed)
 
 

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -137,21 +138,26 @@ def cpu_quota(root: Path = Path("/")) -> float:
 
     Containers and batch systems set it: `cpu.max` in version 2 of cgroups, `cpu.cfs_quota_us` in version 1.
     """
-    least = math.inf
+    return min(map(_quota_of, cgroup_folders("cpu", root)), default=math.inf)
+
+
+def cgroup_folders(controller: str, root: Path) -> Iterator[Path]:
+    """Yield the folders in which a controller's limits would lie: of this process's cgroup, and of those around it.
+
+    In version 1 of cgroups a controller has a mount of its own, by its name or by the names of all that share it.
+    """
     try:
         groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return least
+        return
     for group in groups:
         _, controllers, path = group.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        for mount in (root / "sys/fs/cgroup", *(root / "sys/fs/cgroup" / name for name in ("cpu", "cpu,cpuacct"))):
+        for name in {controller, controllers} if controllers else {""}:
+            mount = root / "sys/fs/cgroup" / name
             folder = mount / path.lstrip("/")
-            for level in (folder, *folder.parents):
-                if level.is_relative_to(mount):
-                    least = min(least, _quota_of(level))
-    return least
+            yield from (level for level in (folder, *folder.parents) if level.is_relative_to(mount))
 
 
 def _quota_of(folder: Path) -> float:

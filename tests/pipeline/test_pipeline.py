@@ -53,7 +53,7 @@ class Sweep(NamedTuple):
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast, warm_bin: Path) -> Sweep:
-    """One repository: the run, the run again with DVC started cold, α = 0.5 as an experiment, and back to the first α."""
+    """One repository: the run, the run again by a cold DVC, α = 0.5 as an experiment, and back to the first α."""
     base = tmp_path_factory.mktemp("sweep")
     folder = base / "project"
     folder.mkdir()
