@@ -59,8 +59,10 @@ class Attacks:
             return examples.from_task(self.model, tokenizer, task, rows, block_size=params.data.block_size)
 
         self.members, self.others = ({task: encoded(task, part) for task in params.tasks} for part in ("train", "eval"))
-        questions = {task: artifacts.questions(task, "eval") for task in params.tasks}
-        self.yardstick = Yardstick(tokenizer, questions, self.others, params.evaluate.batch_size)
+        asked = slice(params.attack.eval_questions)
+        questions = {task: artifacts.questions(task, "eval")[asked] for task in params.tasks}
+        answers = {task: given[asked] for task, given in self.others.items()}
+        self.yardstick = Yardstick(tokenizer, questions, answers, params.evaluate.batch_size)
 
     def run(self) -> Outcome:
         """Run all attacks; the real model is of no use after it."""

@@ -394,7 +394,7 @@ def test_every_way_goes_through_the_rest_of_the_pipeline(
 def test_attack_tells_recovery_weights_and_membership(project: Path) -> None:
     (project / "studies").mkdir()
     shutil.copy(ROOT / "studies/dvc.yaml", project / "studies")
-    change(project, attack={"steps": 8, "eval_points": 2, "membership_records": 20})
+    change(project, attack={"steps": 8, "eval_points": 2, "eval_questions": 12, "membership_records": 20})
     before = files(project / "artifacts")
     succeed(project, "attack")
     told = json.loads((project / "attack.json").read_text())
@@ -402,6 +402,7 @@ def test_attack_tells_recovery_weights_and_membership(project: Path) -> None:
     assert told["restoration"].keys() == {*attackers, "widened", "without_weights", "uniform"}
     for row in told["restoration"].values():
         assert row["tokens"] == 8 * 4 * 32 and math.isfinite(row["recovered"]) and 0 <= row["tasks"]["piqa"]["acc"] <= 1
+        assert row["tasks"]["piqa"]["questions"] == 12
         assert row["open"]["piqa"]["text_perplexity"] > 1 and 0 <= row["open"]["piqa"]["answer_tokens"] <= 1
     assert len({told["restoration"][name]["perplexity"] for name in attackers}) == 3  # each by its own way
     model, floor = told["before"]["model"]["above_floor"], told["restoration"]["without_weights"]["above_floor"]
