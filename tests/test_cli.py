@@ -389,6 +389,7 @@ def test_tune_on_a_tasks_questions(tmp_path, package):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["layers", "lora"])
 def test_killed_tuning_goes_on_to_the_same_bytes(tmp_path, package, records, monkeypatch, kind):
     arguments = ("tune", package, "--data", records, "--adapters", kind, *RANK, *FEW)
@@ -457,6 +458,7 @@ def test_tune_says_how_many_records_there_were_and_what_of_them_is_not_learnt(tm
     assert any("fields that are not read" in line and "`id`" in line for line in ended.said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("row", "options", "said"),
     [
@@ -501,6 +503,7 @@ def test_tune_needs_something_to_tune_on(tmp_path, package):
     assert os.listdir(tmp_path) == ["empty.jsonl"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("task_index")
 def test_parameter_is_told_as_the_option_that_sets_it(tmp_path, package, base, adapter, records):
     out = ("--out", tmp_path / "out", *FEW)
@@ -571,6 +574,7 @@ def test_plugged_in_lora_is_what_peft_loads(tmp_path, base, package, lora):
     assert sorted(os.listdir(tmp_path / "lora")) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
+@pytest.mark.slow
 def test_lora_over_some_of_the_channels_needs_what_its_owner_kept(tmp_path, base, pruned_package, pruned_lora):
     command = ("plug", base, pruned_lora, "--package", pruned_package)
     gives(*command, "--out", tmp_path / "plugged", "--as-lora", tmp_path / "lora")
@@ -594,6 +598,7 @@ def test_folders_of_which_one_would_replace_the_other_are_refused(tmp_path, base
         assert "--out and --as-lora: one is the other, or lies in it" in said
 
 
+@pytest.mark.slow
 def test_plug_measures_the_scale_on_public_text(tmp_path, base, pruned_package, pruned_lora, text, monkeypatch):
     measure = scales.emulator_effect
     larger = lambda *args: 1.7 * measure(*args)  # noqa: E731  # tiny models have none to see

@@ -148,6 +148,7 @@ def test_data_owner_is_told_what_would_fit(artifacts, tmp_path, monkeypatch):
     assert "a machine with" in refused(*command, "--frozen", "int8")
 
 
+@pytest.mark.slow
 def test_stage_ends_before_it_starts_and_was_foretold_by_the_first(tmp_path, tokenizer, monkeypatch):
     write_project(tmp_path, tokenizer)
     succeed(tmp_path, "sources")

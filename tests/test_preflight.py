@@ -205,6 +205,7 @@ def test_decompositions_are_foreseen_from_a_small_one(monkeypatch):
     assert preflight._decomposition_seconds(config) == pytest.approx(0.5 * (32 / preflight.SMALL) ** 3 * 4 * 4)
 
 
+@pytest.mark.slow
 def test_rate_is_measured_in_operations_a_second(monkeypatch):
     clock = iter([0.0, 10.0, 12.0])  # a warm-up that doesn't count, then 20 products of 1024 × 1024 matrices
     monkeypatch.setattr(preflight.time, "perf_counter", lambda: next(clock))

@@ -116,6 +116,7 @@ def test_imitation_is_cross_entropy_to_what_the_served_model_says(blocks):
     assert sampled.item() == pytest.approx(loss.item(), rel=1e-2)
 
 
+@pytest.mark.slow
 def test_attacker_by_queries_comes_nearer_to_the_served_model(blocks, budget, tmp_path):
     model, served = emulator_of("llama"), tiny_model("llama")
     before = restoration.imitation_loss(model, served, blocks).item()
@@ -142,6 +143,7 @@ def test_package_with_nothing_for_what_was_cut_has_no_such_attacker(tokenizer, p
     assert "nothing in the place of what was cut" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed_at", [1, 15, 20, 30])
 def test_interrupted_attack_goes_on_to_the_same_figures(blocks, budget, tmp_path, killed_at):
     whole = attacked(emulator_of("llama"), blocks, budget, tmp_path, name="whole")
@@ -269,6 +271,7 @@ def test_calibration_takes_out_how_hard_a_record_is():
     assert found["calibrated"].auc == 1 and found["loss"].auc < 1
 
 
+@pytest.mark.slow
 def test_overfitted_adapter_gives_its_records_away_and_the_model_is_as_it_was(tokenizer, params):
     model, tuned = tiny_model("llama"), tiny_model("llama")
     data = from_task(model, tokenizer, "piqa", piqa_rows(24), block_size=16)
@@ -284,6 +287,7 @@ def test_overfitted_adapter_gives_its_records_away_and_the_model_is_as_it_was(to
     assert "curve" not in membership.without_curve(found["loss"]) and found["extracted"].keys() == {"members", "others"}
 
 
+@pytest.mark.slow
 def test_lora_gives_its_records_away_too_and_the_model_is_as_it_was(tokenizer, params):
     model = tiny_model("llama")
     data = from_task(model, tokenizer, "piqa", piqa_rows(24), block_size=16)

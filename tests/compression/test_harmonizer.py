@@ -67,6 +67,7 @@ def on_disk(model, folder):
 FITS = {"batch_tokens": 96, "lr": 3e-3, "seed": 0}
 
 
+@pytest.mark.slow
 def test_local_fit_approaches_the_layer(model, blocks, tmp_path):
     harmonizers = new_harmonizers(model.config, form(8), seed=0)
     history = fit_locally(on_disk(model, tmp_path), harmonizers, blocks, steps=150, **FITS)

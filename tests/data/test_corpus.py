@@ -145,6 +145,7 @@ def test_reads_compressed_shards_in_order(tmp_path: Path) -> None:
     assert list(corpus.read_text(str(tmp_path))) == [f"{shard} {i}" for shard in range(2) for i in range(50)]
 
 
+@pytest.mark.slow
 def test_shard_is_not_read_to_its_end_before_it_is_needed(tmp_path: Path) -> None:
     sound = compressed("".join(json.dumps({"text": f"{i} {i**9}"}) + "\n" for i in range(200_000)))
     (tmp_path / "a.jsonl.zst").write_bytes(sound[: len(sound) // 2])

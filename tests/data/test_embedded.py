@@ -177,6 +177,7 @@ def test_real_pip_holds_wheels_to_their_hash(
         assert embedded.download(lock, tmp_path / "cache")["tiny-pack"].read_bytes() == content
 
 
+@pytest.mark.slow
 def test_real_pip_brings_what_is_missing_of_several_and_nothing_where_one_is_tampered_with(
     tmp_path: Path, lock: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -209,6 +209,7 @@ def test_task_without_a_training_split_is_refused_only_where_the_hub_would_have_
         questions.check("hub", "truthfulqa_mc1")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (TEST_DATA / "piqa").is_dir(), reason="the lab data isn't here")
 @pytest.mark.parametrize(
     "task", ["piqa", "openbookqa", "arc_easy", "arc_challenge", "hellaswag", "sciq", "webqs", "race"]

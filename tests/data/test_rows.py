@@ -108,6 +108,7 @@ def test_columns_of_json_that_datasets_writes_come_back(tmp_path):
     assert rows(tmp_path / "a.parquet") == given
 
 
+@pytest.mark.slow
 def test_parquet_needs_no_network_and_leaves_nothing_in_the_home(parquet, tmp_path, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the network is asked"))
     assert rows(parquet("a.parquet", *ROWS)) == ROWS

@@ -106,6 +106,7 @@ def long_model():
     return tiny_model("llama", max_position_embeddings=512)
 
 
+@pytest.mark.slow
 def test_generated_answers_are_matched_by_every_filter_and_their_likelihood_is_taken(tokenizer):
     figures = evaluate(long_model(), tokenizer, {"gsm8k": GSM8K}, batch_size=2, label="test")["gsm8k"]
     assert {name for name in figures if name.startswith("exact_match")} == {
@@ -116,6 +117,7 @@ def test_generated_answers_are_matched_by_every_filter_and_their_likelihood_is_t
     assert figures["questions"] == len(GSM8K)
 
 
+@pytest.mark.slow
 def test_model_that_learnt_the_answers_by_heart_matches_them(tokenizer):
     model = long_model()
     data = from_task(model, tokenizer, "gsm8k", GSM8K, block_size=16)

@@ -52,6 +52,7 @@ def test_cloze_asks_for_the_answers_themselves_and_scores_them():
         assert figures["acc"] == figures["acc_norm"] == (best == 3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("task_index")
 def test_unknown_task_has_a_hint():
     assert "did you mean piqa" in refusal(task_config, "piqaa")

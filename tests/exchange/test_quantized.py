@@ -118,6 +118,7 @@ def tuning(sound, out, *options, package="whole"):
     return ("tune", sound / package, "--data", sound / "records.jsonl", "--out", out, "--threads", 1, *options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["int8", "int4"])
 @pytest.mark.parametrize(
     "options", [("--lora-rank", 3), ("--adapters", "layers"), ("--lora-rank", 3, "--epsilon", 8, "--delta", 0.1)]

@@ -100,6 +100,7 @@ def test_adapters_are_the_models_own_layers_and_go_back_into_it(method, owner):
     plug_in(real, plan, TunedLayers({name: p + 1 for name, p in shipped.items()}))
 
 
+@pytest.mark.slow
 @each_method
 def test_budget_is_kept_and_all_of_it_is_used(method, owner):
     sizes = []
@@ -158,6 +159,7 @@ def test_uniform_drops_the_layers_between(owner):
 # --- distilled -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_distillation_moves_the_kept_layers_alone_and_towards_the_model(owner, blocks):
     start, done = (owner(method="distilled", **{"distill.steps": n, "distill.lr": 1e-3}) for n in (0, 40))
     (plan, start), (again, done) = emulated(start), emulated(done)

@@ -134,6 +134,7 @@ def test_what_is_said_after_the_last_answer_is_left_out(tmp_path, bos):
     assert whole(example) == bos.apply_chat_template(messages[:2], return_dict=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["gpt2"])
 def test_a_real_tokenizer(tmp_path, folder):
     if not (TEST_DATA / "tokenizers" / folder).exists():

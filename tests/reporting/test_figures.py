@@ -53,6 +53,7 @@ def share(path, colour) -> float:
     return float((np.abs(pixels - to_rgb(colour)).max(-1) < 0.01).mean())
 
 
+@pytest.mark.slow
 def test_pictures_show_what_was_measured(tmp_path):
     for name, figure in drawn().items():
         figures.save_png(figure, tmp_path / name)
@@ -62,6 +63,7 @@ def test_pictures_show_what_was_measured(tmp_path):
     assert share(tmp_path / "curves.png", "C0") > 1e-4
 
 
+@pytest.mark.slow
 def test_pictures_of_the_same_figures_are_the_same_bytes(tmp_path):
     for name, figure in drawn().items():
         figures.save_png(figure, tmp_path / f"one {name}")
@@ -185,6 +187,7 @@ def test_answer_has_every_task_and_kind_of_adapters_and_what_is_given_away():
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 @pytest.mark.parametrize("width", [400, 1200])
 def test_page_in_a_browser_has_no_empty_picture_and_no_error(written, tmp_path, width):

@@ -142,6 +142,7 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[
     return study
 
 
+@pytest.mark.slow
 def test_study_recommends_a_setting_with_its_seeds_and_runs_nothing_twice(
     made: Callable[..., list[dict[str, Any]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

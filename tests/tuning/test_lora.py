@@ -77,11 +77,8 @@ def test_every_matrix_of_every_layer_that_is_there_has_lora_and_nothing_changes(
 
 
 def test_lora_lies_on_factors_fused_projections_and_shared_layers():
-    kinds = {
-        type(emulator_of(name).get_submodule(key))
-        for name in CONFIGS
-        for key in lora_features(emulator_of(name), PLAN, LORA)
-    }
+    emulators = map(emulator_of, CONFIGS)
+    kinds = {type(made.get_submodule(key)) for made in emulators for key in lora_features(made, PLAN, LORA)}
     assert {LowRankLinear, FusedProjection, Conv1D, torch.nn.Linear} <= kinds
     model = emulator_of("llama", SHARED)
     adapter = move_lora(model, SHARED)

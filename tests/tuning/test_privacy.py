@@ -116,6 +116,7 @@ def test_record_whose_gradient_is_not_finite_counts_as_nothing(monkeypatch, valu
     assert sums(made, monkeypatch)["p"].tolist() == pytest.approx([CLIP / 4, 0, 0], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_record_whose_loss_is_not_finite_doesnt_end_the_run(data, settings, monkeypatch):
     measure = tuner.answer_loss
     monkeypatch.setattr(tuner, "answer_loss", lambda m, i, t: measure(m, i, t) * (math.nan if i.shape[1] % 2 else 1.0))
@@ -161,11 +162,13 @@ def test_every_example_has_a_coin_of_its_own(data, settings):
     assert sum(counts) / len(counts) == pytest.approx(4, rel=0.15) and len(set(counts)) > 4
 
 
+@pytest.mark.slow
 def test_seed_decides_every_byte(data, settings):
     (first, _, one), (again, _, two), (other, _, three) = (private(data, settings, seed=seed) for seed in (0, 0, 1))
     assert first == again and one == two and first != other and one != three
 
 
+@pytest.mark.slow
 def test_killed_private_tuning_goes_on_to_the_same_bytes(data, settings, tmp_path):
     def tuned(folder, model):
         parameters = dict(model.named_parameters())

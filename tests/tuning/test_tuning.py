@@ -121,6 +121,7 @@ def test_single_rate_is_taken_as_it_is(data, settings, tmp_path):
     assert tuned.history == history and weights_hash(model) == weights_hash(by_hand)
 
 
+@pytest.mark.slow
 def test_best_rate_is_that_of_lowest_loss_on_held_out_questions(data, settings, tmp_path, monkeypatch):
     seen, scored = [], []
     trained, loss = selection.train, selection.mean_answer_loss
@@ -140,6 +141,7 @@ def test_best_rate_is_that_of_lowest_loss_on_held_out_questions(data, settings, 
     assert weights_hash(model) == weights_hash(run(settings, data, lr=tuned.lr)[1])
 
 
+@pytest.mark.slow
 def test_finished_rates_are_not_tried_again(data, settings, tmp_path, monkeypatch):
     first = decide(data, settings, tmp_path, lr=[1e-3, 1e-4])
     trained, ran = selection.train, []
@@ -147,6 +149,7 @@ def test_finished_rates_are_not_tried_again(data, settings, tmp_path, monkeypatc
     assert decide(data, settings, tmp_path, lr=[1e-3, 1e-4]) == first and len(ran) == 1
 
 
+@pytest.mark.slow
 def test_rate_that_diverges_is_not_chosen(data, settings, tmp_path, monkeypatch):
     trained = selection.train
 
@@ -168,6 +171,7 @@ def test_too_few_questions_to_hold_some_out(data, settings, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_where_none_is_held_out_all_is_trained_on_for_all_epochs(data, settings, tmp_path):
     model = tiny_model("llama")
     tuned = decide(data, settings, tmp_path, model, lr=[1e-3], patience=1, validation_fraction=0.0)
@@ -204,6 +208,7 @@ def impatient(settings):
     )
 
 
+@pytest.mark.slow
 def test_training_stops_when_the_held_out_loss_gets_no_better_and_keeps_the_best(data, impatient, tmp_path):
     model = tiny_model("llama")
     tuned = decide(data, impatient, tmp_path, model)
@@ -219,6 +224,7 @@ class Killed(BaseException):
     """As if the process were gone."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 2, 3, 5])
 def test_impatient_training_that_is_killed_goes_on_to_the_same_bytes(data, impatient, tmp_path, step):
     whole, again = tiny_model("llama"), tiny_model("llama")
