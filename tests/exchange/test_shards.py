@@ -322,10 +322,10 @@ def test_memory_of_plugging_in_does_not_grow_with_the_layers(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Checked against the package, with a scale measured on both models, and written: a layer at a time."""
-    wide = {"hidden_size": 512, "intermediate_size": 2048, "num_key_value_heads": 4, "head_dim": 128}
-    layer = (4 * 512**2 + 3 * 512 * 2048) * 4 / 2**20  # MiB
+    wide = {"hidden_size": 512, "intermediate_size": 4096, "num_key_value_heads": 4, "head_dim": 128}
+    layer = (4 * 512**2 + 3 * 512 * 4096) * 4 / 2**20  # MiB
     monkeypatch.setattr(shards, "SHARD_BYTES", 2 * 10**9)
-    depths = (2, 3, 9)  # the first is there for what Python imports on the way
+    depths = (2, 4, 12)  # the first is there for what Python imports on the way
     for depth in depths:
         folder = tmp_path / str(depth)
         model = tiny_model("llama", num_hidden_layers=depth, **wide)
@@ -334,7 +334,7 @@ def test_memory_of_plugging_in_does_not_grow_with_the_layers(
         plan = Plan(("compressed", *["adapter"] * (depth - 1)), 0.8, form(8))
         package = Package(write_package(folder / "package", model, tokenizer, plan))
         write_adapter(folder / "adapter", package.load(CPU), LORA, package)
-        (folder / "text.txt").write_text("public text " * 25)
+        (folder / "text.txt").write_text("public text " * 200)
     folders = [str(tmp_path / str(depth)) for depth in depths]
     returned = {
         "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -344,5 +344,5 @@ def test_memory_of_plugging_in_does_not_grow_with_the_layers(
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **returned})
     assert done.returncode == 0, done.stderr
     _, few, many = (float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("PEAK"))
-    assert abs(many - few) < layer  # six layers more
+    assert abs(many - few) < layer  # eight layers more
     assert many < 4 * layer
