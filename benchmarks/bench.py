@@ -81,6 +81,11 @@ def row(what: str, ours: float, baseline: float, note: str = "") -> Row:
     }
 
 
+def alone(what: str, ours: str, note: str) -> Row:
+    """A row without a baseline."""
+    return {"what": what, "ours": ours, "baseline": "", "times faster": "", "note": note}
+
+
 def tune(params: Params, device: torch.device) -> list[Row]:
     """Tuning the adapter layers offsite, and every weight of the model, for one epoch of some questions."""
     package = Package(ARTIFACTS / "emulator", links=True)
@@ -95,14 +100,19 @@ def tune(params: Params, device: torch.device) -> list[Row]:
     return [*rows, _tuning("full fine-tuning", model, every, full, 80, params)]
 
 
+def training_examples(model: PreTrainedModel, count: int, params: Params) -> examples.Examples:
+    """The first training questions of the first task, as tokens."""
+    task = params.tasks[0]
+    rows = read_jsonl(ARTIFACTS / "tasks" / task / "train.jsonl")[:count]
+    tokenizer = load_tokenizer(ARTIFACTS / "model")
+    return examples.from_task(model, tokenizer, task, rows, block_size=params.data.block_size)
+
+
 def _tuning(
     what: str, model: PreTrainedModel, parameters: dict[str, nn.Parameter], settings: Tuning, count: int, params: Params
 ) -> Row:
     """One epoch by our loop, against one as in OT's scripts: shuffled batches, all logits, torch's own attention."""
-    task = params.tasks[0]
-    rows = read_jsonl(ARTIFACTS / "tasks" / task / "train.jsonl")[:count]
-    tokenizer, device = load_tokenizer(ARTIFACTS / "model"), model.device
-    data = examples.from_task(model, tokenizer, task, rows, block_size=params.data.block_size)
+    data, device = training_examples(model, count, params), model.device
     start = {name: p.detach().clone() for name, p in parameters.items()}
     losses: dict[str, list[float]] = {}
 
@@ -118,7 +128,7 @@ def _tuning(
 
     def baseline() -> None:
         restart()
-        torch.backends.cuda.enable_flash_sdp(True)
+        torch.backends.cuda.enable_flash_sdp(True)  # torch's default, which our loop may have changed
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr[0])
@@ -256,15 +266,9 @@ def compress(params: Params, device: torch.device) -> list[Row]:
         found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
         parts = ", ".join(f"{name} {found[name]:.1f} s" for name in ("reading", "decomposing", "writing"))
         peak, layer = found["peak_mib"], found["layer_mib"]
-        rows.append(
-            {
-                "what": f"compressing {layers} layers of OPT-6.7B's shapes (random weights)",
-                "ours": f"{found['seconds']:.0f} s",
-                "baseline": "",
-                "times faster": "",
-                "note": f"{parts}; peak {peak:,.0f} MiB, {peak / layer:.1f} layers of {layer:.0f} MiB",
-            }
-        )
+        what = f"compressing {layers} layers of OPT-6.7B's shapes (random weights)"
+        note = f"{parts}; peak {peak:,.0f} MiB, {peak / layer:.1f} layers of {layer:.0f} MiB"
+        rows.append(alone(what, f"{found['seconds']:.0f} s", note))
     return rows
 
 
@@ -279,20 +283,8 @@ def pipeline(params: Params, device: torch.device) -> list[Row]:
     command = [sys.executable, "-c", code]
     overhead = statistics.median(seconds(lambda: subprocess.run(command, check=True)) for _ in range(ROUNDS))
     return [
-        {
-            "what": "dvc repro with nothing to do",
-            "ours": f"{idle:.1f} s",
-            "baseline": "",
-            "times faster": "",
-            "note": "limit 5 s",
-        },
-        {
-            "what": "a stage's imports and loading",
-            "ours": f"{overhead:.1f} s",
-            "baseline": "",
-            "times faster": "",
-            "note": "limit 10 s",
-        },
+        alone("dvc repro with nothing to do", f"{idle:.1f} s", "limit 5 s"),
+        alone("a stage's imports and loading", f"{overhead:.1f} s", "limit 10 s"),
     ]
 
 
@@ -301,8 +293,7 @@ def parts(params: Params, device: torch.device) -> list[Row]:
     package = Package(ARTIFACTS / "emulator", links=True)
     model = package.load(device)
     adapters = emulator.layer_parameters(model, package.plan, "adapter")
-    rows = read_jsonl(ARTIFACTS / "tasks" / params.tasks[0] / "train.jsonl")[:80]
-    data = examples.from_task(model, package.tokenizer(), params.tasks[0], rows, block_size=params.data.block_size)
+    data = training_examples(model, 80, params)
     settings = params.offsite_tune.model_copy(update={"epochs": 1, "max_steps": 0})
     train(model, adapters, data, settings, lr=settings.lr[0], seed=0, label="warm-up")
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -311,8 +302,7 @@ def parts(params: Params, device: torch.device) -> list[Row]:
     total = sum(spent.values())
     most = sorted(spent, key=spent.__getitem__, reverse=True)[:12]
     note = ", ".join(f"{name.removeprefix('aten::')} {spent[name] / total:.1%}" for name in most)
-    took = f"{total / 1e6:.1f} s"
-    return [{"what": "a tuning epoch of 80 questions", "ours": took, "baseline": "", "times faster": "", "note": note}]
+    return [alone("a tuning epoch of 80 questions", f"{total / 1e6:.1f} s", note)]
 
 
 BENCHES = {

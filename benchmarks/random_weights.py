@@ -5,11 +5,11 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from scaleot_core.common.tensors import Shapes, TensorWriter
+from scaleot_core.models.loading import empty_model
 
 
 @cache
@@ -33,8 +33,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def write_model(folder: Path, config: PretrainedConfig) -> Shapes:
     """Write a transformers folder with random weights, norms of ones, and a `byte_tokenizer`; give the shapes."""
     config.dtype = torch.bfloat16
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = empty_model(config, torch.bfloat16, buffers_too=False)
     tied = model.all_tied_weights_keys
     shapes = {n: (tuple(tensor.shape), tensor.dtype) for n, tensor in model.state_dict().items() if n not in tied}
     folder.mkdir(parents=True, exist_ok=True)

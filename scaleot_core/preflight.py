@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from scaleot_core.artifacts import Artifacts
 from scaleot_core.common.errors import UserError
@@ -20,7 +20,7 @@ from scaleot_core.data.local_files import ROWS, TEXTS, has_suffix
 from scaleot_core.exchange.tokenizer import check_shippable
 from scaleot_core.memory import too_large
 from scaleot_core.models.families import context_length, family
-from scaleot_core.models.loading import load_tokenizer, read_config
+from scaleot_core.models.loading import empty_model, load_tokenizer, read_config
 from scaleot_core.params import Params, changed
 from scaleot_core.settings import Tuning
 
@@ -142,8 +142,7 @@ def _processes(params: Params, stage: str) -> int:
 def show(params: Params, model: Path, runtime: Runtime) -> None:
     """Print the stages to come, where they run, and about how long each takes."""
     config = read_config(model)
-    with torch.device("meta"):
-        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+    parameters = empty_model(config, buffers_too=True).num_parameters()
     rate = _rate(runtime, runtime.dtype) * EFFICIENCY
     table = Table(
         title=f"What will run: α = {params.alpha}, β = {params.beta}, {params.model}, {', '.join(params.tasks)}"

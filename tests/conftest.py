@@ -26,8 +26,19 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
 
 # The files that take longest, the longest first: what is begun last must be short, or one process waits for the other.
 LONGEST = (
-    *("test_pipeline", "test_stages", "test_same_as_lm_eval", "test_methods", "test_parallel", "test_scale"),
-    *("test_cli", "test_privacy", "test_lora", "test_adapter", "test_shards", "test_machines", "test_experiments"),
+    "test_pipeline",
+    "test_stages",
+    "test_same_as_lm_eval",
+    "test_methods",
+    "test_parallel",
+    "test_scale",
+    "test_cli",
+    "test_privacy",
+    "test_lora",
+    "test_adapter",
+    "test_shards",
+    "test_machines",
+    "test_experiments",
 )
 QUICK_FAMILIES = {"gpt2", "llama"}  # of a test of every family, `make test-quick` takes these
 

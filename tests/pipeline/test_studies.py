@@ -29,9 +29,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedToken
     folder = tmp_path_factory.mktemp("studies") / "project"
     folder.mkdir()
     write_project(folder, tokenizer)
-    shutil.copytree(
-        ROOT / "studies", folder / "studies", ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True
-    )
     succeed(folder, "prepare_data", "layer_importance", "train_harmonizers")
     return folder
 
