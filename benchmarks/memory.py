@@ -1,9 +1,10 @@
 """Peak memory of every stage on models of LLaMA-7B's widths, of a few layers each, and what 32 layers would take.
 
-`python benchmarks/memory.py 2 3 4` runs the pipeline on a model of each depth and prints a table: MiB of the stage's
-own process at each depth, what a layer adds, and the line through the first depth and the last at 32 layers, which a
-depth between them confirms or doesn't. The weights are random, blocks and batches small: memory only, no claim. Full
-fine-tuning and the attack, which train every weight, aren't run: they take 16 bytes a weight.
+`python benchmarks/memory.py 3 4 5` runs the pipeline on a model of each depth, and compress once more by each other
+method that trains nothing, and prints a table: MiB of the stage's own process at each depth, what a layer adds, and the
+line through the first depth and the last at 32 layers, which a depth between them confirms or doesn't. The weights are
+random, blocks and batches small: memory only, no claim. Full fine-tuning, the method `distilled` and the attack, which
+train every weight or most, aren't run: they take 16 bytes and more a weight.
 """
 
 import json
@@ -51,6 +52,8 @@ SMALL: dict[str, Any] = {  # the preset `recommended`, but with a layer that is 
     "dlr.score_blocks": 2,
     "dlr.batch_blocks": 1,
     "rank_compression.calibration_blocks": 4,
+    "crash.calibration_blocks": 4,
+    "gradot.calibration_blocks": 4,
     "offsite_tune.epochs": 1,
     "offsite_tune.batch_size": 4,
 }
@@ -64,6 +67,8 @@ STAGES = (
     "zero_shot piqa",
     "evaluate",
 )
+METHODS = ("uniform", "crash", "gradot")
+ROWS = (*STAGES, *(f"compress, method {method}" for method in METHODS))
 
 
 def write_project(folder: Path, layers: int) -> None:
@@ -78,7 +83,11 @@ def write_project(folder: Path, layers: int) -> None:
         (folder / "questions" / "piqa" / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     texts = [{"text": f"passage {i} " + " ".join(str(i * k % 97) for k in range(60))} for i in range(40)]
     (folder / "corpus.jsonl").write_text("\n".join(map(json.dumps, texts)), encoding="utf-8")
-    params = changed(load_params(), SMALL)
+    write_params(folder)
+
+
+def write_params(folder: Path, **more: str) -> None:
+    params = changed(load_params(), {**SMALL, **more})
     (folder / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")), encoding="utf-8")
 
 
@@ -96,34 +105,37 @@ def peaks(layers: int, place: Path) -> dict[str, float]:
     with tempfile.TemporaryDirectory(dir=place) as name:
         folder = Path(name)
         write_project(folder, layers)
-        for stage in STAGES:
+        for row in ROWS:
+            stage, _, method = row.partition(", method ")
             script, *item = stage.split()
             if stage == "evaluate":
                 pretend_full_finetune(folder / "artifacts" / "baselines")
-            console.print(f"{layers} layers: {stage}")
+            if method:
+                write_params(folder, method=method)
+            console.print(f"{layers} layers: {row}")
             command = [sys.executable, f"stages/{script}.py", *item]
             done = subprocess.run(command, cwd=folder, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
             if done.returncode:
-                raise UserError(f"{stage}: it failed; {' '.join(done.stderr.split())[-300:]}")
+                raise UserError(f"{row}: it failed; {' '.join(done.stderr.split())[-300:]}")
             file = folder / "costs" / f"{'-'.join([script, *item])}.json"
             cost = read_json(file) if file.exists() else read_json(folder / "metrics.json")["cost"][script]
-            found[stage] = float(cost["peak_memory_mib"])
+            found[row] = float(cost["peak_memory_mib"])
     return found
 
 
 def main() -> None:
     depths = sorted({int(argument) for argument in sys.argv[1:] if argument.isdecimal()})
-    if len(depths) < 2 or depths[0] < 2 or len(depths) < len(sys.argv) - 1:
-        raise UserError(f"name two numbers of layers or more, from 2 on: python {sys.argv[0]} 2 3 4")
+    if len(depths) < 2 or depths[0] < 3 or len(depths) < len(sys.argv) - 1:
+        raise UserError(f"name two numbers of layers or more, from 3 on: python {sys.argv[0]} 3 4 5")
     place = scratch_dir("bench")
     place.mkdir(parents=True, exist_ok=True)
     found = {depth: peaks(depth, place.resolve()) for depth in depths}
     first, *_, last = found
     table = Table("stage", *(f"{depth} layers" for depth in found), "a layer", f"{WHOLE} layers", title="peak MiB")
-    for stage in STAGES:
-        slope = (found[last][stage] - found[first][stage]) / (last - first)
-        cells = [*(each[stage] for each in found.values()), slope, found[last][stage] + slope * (WHOLE - last)]
-        table.add_row(stage, *(f"{cell:,.0f}" for cell in cells))
+    for row in ROWS:
+        slope = (found[last][row] - found[first][row]) / (last - first)
+        cells = [*(each[row] for each in found.values()), slope, found[last][row] + slope * (WHOLE - last)]
+        table.add_row(row, *(f"{cell:,.0f}" for cell in cells))
     console.print(table)
 
 

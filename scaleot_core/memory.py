@@ -105,12 +105,16 @@ def stage_weights(stage: str, item: Mapping[str, str], artifacts: Artifacts, dty
 
 
 def check_stage(stage: str, item: Mapping[str, str], artifacts: Artifacts, runtime: Runtime) -> None:
-    """Raise UserError, with what would fit, where a stage takes more memory than there is.
+    """Raise UserError, with what would fit, where a stage takes more memory than there is, by what it reads."""
+    check_weights(stage, stage_weights(stage, item, artifacts, runtime.dtype), runtime)
+
+
+def check_weights(stage: str, weights: Weights, runtime: Runtime) -> None:
+    """Raise UserError, with what would fit, where a stage's weights take more memory than there is.
 
     Each process holds all of it, on CPUs in the same memory; under FSDP they share the layers of the stages that train.
     """
-    weights, have = stage_weights(stage, item, artifacts, runtime.dtype), device_memory(runtime.device)
-    gpu = runtime.device.type == "cuda"
+    have, gpu = device_memory(runtime.device), runtime.device.type == "cuda"
     if stage in SPLIT and fsdp_enabled():
         copies = 1 / world_size() if gpu else 1.0
     else:

@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 
 from scaleot_core.common.files import cached_json
 from scaleot_core.common.runtime import generator
-from scaleot_core.compression.emulator import Removed, number_attention
+from scaleot_core.compression.emulator import number_attention
 from scaleot_core.compression.harmonizer import Harmonizer
 from scaleot_core.compression.low_rank import FusedProjection, LowRankLinear, dense
 from scaleot_core.compression.plan import DECODER_KINDS, Plan
 from scaleot_core.models.families import attention, decoder_layers, family
-from scaleot_core.models.forward import hidden_of, mean_loss, next_token_loss
+from scaleot_core.models.forward import Removed, hidden_of, mean_loss, next_token_loss
 from scaleot_core.settings import Attack
 from scaleot_core.training.blocks import BlockTrainer
 from scaleot_core.training.checkpoint import Checkpoint

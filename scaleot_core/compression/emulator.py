@@ -16,7 +16,7 @@ from scaleot_core.compression.plan import DECODER_KINDS, LayerKind, Plan
 from scaleot_core.compression.rank_compression import compress_layer
 from scaleot_core.compression.svd import Decompose, empty_factors
 from scaleot_core.models.families import attention, decoder_layers, family
-from scaleot_core.models.forward import StandIn
+from scaleot_core.models.forward import Removed
 from scaleot_core.models.loading import empty_model
 
 
@@ -61,14 +61,6 @@ def number_attention(model: PreTrainedModel, layers: Mapping[int, nn.Module]) ->
     numbers = {kind: iter([i for i, other in enumerate(types) if other == kind]) for kind in set(types)}
     for i, layer in sorted(layers.items()):
         attention(model.config, layer).layer_idx = next(numbers[types[i]])  # type: ignore[assignment]
-
-
-class Removed(StandIn):
-    """Where a layer was: hidden states (B, T, D) go through as they are."""
-
-    def replacement(self, hidden_states: Tensor) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
-        return hidden_states
 
 
 def part_of(name: str, layers_path: str, plan: Plan) -> str:

@@ -19,7 +19,8 @@ from scaleot_core.common.tensors import read_tensors
 from scaleot_core.compression.harmonizer import Harmonizer, Harmonizers
 from scaleot_core.models.families import decoder_layers, family
 from scaleot_core.models.forward import (
-    StandIn,
+    Removed,
+    Restart,
     hidden_of,
     hidden_states,
     hooks,
@@ -70,26 +71,6 @@ def restore(module: nn.Module, path: Path, prefix: str = "") -> None:
     module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
 
 
-class Restart(StandIn):
-    """Stands where a layer was: drops what comes and gives hidden states that are known from before."""
-
-    def __init__(self, states: Tensor, *, in_tuple: bool = False) -> None:
-        super().__init__(in_tuple=in_tuple)
-        self.states = states
-
-    def replacement(self, hidden_states: Tensor) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
-        return self.states
-
-
-class Skip(StandIn):
-    """Stands where a layer was that needn't run."""
-
-    def replacement(self, hidden_states: Tensor) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
-        return hidden_states
-
-
 @torch.no_grad()
 def sensitivity(model: PreTrainedModel, harmonizers: Harmonizers, blocks: Tensor, batch_blocks: int = 8) -> list[float]:
     """Measure the loss (nats) that replacing one layer alone by its harmonizer costs, for every layer, on `blocks`.
@@ -103,7 +84,7 @@ def sensitivity(model: PreTrainedModel, harmonizers: Harmonizers, blocks: Tensor
             inputs = hidden_states(model, batch, batch_blocks)
             for i, harmonizer in enumerate(harmonizers):
                 replaced = harmonizer.replacement(inputs[i].unflatten(0, batch.shape))
-                skipped: dict[int, nn.Module] = dict.fromkeys(range(i), Skip(in_tuple=in_tuple))
+                skipped: dict[int, nn.Module] = dict.fromkeys(range(i), Removed(in_tuple=in_tuple))
                 with swapped_layers(model, {**skipped, i: Restart(replaced, in_tuple=in_tuple)}):
                     loss = mean_loss(model, batch, batch_blocks)
                 costs[i] += (loss - whole) * len(batch) / len(blocks)

@@ -8,37 +8,38 @@ WikiText; here it is the public corpus, since the task's questions are not the m
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from scaleot_core.compression import emulator
-from scaleot_core.compression.emulator import package_tensors
 from scaleot_core.compression.plan import LayerKind, Plan
-from scaleot_core.compression.svd import svd_factors
 from scaleot_core.methods.base import BuiltEmulator, ModelOwner, largest_fitting
-from scaleot_core.models.families import decoder_layers
-from scaleot_core.models.forward import hidden_of, hooks, last_hidden_state
+from scaleot_core.models.forward import hidden_of, hooks
+from scaleot_core.models.streaming import StreamedModel
 
 
-@torch.no_grad()
-def representations(model: PreTrainedModel, blocks: Tensor, batch_blocks: int = 8) -> list[Tensor]:
+def representations(streamed: StreamedModel, blocks: Tensor) -> list[Tensor]:
     """Pool each decoder layer's output over the tokens of a block with weights 1, 2, …: L tensors (N, D)."""
-    weights = torch.arange(1, blocks.shape[1] + 1, device=model.device).float()
+    weights = torch.arange(1, blocks.shape[1] + 1, device=streamed.device).float()
     weights /= weights.sum()
-    layers = decoder_layers(model)
-    kept: list[list[Tensor]] = [[] for _ in layers]
+    kept: list[Tensor] = []
 
-    def keep(i: int) -> Callable[[nn.Module, object, Tensor], None]:
-        return lambda module, args, out: kept[i].append(torch.einsum("t,btd->bd", weights, hidden_of(out).float()))
+    @contextmanager
+    def around(i: int, layer: nn.Module) -> Iterator[None]:
+        parts: list[Tensor] = []
 
-    with hooks(*(layer.register_forward_hook(keep(i)) for i, layer in enumerate(layers))):
-        for batch in blocks.split(batch_blocks):
-            last_hidden_state(model, batch)
-    return [torch.cat(parts) for parts in kept]
+        def pool(module: nn.Module, args: object, out: Tensor) -> None:
+            parts.append(torch.einsum("t,btd->bd", weights, hidden_of(out).float()))
+
+        with hooks(layer.register_forward_hook(pool)):
+            yield
+        kept.append(torch.cat(parts))
+
+    streamed.run(blocks, around)
+    return kept
 
 
 def cka(x: Tensor, y: Tensor) -> float:
@@ -71,9 +72,8 @@ def nearest(kept: list[int], layer: int) -> int:
 
 def build(owner: ModelOwner) -> BuiltEmulator:
     """Build the emulator: the centres of clusters, shared in place of the others."""
-    model = owner.load()
     blocks = owner.blocks[: owner.params.crash.calibration_blocks]
-    similarities = [cka(x, y) for x, y in pairwise(representations(model, blocks))]
+    similarities = [cka(x, y) for x, y in pairwise(representations(owner.stream(), blocks))]
     total, tuned = len(similarities) + 1, owner.params.adapter_layers
 
     def keeping(count: int) -> Plan:
@@ -84,6 +84,4 @@ def build(owner: ModelOwner) -> BuiltEmulator:
         ]
         return owner.plan(tuple(kinds), like={i: nearest(kept, i) for i in range(total) if i not in kept})
 
-    chosen = keeping(largest_fitting(owner, range(tuned + 1, total + 1), keeping))
-    emulator.apply_plan(model, chosen, svd_factors)
-    return BuiltEmulator(chosen, package_tensors(model, chosen))
+    return owner.uncut(keeping(largest_fitting(owner, range(tuned + 1, total + 1), keeping)))

@@ -7,7 +7,7 @@ with our schedule instead of its cosine.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from scaleot_core.compression import emulator
 from scaleot_core.compression.emulator import package_tensors
 from scaleot_core.compression.svd import svd_factors
+from scaleot_core.memory import Weights, check_weights
 from scaleot_core.methods import uniform
 from scaleot_core.methods.base import BuiltEmulator, ModelOwner
 from scaleot_core.models.families import decoder_layers
@@ -41,9 +42,16 @@ def loss(model: PreTrainedModel, blocks: Tensor, teacher: Tensor, middle: int, w
     return entropy + weight * (teacher - student).square().mean() / teacher.square().mean()
 
 
+def _numbers(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
 def build(owner: ModelOwner) -> BuiltEmulator:
-    """Build the emulator, and train the middle layers that it keeps."""
+    """Build the emulator, and train the middle layers that it keeps; UserError where there is no room for that."""
     kept, distill, seed = uniform.plan(owner), owner.params.distill, owner.params.seed
+    copied = _numbers(emulator.layer_parameters(owner.outline, kept, "compressed").values())
+    weights = Weights(_numbers(owner.outline.parameters()) + copied, trained=copied)
+    check_weights("compress, method distilled", weights, owner.runtime)
     model = owner.load()
     originals: dict[int, nn.Module] = {}
     layers = decoder_layers(model)

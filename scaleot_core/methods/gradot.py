@@ -8,26 +8,28 @@ each component scored as if it went alone, products summed, every matrix cut by 
 and of gate, up and down, λ as in params.yaml.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from scaleot_core.compression import emulator
-from scaleot_core.compression.channels import channels_of
-from scaleot_core.compression.emulator import package_tensors
+from scaleot_core.compression.channels import channels_of, prune_channels
 from scaleot_core.compression.low_rank import weight_of
 from scaleot_core.compression.plan import Cut, Plan, choose_layers
-from scaleot_core.compression.rank_compression import matrix_shapes
+from scaleot_core.compression.rank_compression import compress_layer, matrix_shapes
 from scaleot_core.compression.svd import Factors, decompose
 from scaleot_core.methods.base import BuiltEmulator, ModelOwner, largest_fitting
+from scaleot_core.models.backward import BackwardPass
 from scaleot_core.models.families import family, fusion, projection_name
 from scaleot_core.models.forward import hooks
+from scaleot_core.settings import Gradot
 
 ALWAYS = 0.05  # share of the singular values that stay whatever their score
+BATCH_BLOCKS = 4  # of the backward pass
 STEPS = 1000  # of the share of parameters that is searched
 
 
@@ -45,16 +47,16 @@ class Statistics:
         return Statistics(self.inputs, self.outputs[rows][:, rows], self.gradient[rows], self.bias_gradient[rows])
 
 
-def statistics(
-    model: PreTrainedModel, names: list[str], blocks: Tensor, batch_blocks: int = 4
-) -> dict[str, Statistics]:
-    """Collect statistics of linear maps, by their names, over blocks (N, T), from one backward pass each.
+@contextmanager
+def statistics(modules: Mapping[str, nn.Module], tokens: int) -> Iterator[dict[str, Statistics]]:
+    """Collect statistics of linear maps, by their names, from the backward pass in the block; there when it ends.
 
-    g is the gradient of the sum of the token losses, so that the means over tokens have one scale.
+    They are means over the `tokens` that have a loss. g is the gradient of the sum of the token losses, so that these
+    means have one scale.
     """
     sums: dict[str, list[Tensor]] = {}
     inputs: dict[str, Tensor] = {}
-    count = blocks.shape[0] * (blocks.shape[1] - 1)
+    found: dict[str, Statistics] = {}
 
     def before(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -65,7 +67,7 @@ def statistics(
     def add(name: str, gradient: Tensor) -> None:
         x, g = inputs.pop(name), gradient.flatten(0, -2).float()
         made = [x.T @ x, g.T @ g, g.T @ x, g.sum(0)]
-        sums[name] = made if name not in sums else [a + b for a, b in zip(sums[name], made, strict=True)]
+        sums[name] = made if name not in sums else [a.add_(b) for a, b in zip(sums[name], made, strict=True)]
 
     def after(name: str) -> Callable[..., None]:
         def wait(
@@ -75,16 +77,18 @@ def statistics(
 
         return wait
 
-    modules = {name: model.get_submodule(name) for name in names}
     handles = [module.register_forward_pre_hook(before(name)) for name, module in modules.items()]
     handles += [module.register_forward_hook(after(name)) for name, module in modules.items()]
     with hooks(*handles):
-        for batch in blocks.split(batch_blocks):
-            ids = batch.to(model.device).long()
-            embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)
-            logits = model(inputs_embeds=embedded, use_cache=False).logits[:, :-1].float()
-            nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
-    return {name: Statistics(*(total / count for total in totals)) for name, totals in sums.items()}
+        yield found
+    found |= {name: Statistics(*(total.div_(tokens) for total in sums.pop(name))) for name in list(sums)}
+
+
+def summed_loss(model: PreTrainedModel, blocks: Tensor) -> Tensor:
+    """Sum the next-token cross-entropies (nats) of blocks (B, T)."""
+    ids = blocks.to(model.device).long()
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
 
 
 def component_scores(factors: Factors, found: Statistics, weight: float) -> Tensor:
@@ -139,39 +143,62 @@ def plan(owner: ModelOwner) -> Plan:
 
 
 def build(owner: ModelOwner) -> BuiltEmulator:
-    """Build the emulator: components and channels are removed by their scores."""
-    cut_down, settings, model = plan(owner), owner.params.gradot, owner.load()
+    """Build the emulator layer by layer, the last one first: components and channels are removed by their scores."""
+    cut_down, channels = plan(owner), dict[int, Tensor]()
+    return BuiltEmulator(cut_down, layer_by_layer(owner, cut_down, channels), channels)
+
+
+def layer_by_layer(owner: ModelOwner, cut_down: Plan, channels: dict[int, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the emulator's tensors by their names, and put into `channels` those that each layer keeps.
+
+    Of the model's layers no more than one is in memory, with its statistics.
+    """
+    streamed, blocks = owner.stream(), owner.blocks[: owner.params.gradot.calibration_blocks]
+    yield from streamed.tensors(streamed.outside.__contains__)
+    backward, cuts = BackwardPass(streamed, blocks, summed_loss, BATCH_BLOCKS), cut_down.cuts
+    for i in reversed(range(len(cut_down.kinds))):
+        with streamed.layer(i) as layer:
+            if i in cuts:
+                maps = linear_maps(owner.config, i)
+                with statistics({n: streamed.model.get_submodule(n) for n in maps}, blocks[:, 1:].numel()) as found:
+                    backward.through(layer)
+                channels[i] = cut_layer(streamed.model, i, cuts[i], found, owner.params.gradot)
+            elif i > min(cuts):
+                backward.through(layer)
+            yield from streamed.layer_tensors(i, layer)
+
+
+def linear_maps(config: PretrainedConfig, index: int) -> list[str]:
+    """Name the linear maps of a layer that are cut, as in the model."""
+    names = family(config)
+    feed_forward = [f"{names.layers}.{index}.{name}" for name in (*names.feed_forward_in, names.feed_forward_out)]
+    return [projection_name(config, index, name) for name in names.projections] + feed_forward
+
+
+def cut_layer(model: PreTrainedModel, index: int, cut: Cut, found: Mapping[str, Statistics], weights: Gradot) -> Tensor:
+    """Cut one layer in place by its statistics, and return the feed-forward channels that it keeps, ascending."""
     config, names = model.config, family(model.config)
-    prefix = {i: f"{names.layers}.{i}." for i in cut_down.cuts}
-    maps = [projection_name(config, i, name) for i in cut_down.cuts for name in names.projections]
-    maps += [f"{prefix[i]}{name}" for i in cut_down.cuts for name in (*names.feed_forward_in, names.feed_forward_out)]
-    found = statistics(model, maps, owner.blocks[: settings.calibration_blocks])
+    prefix = f"{names.layers}.{index}."
 
     def factors(name: str, part: int, weight: Tensor) -> Factors:
         left, right = decompose(weight)
         whole = weight_of(model.get_submodule(name))[0]
         rows = fusion(config, name.rpartition(".")[2]).rows(len(whole))[part].to(weight.device)
-        scores = component_scores((left, right), found[name].part(rows), settings.lambda_attention)
+        scores = component_scores((left, right), found[name].part(rows), weights.lambda_attention)
         order = in_order(scores).to(weight.device)
         return left[:, order], right[order]
 
-    channels = {}
-    for i, cut in cut_down.cuts.items():
+    def matrices(name: str, fused: int) -> list[tuple[Tensor, Tensor | None, Statistics]]:
+        weight, bias = weight_of(model.get_submodule(f"{prefix}{name}"))
+        return [
+            (weight[rows].float(), None if bias is None else bias[rows].float(), found[f"{prefix}{name}"].part(rows))
+            for rows in torch.arange(len(weight), device=weight.device).chunk(fused)
+        ]
 
-        def matrices(name: str, fused: int, i: int = i) -> list[tuple[Tensor, Tensor | None, Statistics]]:
-            weight, bias = weight_of(model.get_submodule(f"{prefix[i]}{name}"))
-            return [
-                (
-                    weight[rows].float(),
-                    None if bias is None else bias[rows].float(),
-                    found[f"{prefix[i]}{name}"].part(rows),
-                )
-                for rows in torch.arange(len(weight), device=weight.device).chunk(fused)
-            ]
-
-        [(out, _, after)] = matrices(names.feed_forward_out, 1)
-        into = [each for name, fused in names.feed_forward_in.items() for each in matrices(name, fused)]
-        scores = channel_scores(into, (out, after), settings.lambda_feed_forward)
-        channels[i] = scores.cpu().argsort(descending=True, stable=True)[: cut.channels].sort().values
-    emulator.apply_plan(model, cut_down, factors, channels=channels)
-    return BuiltEmulator(cut_down, package_tensors(model, cut_down), channels)
+    [(out, _, after)] = matrices(names.feed_forward_out, 1)
+    into = [each for name, fused in names.feed_forward_in.items() for each in matrices(name, fused)]
+    scores = channel_scores(into, (out, after), weights.lambda_feed_forward)
+    kept = scores.cpu().argsort(descending=True, stable=True)[: cut.channels].sort().values
+    compress_layer(model, index, ranks=cut.ranks, decompose=factors)
+    prune_channels(model, index, kept)
+    return kept

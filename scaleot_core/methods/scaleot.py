@@ -65,15 +65,12 @@ def layer_by_layer(owner: ModelOwner, decided: Plan, channels: dict[int, Tensor]
     whiten, compressed = owner.params.rank_compression.whiten, decided.layers("compressed")
     inputs = covariances(owner, streamed) if compressed and (whiten or decided.cuts) else None
 
-    def named(i: int, layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        return ((f"{streamed.path}.{i}.{name}", tensor) for name, tensor in layer.state_dict().items())
-
-    yield from ((name, streamed.read(name)) for name in streamed.outside)
+    yield from streamed.tensors(streamed.outside.__contains__)
     for i, kind in enumerate(decided.kinds):
         if kind == "harmonizer":
             harmonizer = Harmonizer(owner.config.hidden_size, decided.harmonizer).to(owner.runtime.dtype)
             layer_importance.restore(harmonizer, owner.harmonizers / "harmonizers.safetensors", f"{i}.")
-            yield from named(i, harmonizer)
+            yield from streamed.layer_tensors(i, harmonizer)
             continue
         with streamed.layer(i) as layer:
             if kind == "compressed":
@@ -85,7 +82,7 @@ def layer_by_layer(owner: ModelOwner, decided: Plan, channels: dict[int, Tensor]
                     covariance = known[feed_forward_name(owner.config, i)].to(weight.device)
                     channels[i], refitted = select_channels(weight, covariance, cut.channels)
                     prune_channels(model, i, channels[i], refitted)
-            yield from named(i, layer)
+            yield from streamed.layer_tensors(i, layer)
 
 
 def covariances(owner: ModelOwner, streamed: StreamedModel) -> Callable[[int], dict[str, Tensor]]:

@@ -3,10 +3,7 @@
 Source: Xiao et al. 2023 (arXiv 2302.04870), as in `uniform_choose_layers` of github.com/mit-han-lab/offsite-tuning.
 """
 
-from scaleot_core.compression import emulator
-from scaleot_core.compression.emulator import package_tensors
 from scaleot_core.compression.plan import LayerKind, Plan, choose_layers
-from scaleot_core.compression.svd import svd_factors
 from scaleot_core.methods.base import BuiltEmulator, ModelOwner, largest_fitting
 
 
@@ -35,6 +32,4 @@ def plan(owner: ModelOwner) -> Plan:
 
 def build(owner: ModelOwner) -> BuiltEmulator:
     """Build the emulator: layers are removed, nothing else changes."""
-    kept, model = plan(owner), owner.load()
-    emulator.apply_plan(model, kept, svd_factors)
-    return BuiltEmulator(kept, package_tensors(model, kept))
+    return owner.uncut(plan(owner))

@@ -32,6 +32,26 @@ class StandIn(nn.Module):
         return (out, None) if self.in_tuple else out
 
 
+class Removed(StandIn):
+    """Where a layer was: hidden states (B, T, D) go through as they are."""
+
+    def replacement(self, hidden_states: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        return hidden_states
+
+
+class Restart(StandIn):
+    """Stands where a layer was: drops what comes and gives hidden states that are known from before."""
+
+    def __init__(self, states: Tensor, *, in_tuple: bool = False) -> None:
+        super().__init__(in_tuple=in_tuple)
+        self.states = states
+
+    def replacement(self, hidden_states: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        return self.states
+
+
 def hidden_of(out: Tensor | tuple[Tensor, ...]) -> Tensor:
     """Return the hidden states in what a decoder layer returns."""
     return out[0] if isinstance(out, tuple) else out

@@ -108,6 +108,14 @@ class StreamedModel:
         with self._sound(place.file), safe_open(place.file, framework="pt") as stream:
             return stream.get_tensor(place.name).clone()
 
+    def tensors(self, keep: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, Tensor]]:
+        """Read one of the model's tensors after the other, with its name, where `keep` says so of the name."""
+        return ((name, self.read(name)) for name in self._shapes if keep(name))
+
+    def layer_tensors(self, index: int, layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of what is in a decoder layer's place, by their names in the model."""
+        return ((f"{self.path}.{index}.{name}", tensor) for name, tensor in layer.state_dict().items())
+
     def read_head(self) -> Tensor:
         """Read the weights (V, D) of the output embeddings."""
         head = self.model.get_output_embeddings().weight
@@ -132,6 +140,13 @@ class StreamedModel:
         """Yield a decoder layer with its weights, which are dropped when the block ends."""
         with self._filled(*self._part(index)):
             yield self._layers[index]
+
+    @contextmanager
+    def without_layers(self) -> Iterator[PreTrainedModel]:
+        """Yield the model with the weights of embeddings, norm and head, which are dropped when the block ends."""
+        with self._filled(self.model, "", self.outside):
+            self.model.tie_weights()
+            yield self.model
 
     def _part(self, index: int) -> tuple[nn.Module, str, list[str]]:
         layer, prefix = self._layers[index], f"{self.path}.{index}."

@@ -7,6 +7,7 @@ import torch
 from helpers import CPU, IDS, each_family, form, refusal, tiny_model
 from torch import nn
 
+from scaleot_core import memory
 from scaleot_core.common.files import folder_bytes, write_json
 from scaleot_core.common.runtime import Runtime
 from scaleot_core.common.tensors import write_tensors
@@ -18,6 +19,7 @@ from scaleot_core.compression.plan import Plan, plan_for
 from scaleot_core.compression.svd import decompose
 from scaleot_core.exchange.package import Package, save
 from scaleot_core.methods import METHODS, ModelOwner, base, crash, distilled, gradot, uniform
+from scaleot_core.models.backward import BackwardPass
 from scaleot_core.models.families import attention, decoder_layers, family
 from scaleot_core.models.forward import hidden_states, next_token_loss
 from scaleot_core.params import changed
@@ -173,6 +175,18 @@ def test_distillation_moves_the_kept_layers_alone_and_towards_the_model(owner, b
     assert now < 0.9 * before
 
 
+def test_distillation_is_refused_before_the_model_is_read_where_there_is_no_room_for_it(owner, monkeypatch):
+    """It trains copies of the layers between: each weight takes 16 bytes, its master among them."""
+    who = owner(method="distilled")
+    copied = sum(p.numel() for p in layer_parameters(who.outline, uniform.plan(who), "compressed").values())
+    need = 4 * sum(p.numel() for p in who.outline.parameters()) + 16 * copied
+    monkeypatch.setattr(memory, "device_memory", lambda device: need)
+    assert METHODS["distilled"](who).plan == uniform.plan(who)
+    monkeypatch.setattr(memory, "device_memory", lambda device: need - 1)
+    monkeypatch.setattr(ModelOwner, "load", lambda self: pytest.fail("the model was read"))
+    assert "compress, method distilled: it takes at least" in refusal(METHODS["distilled"], who)
+
+
 def test_distillation_loss_is_the_sources(owner, blocks):
     who = owner(method="uniform")
     _, made = emulated(who)
@@ -238,7 +252,7 @@ def test_shared_layers_keep_the_shipped_weights_when_the_adapters_are_tuned(owne
 
 def test_representation_is_the_weighted_mean_of_a_layers_output(owner, blocks):
     model = owner().load()
-    found = crash.representations(model, blocks)
+    found = crash.representations(owner().stream(), blocks)
     states = model(input_ids=blocks[:2].long(), output_hidden_states=True).hidden_states
     weights = torch.arange(1.0, 17.0)
     expected = (states[3] * weights[:, None]).sum(1) / weights.sum()
@@ -251,14 +265,18 @@ def test_representation_is_the_weighted_mean_of_a_layers_output(owner, blocks):
 
 @each_family
 def test_gradients_of_the_statistics_are_autograds(name, owner, blocks):
-    model = owner(name).load()
-    layers, names = family(model.config).layers, family(model.config)
-    maps = [f"{layers}.2.{names.attention}.{p}" for p in names.projections]
-    maps += [f"{layers}.2.{each}" for each in (*names.feed_forward_in, names.feed_forward_out)]
-    found = gradot.statistics(model, maps, blocks)
+    who = owner(name)
+    streamed, maps = who.stream(), gradot.linear_maps(who.config, 2)
+    backward = BackwardPass(streamed, blocks, gradot.summed_loss, batch_blocks=5)
+    for i in reversed(range(2, LAYERS)):
+        with streamed.layer(i) as layer:
+            modules = {each: streamed.model.get_submodule(each) for each in maps if i == 2}
+            with gradot.statistics(modules, blocks[:, 1:].numel()) as found:
+                backward.through(layer)
+    model = who.load()
     for each in maps:
         model.get_submodule(each).weight.requires_grad_(True)
-    (next_token_loss(model, blocks)).backward()
+    next_token_loss(model, blocks).backward()
     for each in maps:
         gradient = model.get_submodule(each).weight.grad
         gradient = gradient.T if name == "gpt2" else gradient
