@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import CPU, DAMAGES, each_family, form, refusal, streamed, tiny_model
+from helpers import CPU, DAMAGES, each_family, each_head, form, refusal, streamed, tiny_model
 
 from scaleot_core.common.files import write_json
 from scaleot_core.common.tensors import read_tensors, write_tensors
@@ -18,8 +18,6 @@ from scaleot_core.exchange.package import Package
 from scaleot_core.models.families import decoder_layers
 from scaleot_core.models.forward import hidden_of, hidden_states, hooks
 from scaleot_core.params import changed
-
-each_head = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
 
 def stored(folder, name="llama", shard="1KB", **changes):
