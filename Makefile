@@ -20,7 +20,7 @@ help:  ## list the targets
 	  one, as in `make PYTHON=python3.12`))
 	$(PYTHON) -m venv --clear .venv
 	.venv/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[pipeline,privacy,int4,dev]'
-	@.venv/bin/python -m compileall -qq -j 0 .venv/lib || true  # on all cores; some packages have templates, not Python
+	@.venv/bin/python -m compileall -qq -j 0 .venv/lib || true  # on all cores; templates named .py fail, harmlessly
 	@touch $@
 
 repro: .venv/ready  ## set up, then run the whole pipeline on the embedded model

@@ -84,7 +84,10 @@ def tuning_weights(package: "Package", *, whole_layers: bool, frozen: Frozen | N
 
 
 def stage_weights(stage: str, item: Mapping[str, str], artifacts: Artifacts, dtype: torch.dtype) -> Weights:
-    """Count what a stage of the pipeline holds, by the artifacts that it reads; nothing where it streams."""
+    """Count what a stage of the pipeline holds, by the artifacts that it reads; nothing where it streams.
+
+    `compress` streams but by the method `distilled`, which counts for itself.
+    """
     model = folder_bytes(artifacts.model, ".safetensors") / dtype.itemsize
     if stage == "offsite_tune":
         from scaleot_core.exchange.manifest import MANIFEST
@@ -105,7 +108,7 @@ def stage_weights(stage: str, item: Mapping[str, str], artifacts: Artifacts, dty
 
 
 def check_stage(stage: str, item: Mapping[str, str], artifacts: Artifacts, runtime: Runtime) -> None:
-    """Raise UserError, with what would fit, where a stage takes more memory than there is, by what it reads."""
+    """Check a stage by the artifacts that it reads; UserError as `check_weights` raises it."""
     check_weights(stage, stage_weights(stage, item, artifacts, runtime.dtype), runtime)
 
 

@@ -85,11 +85,11 @@ class ModelOwner:
         """Make a plan with these kinds, in which only `cuts` are cut."""
         return Plan(kinds, 0.0, self.params.harmonizer, **cuts)  # type: ignore[arg-type]
 
-    def uncut(self, plan: Plan) -> BuiltEmulator:
+    def emulator_of_whole_layers(self, plan: Plan) -> BuiltEmulator:
         """Make the emulator that has the layers of a plan as they are, read one tensor after the other."""
         streamed = self.stream()
-        kept = streamed.tensors(lambda name: emulator.part_of(name, streamed.path, plan) in emulator.PARTS)
-        return BuiltEmulator(plan, kept)
+        kept = [name for name in streamed.names if emulator.part_of(name, streamed.path, plan) in emulator.PARTS]
+        return BuiltEmulator(plan, streamed.tensors(kept))
 
 
 def model_bytes(owner: ModelOwner) -> int:

@@ -84,4 +84,4 @@ def build(owner: ModelOwner) -> BuiltEmulator:
         ]
         return owner.plan(tuple(kinds), like={i: nearest(kept, i) for i in range(total) if i not in kept})
 
-    return owner.uncut(keeping(largest_fitting(owner, range(tuned + 1, total + 1), keeping)))
+    return owner.emulator_of_whole_layers(keeping(largest_fitting(owner, range(tuned + 1, total + 1), keeping)))

@@ -25,7 +25,7 @@ from scaleot_core.compression.svd import Factors, decompose
 from scaleot_core.methods.base import BuiltEmulator, ModelOwner, largest_fitting
 from scaleot_core.models.backward import BackwardPass
 from scaleot_core.models.families import family, fusion, projection_name
-from scaleot_core.models.forward import hooks
+from scaleot_core.models.forward import hooks, next_token_loss
 from scaleot_core.settings import Gradot
 
 ALWAYS = 0.05  # share of the singular values that stay whatever their score
@@ -49,10 +49,10 @@ class Statistics:
 
 @contextmanager
 def statistics(modules: Mapping[str, nn.Module], tokens: int) -> Iterator[dict[str, Statistics]]:
-    """Collect statistics of linear maps, by their names, from the backward pass in the block; there when it ends.
+    """Collect statistics of linear maps, by their names, from the backward pass in the block; empty until it ends.
 
-    They are means over the `tokens` that have a loss. g is the gradient of the sum of the token losses, so that these
-    means have one scale.
+    They are sums over all tokens, over the number of those that have a loss, `tokens`. g is the gradient of the sum of
+    the token losses, so that all have one scale.
     """
     sums: dict[str, list[Tensor]] = {}
     inputs: dict[str, Tensor] = {}
@@ -82,13 +82,6 @@ def statistics(modules: Mapping[str, nn.Module], tokens: int) -> Iterator[dict[s
     with hooks(*handles):
         yield found
     found |= {name: Statistics(*(total.div_(tokens) for total in sums.pop(name))) for name in list(sums)}
-
-
-def summed_loss(model: PreTrainedModel, blocks: Tensor) -> Tensor:
-    """Sum the next-token cross-entropies (nats) of blocks (B, T)."""
-    ids = blocks.to(model.device).long()
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
 
 
 def component_scores(factors: Factors, found: Statistics, weight: float) -> Tensor:
@@ -151,20 +144,23 @@ def build(owner: ModelOwner) -> BuiltEmulator:
 def layer_by_layer(owner: ModelOwner, cut_down: Plan, channels: dict[int, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield the emulator's tensors by their names, and put into `channels` those that each layer keeps.
 
-    Of the model's layers no more than one is in memory, with its statistics.
+    In memory are one of the model's layers with its statistics, and all layers' inputs on the calibration blocks.
     """
     streamed, blocks = owner.stream(), owner.blocks[: owner.params.gradot.calibration_blocks]
-    yield from streamed.tensors(streamed.outside.__contains__)
-    backward, cuts = BackwardPass(streamed, blocks, summed_loss, BATCH_BLOCKS), cut_down.cuts
+    yield from streamed.tensors(streamed.outside)
+    backward, cuts = (
+        BackwardPass(streamed, blocks, partial(next_token_loss, reduction="sum"), BATCH_BLOCKS),
+        cut_down.cuts,
+    )
     for i in reversed(range(len(cut_down.kinds))):
         with streamed.layer(i) as layer:
             if i in cuts:
                 maps = linear_maps(owner.config, i)
                 with statistics({n: streamed.model.get_submodule(n) for n in maps}, blocks[:, 1:].numel()) as found:
-                    backward.through(layer)
+                    backward.through(i, layer)
                 channels[i] = cut_layer(streamed.model, i, cuts[i], found, owner.params.gradot)
-            elif i > min(cuts):
-                backward.through(layer)
+            elif i > min(cuts):  # nobody needs the gradient below
+                backward.through(i, layer)
             yield from streamed.layer_tensors(i, layer)
 
 
@@ -175,7 +171,9 @@ def linear_maps(config: PretrainedConfig, index: int) -> list[str]:
     return [projection_name(config, index, name) for name in names.projections] + feed_forward
 
 
-def cut_layer(model: PreTrainedModel, index: int, cut: Cut, found: Mapping[str, Statistics], weights: Gradot) -> Tensor:
+def cut_layer(
+    model: PreTrainedModel, index: int, cut: Cut, found: Mapping[str, Statistics], settings: Gradot
+) -> Tensor:
     """Cut one layer in place by its statistics, and return the feed-forward channels that it keeps, ascending."""
     config, names = model.config, family(model.config)
     prefix = f"{names.layers}.{index}."
@@ -184,7 +182,7 @@ def cut_layer(model: PreTrainedModel, index: int, cut: Cut, found: Mapping[str, 
         left, right = decompose(weight)
         whole = weight_of(model.get_submodule(name))[0]
         rows = fusion(config, name.rpartition(".")[2]).rows(len(whole))[part].to(weight.device)
-        scores = component_scores((left, right), found[name].part(rows), weights.lambda_attention)
+        scores = component_scores((left, right), found[name].part(rows), settings.lambda_attention)
         order = in_order(scores).to(weight.device)
         return left[:, order], right[order]
 
@@ -197,7 +195,7 @@ def cut_layer(model: PreTrainedModel, index: int, cut: Cut, found: Mapping[str, 
 
     [(out, _, after)] = matrices(names.feed_forward_out, 1)
     into = [each for name, fused in names.feed_forward_in.items() for each in matrices(name, fused)]
-    scores = channel_scores(into, (out, after), weights.lambda_feed_forward)
+    scores = channel_scores(into, (out, after), settings.lambda_feed_forward)
     kept = scores.cpu().argsort(descending=True, stable=True)[: cut.channels].sort().values
     compress_layer(model, index, ranks=cut.ranks, decompose=factors)
     prune_channels(model, index, kept)

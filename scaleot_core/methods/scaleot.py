@@ -65,7 +65,7 @@ def layer_by_layer(owner: ModelOwner, decided: Plan, channels: dict[int, Tensor]
     whiten, compressed = owner.params.rank_compression.whiten, decided.layers("compressed")
     inputs = covariances(owner, streamed) if compressed and (whiten or decided.cuts) else None
 
-    yield from streamed.tensors(streamed.outside.__contains__)
+    yield from streamed.tensors(streamed.outside)
     for i, kind in enumerate(decided.kinds):
         if kind == "harmonizer":
             harmonizer = Harmonizer(owner.config.hidden_size, decided.harmonizer).to(owner.runtime.dtype)

@@ -32,4 +32,4 @@ def plan(owner: ModelOwner) -> Plan:
 
 def build(owner: ModelOwner) -> BuiltEmulator:
     """Build the emulator: layers are removed, nothing else changes."""
-    return owner.uncut(plan(owner))
+    return owner.emulator_of_whole_layers(plan(owner))

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,12 +21,13 @@ class _Call(NamedTuple):
 
 
 class BackwardPass:
-    """A loss on blocks (N, T), and its gradient, which moves back through one layer at a time.
+    """The gradient of a loss on blocks (N, T), which moves back through one decoder layer at a time.
 
-    Made by a forward pass through all layers. `through` is to be called for each of them, the last one first, while the
-    layer has its weights; hooks on its modules then see what comes in and which gradient comes back, `batch_blocks` at
-    once. Memory: the inputs of all layers, L · N · T · D numbers in the model's dtype, beside the embeddings and one
-    layer.
+    The loss is summed over batches of `batch_blocks`. Making one runs all layers forward. Then `through` is called for
+    the last layer, the one before, and so on, as far down as gradients are needed, each time while the layer has its
+    weights: hooks on its modules see what comes in and which gradient comes back. Memory, beside the embeddings and a
+    layer: the inputs of the layers that are left and one gradient, up to (L + 2) · N · T · D numbers in the model's
+    dtype, and a batch's logits.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class BackwardPass:
         streamed.run(blocks, keep, batch_blocks)
         in_tuple = family(streamed.model.config).in_tuple
         self.gradients: list[Tensor] = []
-        with streamed.without_layers() as model:
+        with streamed.without_layers() as model, torch.enable_grad():
             for batch, state in zip(blocks.split(batch_blocks), last, strict=True):
                 state.requires_grad_(True)
                 skipped: dict[int, nn.Module] = dict.fromkeys(range(count - 1), Removed(in_tuple=in_tuple))
@@ -62,11 +64,14 @@ class BackwardPass:
                     loss(model, batch).backward()
                 self.gradients.append(_gradient(state))
 
-    def through(self, layer: nn.Module) -> None:
-        """Move the gradient back through the next layer, which is run once more."""
+    def through(self, index: int, layer: nn.Module) -> None:
+        """Run a layer once more, and move the gradient back through it; ValueError where another layer is next."""
+        if index != len(self.calls) - 1:
+            raise ValueError(f"the gradient is behind layer {len(self.calls) - 1}, and layer {index} is given")
         for k, (args, named) in enumerate(self.calls.pop()):
             state = args[0].detach().requires_grad_(True)
-            hidden_of(layer(state, *args[1:], **named)).backward(self.gradients[k])
+            with torch.enable_grad():
+                hidden_of(layer(state, *args[1:], **named)).backward(self.gradients[k])
             self.gradients[k] = _gradient(state)
 
 

@@ -33,7 +33,7 @@ class StandIn(nn.Module):
 
 
 class Removed(StandIn):
-    """Where a layer was: hidden states (B, T, D) go through as they are."""
+    """Stands where a layer was: hidden states (B, T, D) go through as they are."""
 
     def replacement(self, hidden_states: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
@@ -129,11 +129,11 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return logits
 
 
-def next_token_loss(model: PreTrainedModel, blocks: Tensor) -> Tensor:
-    """Compute the mean next-token cross-entropy (nats) of blocks (B, T), without a key-value cache."""
+def next_token_loss(model: PreTrainedModel, blocks: Tensor, reduction: str = "mean") -> Tensor:
+    """Compute the mean or sum of next-token cross-entropies (nats) of blocks (B, T), without a key-value cache."""
     blocks = blocks.to(model.device).long()
     logits = model(input_ids=blocks, use_cache=False).logits[:, :-1].float()
-    return nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten())
+    return nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten(), reduction=reduction)
 
 
 @torch.no_grad()

@@ -108,9 +108,14 @@ class StreamedModel:
         with self._sound(place.file), safe_open(place.file, framework="pt") as stream:
             return stream.get_tensor(place.name).clone()
 
-    def tensors(self, keep: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, Tensor]]:
-        """Read one of the model's tensors after the other, with its name, where `keep` says so of the name."""
-        return ((name, self.read(name)) for name in self._shapes if keep(name))
+    @property
+    def names(self) -> Iterable[str]:
+        """The names of all of the model's tensors."""
+        return self._shapes.keys()
+
+    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Read the named tensors one after the other, each with its name."""
+        return ((name, self.read(name)) for name in names)
 
     def layer_tensors(self, index: int, layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors of what is in a decoder layer's place, by their names in the model."""

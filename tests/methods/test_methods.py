@@ -19,7 +19,6 @@ from scaleot_core.compression.plan import Plan, plan_for
 from scaleot_core.compression.svd import decompose
 from scaleot_core.exchange.package import Package, save
 from scaleot_core.methods import METHODS, ModelOwner, base, crash, distilled, gradot, uniform
-from scaleot_core.models.backward import BackwardPass
 from scaleot_core.models.families import attention, decoder_layers, family
 from scaleot_core.models.forward import hidden_states, next_token_loss
 from scaleot_core.params import changed
@@ -91,6 +90,18 @@ def test_package_is_the_emulator_of_the_bytes_that_the_plan_says(name, method, o
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     cached, uncached = (loaded.generate(IDS, **options, use_cache=use) for use in (True, False))
     assert torch.equal(cached, uncached)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "distilled"])
+def test_no_more_than_a_layer_of_the_model_is_read_at_once(method, owner, monkeypatch):
+    who, opened, stream = owner(method=method), [], ModelOwner.stream
+    monkeypatch.setattr(ModelOwner, "load", lambda self: pytest.fail("the whole model was read"))
+    monkeypatch.setattr(ModelOwner, "stream", lambda self: opened.append(stream(self)) or opened[-1])
+    most = 0
+    for _ in METHODS[method](who).tensors:
+        layers = [layer for streamed in opened for layer in streamed._layers]
+        most = max(most, sum(not all(t.is_meta for t in layer.state_dict().values()) for layer in layers))
+    assert opened and most <= 1
 
 
 @each_method
@@ -266,14 +277,11 @@ def test_representation_is_the_weighted_mean_of_a_layers_output(owner, blocks):
 @each_family
 def test_gradients_of_the_statistics_are_autograds(name, owner, blocks):
     who = owner(name)
-    streamed, maps = who.stream(), gradot.linear_maps(who.config, 2)
-    backward = BackwardPass(streamed, blocks, gradot.summed_loss, batch_blocks=5)
-    for i in reversed(range(2, LAYERS)):
-        with streamed.layer(i) as layer:
-            modules = {each: streamed.model.get_submodule(each) for each in maps if i == 2}
-            with gradot.statistics(modules, blocks[:, 1:].numel()) as found:
-                backward.through(layer)
-    model = who.load()
+    maps, model = gradot.linear_maps(who.config, 2), who.load()
+    with gradot.statistics({each: model.get_submodule(each) for each in maps}, blocks[:, 1:].numel()) as found:
+        embedded = model.get_input_embeddings()(blocks.long()).requires_grad_(True)
+        logits = model(inputs_embeds=embedded).logits[:, :-1]
+        nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten().long(), reduction="sum").backward()
     for each in maps:
         model.get_submodule(each).weight.requires_grad_(True)
     next_token_loss(model, blocks).backward()
@@ -323,6 +331,27 @@ def test_the_largest_singular_values_stay_whatever_their_score():
     scores = torch.tensor([-9.0, -8.0, *map(float, range(38))])
     assert gradot.in_order(scores).tolist() == [0, 1, *range(39, 1, -1)]
     assert gradot.in_order(torch.tensor([3.0, 1.0, 2.0])).tolist() == [0, 2, 1]
+
+
+@each_family
+def test_each_layer_is_cut_by_the_statistics_that_the_whole_model_gives(name, owner, blocks):
+    """Though its gradients come a layer at a time: what is kept is chosen as from one backward pass through all."""
+    who = owner(name, "gradot", **{"gradot.calibration_blocks": 7})
+    built = METHODS["gradot"](who)
+    made, model, cuts = dict(built.tensors), who.load(), built.plan.cuts
+    given = blocks[:7]
+    maps = {i: gradot.linear_maps(who.config, i) for i in cuts}
+    modules = {each: model.get_submodule(each) for names in maps.values() for each in names}
+    with gradot.statistics(modules, given[:, 1:].numel()) as found:
+        for batch in given.split(gradot.BATCH_BLOCKS):
+            embedded = model.get_input_embeddings()(batch.long()).requires_grad_(True)
+            logits = model(inputs_embeds=embedded).logits[:, :-1]
+            nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten().long(), reduction="sum").backward()
+    assert len(cuts) > 2
+    for i, cut in cuts.items():
+        assert torch.equal(gradot.cut_layer(model, i, cut, found, who.params.gradot), built.channels[i])
+        for key, tensor in decoder_layers(model)[i].state_dict().items():
+            torch.testing.assert_close(made[f"{family(who.config).layers}.{i}.{key}"], tensor)
 
 
 @each_family
