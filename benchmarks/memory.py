@@ -68,7 +68,7 @@ STAGES = (
     "evaluate",
 )
 METHODS = ("uniform", "crash", "gradot")
-ROWS = (*STAGES, *(f"compress, method {method}" for method in METHODS))
+ROWS = (*STAGES, *(f"compress: {method}" for method in METHODS))
 
 
 def write_project(folder: Path, layers: int) -> None:
@@ -106,7 +106,7 @@ def peaks(layers: int, place: Path) -> dict[str, float]:
         folder = Path(name)
         write_project(folder, layers)
         for row in ROWS:
-            stage, _, method = row.partition(", method ")
+            stage, _, method = row.partition(": ")
             script, *item = stage.split()
             if stage == "evaluate":
                 pretend_full_finetune(folder / "artifacts" / "baselines")
