@@ -197,6 +197,7 @@ def test_dense_product_of_low_rank_is_at_that_rank(tmp_path):
     assert len(cut) == 8 and {row["rank"] for row in cut} == {29, 14} and all(0 < row["error"] < 0.5 for row in cut)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "given"),
     [({"method": "gradot", "max_bytes_ratio": 0.8}, "exact"), ({"channel_pruning.ratio": 0.25, "beta": 0.0}, "rank")],

@@ -92,6 +92,7 @@ def test_what_is_no_product_is_refused_and_a_module_can_be_moved():
     assert moved.device.type == "meta" and moved.codes.device.type == "meta" and moved.scales.device.type == "meta"
 
 
+@pytest.mark.slow
 @each_form
 @each_family
 def test_lora_is_tuned_beside_quantized_matrices_of_every_family(tmp_path, tokenizer, form, name):

@@ -144,6 +144,7 @@ def real_pip(monkeypatch: pytest.MonkeyPatch, **settings: str) -> None:
         monkeypatch.setenv(f"PIP_{name}", value)
 
 
+@pytest.mark.slow
 def test_real_pip_without_network(tmp_path: Path, lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real_pip(monkeypatch, INDEX_URL="http://127.0.0.1:9/simple")
     assert "check the network" in one_user_error(lambda: embedded.download(lock, tmp_path / "cache"))
@@ -162,6 +163,7 @@ def link(folder: Path, name: str) -> bytes:
     return make_wheel(folder / f"{name}-1.0-py3-none-any.whl", members)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tampered", [False, True])
 def test_real_pip_holds_wheels_to_their_hash(
     tmp_path: Path, lock: Path, monkeypatch: pytest.MonkeyPatch, tampered: bool

@@ -52,6 +52,7 @@ def told(tokenizer: PreTrainedTokenizerFast) -> Callable[[str, list[Row]], str]:
     return lambda task, rows: refusal(lambda: check_rows(task, rows, tokenizer, context_length=512, part="training"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 3])
 @pytest.mark.parametrize(
     ("task", "field"),
@@ -211,6 +212,7 @@ def test_empty_rows_are_left_out_at_the_command_too(tmp_path: Path, capsys: pyte
 # --- names of tasks --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_task_of_another_folder_is_found_once_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """BoolQ's definition lies in a folder of another name; all of lm-eval was indexed at every use."""
     made: list[Any] = []

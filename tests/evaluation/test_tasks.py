@@ -58,6 +58,7 @@ def test_unknown_task_has_a_hint():
     assert "did you mean piqa" in refusal(task_config, "piqaa")
 
 
+@pytest.mark.slow
 def test_unknown_task_like_no_other(monkeypatch):
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False))
     assert "'zzz' is no task of lm-eval; `lm-eval ls tasks`" in refusal(task_config, "zzz")

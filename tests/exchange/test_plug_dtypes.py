@@ -37,6 +37,7 @@ def write_base(folder: Path, tokenizer: PreTrainedTokenizerFast, family: str, dt
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["layers", "lora"])
 @pytest.mark.parametrize(
     ("family", "base"), [*(("llama", base) for base in BASES), ("gpt2", "norms in float32"), ("opt", "float16")]

@@ -27,6 +27,7 @@ from scaleot_core.models.sources import open_model
 from scaleot_core.tuning.adapters import fit_to_model, plugged_in, tuned_emulator
 
 
+@pytest.mark.slow
 @each_family
 @pytest.mark.parametrize("kind", ["layers", "lora", "lora on channels"])
 def test_scale_is_that_at_which_both_models_move_as_far(name, kind, blocks, tmp_path, tokenizer):

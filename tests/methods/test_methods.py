@@ -129,6 +129,7 @@ def test_budget_that_is_too_small_is_one_line(method, owner):
     assert "raise `max_bytes_ratio`" in refusal(METHODS[method], owner(method=method, max_bytes_ratio=0.01))
 
 
+@pytest.mark.slow
 @each_method
 def test_same_params_give_the_same_bytes(method, owner):
     first, second = owner(method=method), owner(method=method)

@@ -136,6 +136,7 @@ def written(tmp_path):
     return tmp_path / "report.html"
 
 
+@pytest.mark.slow
 def test_page_has_every_part_and_needs_nothing_else(written):
     reader = Reader()
     reader.feed(written.read_text())
@@ -168,6 +169,7 @@ def test_page_has_every_part_and_needs_nothing_else(written):
     assert "nan" not in reader.text.lower()
 
 
+@pytest.mark.slow
 def test_page_opens_with_the_answer_then_the_cost_then_the_dial(written):
     reader = Reader()
     reader.feed(written.read_text())
