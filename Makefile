@@ -59,7 +59,7 @@ demo: repro  ## two parties, sixteen invented facts, and what the real model say
 attack: repro  ## what an attacker makes of the package and of the adapters: restoration, weights, membership
 	dvc repro studies/dvc.yaml:attack
 
-attack-study: repro  ## the restoration attack over alpha, beta and channel_pruning.ratio, three seeds: about four hours on 2 cores
+attack-study: repro  ## the restoration attack over alpha, beta and channel_pruning.ratio, three seeds, both kinds of adapters: many hours on 2 cores
 	python -m studies.attacks
 
 budgets: repro  ## the attack with growing budgets, to 1 M tokens, and what 100 times more would reach; about six hours
@@ -71,7 +71,7 @@ bench: repro  ## ratios against the plain ways, appended to docs/benchmarks.md
 report: repro  ## report.html: what was measured on one page
 	python -m studies.report
 
-compare: repro  ## all methods on one model, three tasks, three seeds: about four hours on 2 cores
+compare: repro  ## all methods on one model, three tasks, three seeds, both kinds of adapters: many hours on 2 cores
 	python -m studies.compare $(SET)
 
 table: .venv/ready  ## one row of the paper's table: PRESET=opt-1.3b SET="alpha=0.5" SEEDS=0,1,2 (presets.yaml)
