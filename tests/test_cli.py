@@ -186,7 +186,7 @@ def test_commands_that_read_only_need_no_dvc_no_git_and_no_heavy_import_for_help
 
 SETTINGS = {  # of `tune`, each with the class that describes it
     **{name: OffsiteTuning for name in ("epochs", "batch_size", "lr", "validation_fraction", "patience")},
-    **{name: OffsiteTuning for name in ("epsilon", "delta")},
+    **{name: OffsiteTuning for name in ("max_grad_norm", "epsilon", "delta")},
     **{name: LoraForm for name in ("rank", "alpha", "modules")},
     **{name: Params for name in ("seed", "device", "threads")},
     "frozen": Machine,

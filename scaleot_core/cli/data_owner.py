@@ -58,6 +58,9 @@ def tune(
         ),
     ] = None,
     batch_size: Annotated[int, setting(OffsiteTuning, "batch_size")] = 8,
+    max_grad_norm: Annotated[
+        float, setting(OffsiteTuning, "max_grad_norm", "With --epsilon that of each record.")
+    ] = 1.0,
     block_size: Annotated[int, typer.Option(min=8, help="Tokens in a block of `text`.")] = 512,
     epsilon: Annotated[float, setting(OffsiteTuning, "epsilon", "With it each record is one example.")] = 0.0,
     delta: Annotated[float, setting(OffsiteTuning, "delta")] = 1e-5,
@@ -90,6 +93,7 @@ def tune(
         {
             "epochs": epochs,
             "batch_size": batch_size,
+            "max_grad_norm": max_grad_norm,
             "lr": lr or DEFAULT_LR[adapters],
             "validation_fraction": validation,
             "patience": (0 if epsilon else 1) if patience is None else patience,
