@@ -275,14 +275,19 @@ def test_representation_is_the_weighted_mean_of_a_layers_output(owner, blocks):
 # --- GradOT ----------------------------------------------------------------------------------------------
 
 
+def backward_through_all(model, blocks):
+    """Backpropagate the sum of the token losses of (B, T) to the embeddings, by the model's own forward."""
+    embedded = model.get_input_embeddings()(blocks.long()).requires_grad_(True)
+    logits = model(inputs_embeds=embedded).logits[:, :-1]
+    nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten().long(), reduction="sum").backward()
+
+
 @each_family
 def test_gradients_of_the_statistics_are_autograds(name, owner, blocks):
     who = owner(name)
     maps, model = gradot.linear_maps(who.config, 2), who.load()
     with gradot.statistics({each: model.get_submodule(each) for each in maps}, blocks[:, 1:].numel()) as found:
-        embedded = model.get_input_embeddings()(blocks.long()).requires_grad_(True)
-        logits = model(inputs_embeds=embedded).logits[:, :-1]
-        nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten().long(), reduction="sum").backward()
+        backward_through_all(model, blocks)
     for each in maps:
         model.get_submodule(each).weight.requires_grad_(True)
     next_token_loss(model, blocks).backward()
@@ -345,9 +350,7 @@ def test_each_layer_is_cut_by_the_statistics_that_the_whole_model_gives(name, ow
     modules = {each: model.get_submodule(each) for names in maps.values() for each in names}
     with gradot.statistics(modules, given[:, 1:].numel()) as found:
         for batch in given.split(gradot.BATCH_BLOCKS):
-            embedded = model.get_input_embeddings()(batch.long()).requires_grad_(True)
-            logits = model(inputs_embeds=embedded).logits[:, :-1]
-            nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten().long(), reduction="sum").backward()
+            backward_through_all(model, batch)
     assert len(cuts) > 2
     for i, cut in cuts.items():
         assert torch.equal(gradot.cut_layer(model, i, cut, found, who.params.gradot), built.channels[i])

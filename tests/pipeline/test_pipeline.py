@@ -458,5 +458,5 @@ def test_attacks_over_the_dial(sweep: Sweep) -> None:
 def test_no_stage_of_any_run_or_study_here_was_computed_twice(sweep: Sweep) -> None:
     """DVC keeps what a stage wrote under what it read; the seconds in costs/*.json tell one run from another."""
     runs = {key.name: [run.name for run in key.iterdir()] for key in sweep.folder.glob(".dvc/cache/runs/*/*")}
-    assert len(runs) > 2 * len(STAGES)
+    assert len(runs) > len(STAGES)
     assert {key: found for key, found in runs.items() if len(found) > 1} == {}
