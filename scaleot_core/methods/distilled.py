@@ -7,7 +7,7 @@ with our schedule instead of its cosine.
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -42,15 +42,11 @@ def loss(model: PreTrainedModel, blocks: Tensor, teacher: Tensor, middle: int, w
     return entropy + weight * (teacher - student).square().mean() / teacher.square().mean()
 
 
-def _numbers(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(p.numel() for p in parameters)
-
-
 def build(owner: ModelOwner) -> BuiltEmulator:
     """Build the emulator, and train the middle layers that it keeps; UserError where there is no room for that."""
     kept, distill, seed = uniform.plan(owner), owner.params.distill, owner.params.seed
-    copied = _numbers(emulator.layer_parameters(owner.outline, kept, "compressed").values())
-    weights = Weights(_numbers(owner.outline.parameters()) + copied, trained=copied)
+    copied = sum(p.numel() for p in emulator.layer_parameters(owner.outline, kept, "compressed").values())
+    weights = Weights(owner.outline.num_parameters() + copied, trained=copied)
     check_weights("compress, method distilled", weights, owner.runtime)
     model = owner.load()
     originals: dict[int, nn.Module] = {}
