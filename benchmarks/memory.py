@@ -7,37 +7,27 @@ random, blocks and batches small: memory only, no claim. Full fine-tuning, the m
 train every weight or most, aren't run: they take 16 bytes and more a weight.
 """
 
-import json
-import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
-from random_weights import write_model
+from random_pipeline import RandomPipeline
 from rich.table import Table
 from transformers import LlamaConfig
 
 from scaleot_core.common.entrypoint import run_command
 from scaleot_core.common.errors import UserError
-from scaleot_core.common.files import read_json, write_json
 from scaleot_core.common.progress import console
-from scaleot_core.params import changed, load_params
 from scaleot_core.training.checkpoint import scratch_dir
 
 WHOLE = 32  # decoder layers of LLaMA-7B
 SMALL: dict[str, Any] = {  # the preset `recommended`, but with a layer that is shipped whole and both kinds of adapters
     "device": "cpu",
-    "model": "model",
-    "tasks": ["piqa"],
     "alpha": 0.0,
     "beta": 0.0,
     "channel_pruning.ratio": 0.45,
     "adapter_layers": 1,
-    "data.questions": "questions",
-    "data.corpus": "corpus.jsonl",
     "data.block_size": 128,
     "data.train_blocks": 12,
     "data.heldout_blocks": 2,
@@ -71,55 +61,21 @@ METHODS = ("uniform", "crash", "gradot")
 ROWS = (*STAGES, *(f"compress: {method}" for method in METHODS))
 
 
-def write_project(folder: Path, layers: int) -> None:
-    """Write what the stages need: the model, a few questions, a corpus, and the project's own files."""
-    for name in ("stages", "dvc.yaml", "embedded.lock", "scaleot_core"):
-        source, ignore = Path(name), shutil.ignore_patterns("__pycache__")
-        shutil.copytree(source, folder / name, ignore=ignore) if source.is_dir() else shutil.copy(source, folder)
-    write_model(folder / "model", LlamaConfig(num_hidden_layers=layers))  # the rest is that of LLaMA-7B
-    (folder / "questions" / "piqa").mkdir(parents=True)
-    for part, numbers in (("train", range(8)), ("validation", range(8, 16))):
-        rows = [{"goal": f"count to {i}", "sol1": f"from 1 to {i}", "sol2": f"from {i}", "label": 0} for i in numbers]
-        (folder / "questions" / "piqa" / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    texts = [{"text": f"passage {i} " + " ".join(str(i * k % 97) for k in range(60))} for i in range(40)]
-    (folder / "corpus.jsonl").write_text("\n".join(map(json.dumps, texts)), encoding="utf-8")
-    write_params(folder)
-
-
-def write_params(folder: Path, **more: str) -> None:
-    params = changed(load_params(), {**SMALL, **more})
-    (folder / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")), encoding="utf-8")
-
-
-def pretend_full_finetune(baselines: Path) -> None:
-    """Put the zero-shot figures where stage evaluate looks for those of full fine-tuning, which isn't run here."""
-    folder = baselines / "full_finetune-piqa"
-    write_json(folder / "results.json", read_json(baselines / "zero_shot-piqa.json"))
-    write_json(folder / "tuning.json", {"lr": 0.0})
-    write_json(folder / "history.json", [])
-
-
 def peaks(layers: int, place: Path) -> dict[str, float]:
     """Run the stages in turn on a model of so many layers; give each one's peak in MiB."""
     found = {}
     with tempfile.TemporaryDirectory(dir=place) as name:
-        folder = Path(name)
-        write_project(folder, layers)
+        config = LlamaConfig(num_hidden_layers=layers)  # the rest is that of LLaMA-7B
+        pipeline = RandomPipeline(Path(name), config, questions=8, passages=40)
+        pipeline.write_params(SMALL)
         for row in ROWS:
             stage, _, method = row.partition(": ")
-            script, *item = stage.split()
             if stage == "evaluate":
-                pretend_full_finetune(folder / "artifacts" / "baselines")
+                pipeline.pretend_full_finetune()
             if method:
-                write_params(folder, method=method)
+                pipeline.write_params({**SMALL, "method": method})
             console.print(f"{layers} layers: {row}")
-            command = [sys.executable, f"stages/{script}.py", *item]
-            done = subprocess.run(command, cwd=folder, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
-            if done.returncode:
-                raise UserError(f"{row}: it failed; {' '.join(done.stderr.split())[-300:]}")
-            file = folder / "costs" / f"{'-'.join([script, *item])}.json"
-            cost = read_json(file) if file.exists() else read_json(folder / "metrics.json")["cost"][script]
-            found[row] = float(cost["peak_memory_mib"])
+            found[row] = pipeline.run(stage)["peak_memory_mib"]
     return found
 
 
