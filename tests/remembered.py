@@ -11,14 +11,12 @@ from typing import Any
 import pytest
 import yaml
 from jinja2 import Environment, Template
-from torch.utils import collect_env
 
 
 def remember(patch: pytest.MonkeyPatch) -> None:
-    """Let libraries remember what they compiled and parsed, and name no environment, until `patch` is undone."""
+    """Let libraries remember what they compiled and parsed, until `patch` is undone."""
     patch.setattr(Environment, "from_string", _compiled_once(Environment.from_string))
     patch.setattr(yaml, "safe_load", _parsed_once(yaml.safe_load))
-    patch.setattr(collect_env, "get_pretty_env_info", lambda: "not asked for")  # lm-eval's, after each evaluation
 
 
 def _compiled_once(compiled: Callable[..., Template]) -> Callable[..., Template]:

@@ -4,6 +4,7 @@ Light to import, so that `--help` is quick.
 """
 
 import io
+import logging
 import signal
 import sys
 from collections.abc import Callable
@@ -31,6 +32,7 @@ def run_command(main: Callable[[], None], called: Callable[[str], str] = _in_par
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a kernel package that nothing here needs
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     try:

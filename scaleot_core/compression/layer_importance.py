@@ -18,16 +18,7 @@ from scaleot_core.common.runtime import generator
 from scaleot_core.common.tensors import read_tensors
 from scaleot_core.compression.harmonizer import Harmonizer, Harmonizers
 from scaleot_core.models.families import decoder_layers, family
-from scaleot_core.models.forward import (
-    Removed,
-    Restart,
-    hidden_of,
-    hidden_states,
-    hooks,
-    mean_loss,
-    next_token_loss,
-    swapped_layers,
-)
+from scaleot_core.models.forward import hidden_of, hidden_states, hooks, mean_loss, next_token_loss, restarted
 from scaleot_core.settings import HarmonizerForm
 
 
@@ -77,15 +68,14 @@ def sensitivity(model: PreTrainedModel, harmonizers: Harmonizers, blocks: Tensor
 
     The layers before it run once for all: what comes of layer i's harmonizer on its known input is put in its place.
     """
-    whole, in_tuple = mean_loss(model, blocks, batch_blocks), family(model.config).in_tuple
+    whole = mean_loss(model, blocks, batch_blocks)
     costs = [0.0] * len(harmonizers)
     with progress("sensitivity", len(harmonizers) * math.ceil(len(blocks) / batch_blocks)) as tick:
         for batch in blocks.split(batch_blocks):
             inputs = hidden_states(model, batch, batch_blocks)
             for i, harmonizer in enumerate(harmonizers):
                 replaced = harmonizer.replacement(inputs[i].unflatten(0, batch.shape))
-                skipped: dict[int, nn.Module] = dict.fromkeys(range(i), Removed(in_tuple=in_tuple))
-                with swapped_layers(model, {**skipped, i: Restart(replaced, in_tuple=in_tuple)}):
+                with restarted(model, i, replaced):
                     loss = mean_loss(model, batch, batch_blocks)
                 costs[i] += (loss - whole) * len(batch) / len(blocks)
                 tick(tokens=batch.numel(), loss=loss - whole)

@@ -1,4 +1,4 @@
-"""Evaluation, all of it lm-eval's own: `simple_evaluate` over the model in memory (method section 6)."""
+"""Evaluation, all of it lm-eval's own: its `evaluate` over the model in memory (method section 6)."""
 
 import math
 import statistics
@@ -10,7 +10,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.progress import Tick, progress, say
-from scaleot_core.evaluation.definitions import OWN_TASKS
 from scaleot_core.evaluation.scoring import score
 from scaleot_core.evaluation.tasks import Rows, answer_pairs, load_task, metric_name, metrics, right_choices
 from scaleot_core.models.families import context_length
@@ -72,10 +71,9 @@ def evaluate(
     Per task: lm-eval's own metrics, such as `acc`, `exact_match` or `word_perplexity`, each with its `_stderr`;
     `answer_nll`, the mean negative log-likelihood (nats) of the right answer (the likeliest, where several are right),
     summed over its tokens, or, of texts that are scored as a whole, `token_perplexity`; the number of `questions`; the
-    task's `version`. `tasks.metrics` lists them. Of several processes the first alone gets figures.
+    task's `version`. `tasks.metrics` lists them.
     """
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
+    import lm_eval
 
     for name, rows in questions.items():
         if len(rows) < 2:
@@ -83,16 +81,15 @@ def evaluate(
     say(f"{label}: {', '.join(f'{name} ({len(rows)} questions)' for name, rows in questions.items())}")
     tasks = {name: load_task(name, rows, rows) for name, rows in questions.items()}
     view = lm(model, tokenizer, batch_size, label)
-    results = simple_evaluate(
-        model=view,
-        tasks=list(tasks.values()),
-        task_manager=TaskManager(include_path=str(OWN_TASKS), include_defaults=False),  # the default one takes 10 s
-        num_fewshot=0,
+    for task in tasks.values():
+        task.set_config("num_fewshot", 0)
+    # `simple_evaluate` would ask pip, git, the compiler and the driver for their versions after each evaluation
+    results = lm_eval.evaluate(
+        lm=view,
+        task_dict={"tasks": tasks, "groups": {}, "group_map": {}},
         bootstrap_iters=100,  # accuracies have a closed form; only a value above zero is needed
-        log_samples=True,
     )
-    if results is None:  # lm-eval has figures for the first of several processes alone
-        return {}
+    assert results is not None  # as it is where lm-eval itself splits questions over processes
     return {name: _figures(results, name, task, view) for name, task in tasks.items()}
 
 

@@ -24,7 +24,7 @@ from scaleot_core.compression.rank_compression import compress_layer, matrix_sha
 from scaleot_core.compression.svd import Factors, decompose
 from scaleot_core.methods.base import BuiltEmulator, ModelOwner, largest_fitting
 from scaleot_core.models.backward import BackwardPass
-from scaleot_core.models.families import family, fusion, projection_name
+from scaleot_core.models.families import family, feed_forward_paths, fusion, projection_paths
 from scaleot_core.models.forward import hooks, next_token_loss
 from scaleot_core.settings import Gradot
 
@@ -166,9 +166,8 @@ def layer_by_layer(owner: ModelOwner, cut_down: Plan, channels: dict[int, Tensor
 
 def linear_maps(config: PretrainedConfig, index: int) -> list[str]:
     """Name the linear maps of a layer that are cut, as in the model."""
-    names = family(config)
-    feed_forward = [f"{names.layers}.{index}.{name}" for name in (*names.feed_forward_in, names.feed_forward_out)]
-    return [projection_name(config, index, name) for name in names.projections] + feed_forward
+    paths = projection_paths(config) + feed_forward_paths(config)
+    return [f"{family(config).layers}.{index}.{path}" for path in paths]
 
 
 def cut_layer(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from scaleot_core.models.families import decoder_layers, family
-from scaleot_core.models.forward import Removed, Restart, hidden_of, hooks, swapped_layers
+from scaleot_core.models.families import decoder_layers
+from scaleot_core.models.forward import hidden_of, hooks, restarted
 from scaleot_core.models.streaming import StreamedModel
 
 
@@ -54,13 +54,11 @@ class BackwardPass:
                 yield
 
         streamed.run(blocks, keep, batch_blocks)
-        in_tuple = family(streamed.model.config).in_tuple
         self.gradients: list[Tensor] = []
         with streamed.without_layers() as model, torch.enable_grad():
             for batch, state in zip(blocks.split(batch_blocks), last, strict=True):
                 state.requires_grad_(True)
-                skipped: dict[int, nn.Module] = dict.fromkeys(range(count - 1), Removed(in_tuple=in_tuple))
-                with swapped_layers(model, {**skipped, count - 1: Restart(state, in_tuple=in_tuple)}):
+                with restarted(model, count - 1, state):
                     loss(model, batch).backward()
                 self.gradients.append(_gradient(state))
 

@@ -130,6 +130,16 @@ def feed_forward_name(config: PretrainedConfig, layer: int) -> str:
     return f"{family(config).layers}.{layer}.{family(config).feed_forward_out}"
 
 
+def projection_paths(config: PretrainedConfig) -> list[str]:
+    """Give the paths from a decoder layer to its attention projections."""
+    return [f"{family(config).attention}.{name}" for name in family(config).projections]
+
+
+def feed_forward_paths(config: PretrainedConfig) -> list[str]:
+    """Give the paths from a decoder layer to its feed-forward matrices."""
+    return [*family(config).feed_forward_in, family(config).feed_forward_out]
+
+
 def attention(config: PretrainedConfig, layer: nn.Module) -> nn.Module:
     """Return the attention of one decoder layer."""
     return layer.get_submodule(family(config).attention)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from scaleot_core.common.errors import UserError
-from scaleot_core.models.families import decoder_layers, decoder_stack
+from scaleot_core.models.families import decoder_layers, decoder_stack, family
 
 
 class StandIn(nn.Module):
@@ -79,6 +79,18 @@ def swapped_layers(model: PreTrainedModel, stand_ins: Mapping[int, nn.Module]) -
     finally:
         for i, original in originals.items():
             layers[i] = original
+
+
+@contextmanager
+def restarted(model: PreTrainedModel, index: int, states: Tensor) -> Iterator[None]:
+    """Have the model, for the length of a block, begin with hidden states (B, T, D) that leave decoder layer `index`.
+
+    No layer up to that one runs.
+    """
+    in_tuple = family(model.config).in_tuple
+    skipped: dict[int, nn.Module] = dict.fromkeys(range(index), Removed(in_tuple=in_tuple))
+    with swapped_layers(model, {**skipped, index: Restart(states, in_tuple=in_tuple)}):
+        yield
 
 
 def last_hidden_state(

@@ -14,7 +14,7 @@ from scaleot_core.common.errors import UserError
 from scaleot_core.common.runtime import generator
 from scaleot_core.compression.low_rank import FusedProjection, LowRankLinear, features
 from scaleot_core.compression.plan import DECODER_KINDS, Plan
-from scaleot_core.models.families import family
+from scaleot_core.models.families import family, feed_forward_paths, projection_paths
 from scaleot_core.settings import LoraForm
 
 ADAPTER_NAME = "default"  # PEFT's, which is in its parameters' names
@@ -43,9 +43,7 @@ def lora_layers(plan: Plan, form: LoraForm) -> list[int]:
 
 def target_modules(config: PretrainedConfig, form: LoraForm) -> list[str]:
     """Give the paths from a decoder layer to the matrices that LoRA is put beside."""
-    names = family(config)
-    projections = [f"{names.attention}.{name}" for name in names.projections]
-    return projections + ([*names.feed_forward_in, names.feed_forward_out] if form.modules == "all" else [])
+    return projection_paths(config) + (feed_forward_paths(config) if form.modules == "all" else [])
 
 
 def lora_features(model: PreTrainedModel, plan: Plan, form: LoraForm) -> dict[str, tuple[int, int]]:
