@@ -19,7 +19,7 @@ from scaleot_core.exchange.package import Package
 from scaleot_core.exchange.returned import fitted, kept_channels
 from scaleot_core.methods import ModelOwner
 from scaleot_core.models.forward import mean_loss
-from scaleot_core.models.loading import load_model, load_tokenizer
+from scaleot_core.models.loading import load_tokenizer
 from scaleot_core.params import Params
 from scaleot_core.training.blocks import prepare
 from scaleot_core.training.checkpoint import Checkpoint
@@ -44,19 +44,24 @@ class Outcome:
 
 
 class Attacks:
-    """The attacks on what a project's artifacts have. Each finished one is kept in the checkpoint's folder."""
+    """The attacks on what a project's artifacts have. Each finished one is kept in the checkpoint's folder.
+
+    While an attacker trains, no model is in memory but what is trained and, of `queries`, the one that is asked.
+    """
 
     def __init__(self, artifacts: Artifacts, params: Params, runtime: Runtime, checkpoint: Checkpoint) -> None:
         self.artifacts, self.params, self.runtime, self.checkpoint = artifacts, params, runtime, checkpoint
         self.blocks, self.heldout = artifacts.blocks("train"), artifacts.blocks("heldout")
         prepare(self.blocks, runtime.device)  # all is measured with the kernels that attacks train with
         self.package = Package(artifacts.emulator, links=True)
-        self.model, self.shipped = self._load(), self.package.load(runtime.device)
+        self.owner = ModelOwner(
+            artifacts.model, runtime, self.blocks, params, artifacts.harmonizers, checkpoint.folder, checkpoint
+        )
         tokenizer = load_tokenizer(artifacts.model)
 
         def encoded(task: str, part: str) -> examples.Examples:
             rows = artifacts.questions(task, part)
-            return examples.from_task(self.model, tokenizer, task, rows, block_size=params.data.block_size)
+            return examples.from_task(self.owner.outline, tokenizer, task, rows, block_size=params.data.block_size)
 
         self.members, self.others = ({task: encoded(task, part) for task in params.tasks} for part in ("train", "eval"))
         asked = slice(params.attack.eval_questions)
@@ -65,36 +70,29 @@ class Attacks:
         self.yardstick = Yardstick(tokenizer, questions, answers, params.evaluate.batch_size)
 
     def run(self) -> Outcome:
-        """Run all attacks; the real model is of no use after it."""
+        """Run all attacks."""
         package, params = self.package, self.params
+        known = {"model": self.owner.load, "package": partial(package.load, self.runtime.device)}
         before = {
-            name: self._kept(f"before-{name}", partial(self._measured, model, f"the {name}"))
-            for name, model in (("model", self.model), ("package", self.shipped))
+            name: self._kept(f"before-{name}", partial(self._measured, load, f"the {name}"))
+            for name, load in known.items()
         }
-        owner = ModelOwner(
-            self.artifacts.model,
-            self.runtime,
-            self.blocks,
-            params,
-            self.artifacts.harmonizers,
-            self.checkpoint.folder,
-            self.checkpoint,
-        )
         attacked = {
             name: self._kept(name, partial(self._attacked, name, target))
-            for name, target in targets(package, owner, self._served).items()
+            for name, target in targets(package, self.owner, self._served).items()
         }
         model_loss = math.log(before["model"]["perplexity"])
         curves = restoration.curves({name: result.pop("curve") for name, result in attacked.items()}, model_loss)
         ends = {row["target"]: {**row, **attacked[row["target"]]} for row in curves}  # the last row stays
         self._tell_shares(before, ends)
-        weights = exposure.exposure(self.model, self.shipped, package.plan)
+        model, shipped = known["model"](), known["package"]()
+        weights = exposure.exposure(model, shipped, package.plan)
         told: dict[str, dict[str, Figures]] = {
-            task: {kind: self._membership(task, kind) for kind in params.adapters} for task in params.tasks
+            task: {kind: self._membership(model, task, kind) for kind in params.adapters} for task in params.tasks
         }
         channels = kept_channels(self.artifacts.emulator_private, package.sha256) if package.plan.cuts else {}
         difficulty = hidden.recovery_difficulty(  # last, since it changes the model
-            self.model, self.shipped, package.plan, channels, self.heldout, params.seed
+            model, shipped, package.plan, channels, self.heldout, params.seed
         )
         short = {
             task: {
@@ -117,21 +115,19 @@ class Attacks:
         found: Figures = cached_json(self.checkpoint.folder / f"{name}.json", run)
         return found
 
-    def _load(self) -> PreTrainedModel:
-        return load_model(self.artifacts.model, device=self.runtime.device, dtype=self.runtime.dtype)
-
     def _returned(self, task: str, kind: str) -> TunedAdapter:
         """Read what came back for a task, at the real model's shapes."""
         tuned = adapter.read(self.artifacts.adapter(task, kind) / "adapter", self.package, links=True)
-        return fitted(tuned, self.package, self.model, self.artifacts.emulator_private)
+        return fitted(tuned, self.package, self.owner.outline, self.artifacts.emulator_private)
 
     def _served(self) -> PreTrainedModel:
         """Load the plug-in of the first task and kind of adapters, as it would be served."""
-        plugged = self._load()
+        plugged = self.owner.load()
         plug_in(plugged, self.package.plan, self._returned(self.params.tasks[0], self.params.adapters[0]))
         return plugged
 
-    def _measured(self, model: PreTrainedModel, label: str) -> Figures:
+    def _measured(self, load: Callable[[], PreTrainedModel], label: str) -> Figures:
+        model = load()
         return {"perplexity": math.exp(mean_loss(model, self.heldout)), **self.yardstick.measure(model, label)}
 
     def _attacked(self, name: str, target: Target) -> Figures:
@@ -151,14 +147,14 @@ class Attacks:
 
     def _tell_shares(self, before: Mapping[str, Figures], ends: Mapping[str, Figures]) -> None:
         """Put into every row the share above its floor: of what nobody trained, that of a uniform guess."""
-        floors = [(before, self.yardstick.uniform_guess(self.model.config.vocab_size))]
+        floors = [(before, self.yardstick.uniform_guess(self.owner.config.vocab_size))]
         if "without_weights" in ends:  # with the same training
             floors.append((ends, ends["without_weights"]))
         for rows, floor in floors:
             for row in rows.values():
                 row["above_floor"] = self.yardstick.above_floor(row, before["model"], floor)
 
-    def _membership(self, task: str, kind: str) -> Figures:
+    def _membership(self, model: PreTrainedModel, task: str, kind: str) -> Figures:
         records = slice(self.params.attack.membership_records)
         parts = (data[task][records] for data in (self.members, self.others))
-        return membership.attack(self.model, self.package.plan, self._returned(task, kind), *parts)
+        return membership.attack(model, self.package.plan, self._returned(task, kind), *parts)
