@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from scaleot_core.exchange.package import Package
 
 FROZEN_BYTES: dict[Frozen, float] = {"int8": 1, "int4": 0.5 + 4 / 64}  # of a number; int4 with a scale for 64
-SPLIT = ("train_harmonizers", "full_finetune")  # stages whose layers the processes of FSDP share
+SPLIT = ("train_harmonizers", "full_finetune", "attack")  # stages whose layers the processes of FSDP share
 
 
 @dataclass(frozen=True)

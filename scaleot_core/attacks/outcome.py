@@ -12,12 +12,14 @@ from scaleot_core.artifacts import Artifacts
 from scaleot_core.attacks import exposure, hidden, membership, restoration
 from scaleot_core.attacks.capabilities import Yardstick
 from scaleot_core.attacks.targets import Target, targets
+from scaleot_core.common import distributed
 from scaleot_core.common.files import cached_json
 from scaleot_core.common.runtime import Runtime
 from scaleot_core.exchange import adapter
 from scaleot_core.exchange.package import Package
 from scaleot_core.exchange.returned import fitted, kept_channels
 from scaleot_core.methods import ModelOwner
+from scaleot_core.models.families import decoder_layers
 from scaleot_core.models.forward import mean_loss
 from scaleot_core.models.loading import load_tokenizer
 from scaleot_core.params import Params
@@ -132,6 +134,7 @@ class Attacks:
 
     def _attacked(self, name: str, target: Target) -> Figures:
         victim, label = target.load(), f"attack {name}"
+        distributed.shard_layers(decoder_layers(victim))
         curve = restoration.restore(
             victim,
             self.blocks,
@@ -143,7 +146,7 @@ class Attacks:
             parameters=target.parameters(victim),
             loss=target.loss(victim),
         )
-        return {"curve": curve, **self.yardstick.measure(victim, label)}
+        return {"curve": curve, **distributed.broadcast_from_main(partial(self.yardstick.measure, victim, label))}
 
     def _tell_shares(self, before: Mapping[str, Figures], ends: Mapping[str, Figures]) -> None:
         """Put into every row the share above its floor: of what nobody trained, that of a uniform guess."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from scaleot_core.common import distributed
 from scaleot_core.common.files import cached_json
 from scaleot_core.common.runtime import generator
 from scaleot_core.compression.emulator import number_attention
@@ -144,7 +145,8 @@ def restore(
         if end and not file.exists():
             trainer.run(until=end)
             checkpoint.save(trainer.optimizer, end)
-        measured = cached_json(file, partial(mean_loss, model, heldout))
+        measure = partial(cached_json, file, partial(mean_loss, model, heldout))
+        measured = distributed.broadcast_from_main(measure)
         curve.append({"tokens": end * attack.batch_blocks * blocks.shape[1], "loss": measured})
     model.requires_grad_(False)
     return curve

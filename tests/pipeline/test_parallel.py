@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import change, run, succeed, write_project
+from helpers import ROOT, change, run, succeed, write_project
 from transformers import PreTrainedTokenizerFast
 
 from scaleot_core.common import distributed
@@ -93,6 +93,26 @@ def test_two_processes_give_one_processs_losses_and_weights(
     assert names[0] == names[1]
     scratch = two / ".scaleot" / "scratch"
     assert not [f for f in scratch.iterdir() if stage in f.name]
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["each holds all", "layers are split"])
+def test_two_processes_attack_as_one_does(
+    launched: Callable[..., str], alone: Path, tmp_path: Path, fsdp: bool
+) -> None:
+    one, two = (Path(shutil.copytree(alone, tmp_path / name)) for name in ("one", "two"))
+    for folder in (one, two):
+        (folder / "studies").mkdir()
+        shutil.copy(ROOT / "studies/dvc.yaml", folder / "studies")
+        small = {"steps": 4, "eval_points": 2, "batch_blocks": 3, "lr": 0.01, "eval_questions": 8}
+        change(folder, attack={**small, "membership_records": 8, "references": []})
+    succeed(one, "attack")
+    launched(two, "stages/attack.py", **(FSDP if fsdp else {}))
+    found = [json.loads((folder / "attack.json").read_text()) for folder in (one, two)]
+    ends = [{name: row["perplexity"] for name, row in each["restoration"].items()} for each in found]
+    assert ends[1] == pytest.approx(ends[0], rel=1e-3) and len(ends[0]) == 3
+    assert found[1]["weights"] == found[0]["weights"] and found[1]["before"] == found[0]["before"]
+    names = [sorted(str(f.relative_to(x)) for f in (x / "artifacts").rglob("*")) for x in (one, two)]
+    assert names[0] == names[1]
 
 
 HALVES = """
