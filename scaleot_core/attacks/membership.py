@@ -7,31 +7,48 @@ model's, which takes out how hard the record is (Watson et al., ICLR 2022).
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score, roc_curve
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from scaleot_core.compression.plan import Plan
+from scaleot_core.common.progress import progress
 from scaleot_core.models.forward import last_hidden_state, logits_of
-from scaleot_core.tuning.adapters import TunedAdapter, plugged_in
 from scaleot_core.tuning.examples import IGNORED, Example, collate
-from scaleot_core.tuning.tuner import answer_loss
 
 FALSE_POSITIVES = 0.01  # at which true positives are reported
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a model makes of a record's answer."""
+
+    loss: float
+    """Its mean cross-entropy (nats a token)."""
+    said: bool
+    """Whether the model says all of it by itself, greedily, from the prompt."""
+
+
 @torch.no_grad()
-def losses(model: PreTrainedModel, data: Sequence[Example]) -> list[float]:
-    """Compute each example's mean answer loss (nats per token)."""
-    found = []
-    for example in data:
-        inputs, targets = collate([example])
-        found.append(answer_loss(model, inputs.to(model.device), targets.to(model.device)).item())
-    return found
+def answers(model: PreTrainedModel, data: Sequence[Example], batch_size: int, label: str) -> list[Answer]:
+    """Measure a model on each example's answer, in batches of examples of similar length."""
+    found: dict[int, Answer] = {}
+    order = sorted(range(len(data)), key=lambda i: len(data[i][0]))
+    with progress(label, len(data)) as tick:
+        for start in range(0, len(order), batch_size):
+            at = order[start : start + batch_size]
+            inputs, targets = collate([data[i] for i in at])
+            hidden = last_hidden_state(model, inputs)  # (B, T, D)
+            for i, states, goals in zip(at, hidden, targets.to(hidden.device), strict=True):
+                wanted = goals != IGNORED
+                logits, right = logits_of(model, states[wanted]), goals[wanted]
+                loss = torch.nn.functional.cross_entropy(logits, right).item()
+                found[i] = Answer(loss, bool(torch.equal(logits.argmax(-1), right)))
+            tick(tokens=inputs.numel(), steps=len(at))
+    return [found[i] for i in range(len(data))]
 
 
 @dataclass(frozen=True)
@@ -61,41 +78,18 @@ def roc(members: Sequence[float], others: Sequence[float]) -> Roc:
     return Roc(auc, max(0.0, variance) ** 0.5, at, list(zip(false.tolist(), true.tolist(), strict=True)))
 
 
-def inference(
-    base: tuple[Sequence[float], Sequence[float]], plugged: tuple[Sequence[float], Sequence[float]]
-) -> dict[str, Roc]:
-    """Run both attacks on the losses of members and others under the base model and the plug-in."""
+def attack(base: Sequence[Sequence[Answer]], plugged: Sequence[Sequence[Answer]]) -> dict[str, Any]:
+    """Run both attacks, and extraction, on the answers of members and of others by the base model and the plug-in."""
+    losses = [[answer.loss for answer in part] for part in plugged]
     calibrated = [
-        [b - p for b, p in zip(before, after, strict=True)] for before, after in zip(base, plugged, strict=True)
+        [before.loss - after.loss for before, after in zip(*parts, strict=True)]
+        for parts in zip(base, plugged, strict=True)
     ]
-    return {
-        "loss": roc([-loss for loss in plugged[0]], [-loss for loss in plugged[1]]),
-        "calibrated": roc(*calibrated),
+    found = {"loss": roc(*([-loss for loss in part] for part in losses)), "calibrated": roc(*calibrated)}
+    said = [fmean(answer.said for answer in part) for part in plugged]
+    return {name: asdict(each) for name, each in found.items()} | {
+        "extracted": dict(zip(("members", "others"), said, strict=True))
     }
-
-
-@torch.no_grad()
-def extracted(model: PreTrainedModel, data: Sequence[Example]) -> float:
-    """Measure the share of examples whose whole answer the model says by itself, greedily, from the prompt."""
-    found = 0
-    for example in data:
-        inputs, targets = collate([example])
-        hidden = last_hidden_state(model, inputs)
-        wanted = targets[0] != IGNORED
-        said: Tensor = logits_of(model, hidden[0][wanted.to(hidden.device)]).argmax(-1).cpu()
-        found += bool(torch.equal(said, targets[0][wanted]))
-    return found / len(data)
-
-
-def attack(
-    model: PreTrainedModel, plan: Plan, tuned: TunedAdapter, members: Sequence[Example], others: Sequence[Example]
-) -> dict[str, Any]:
-    """Both attacks and extraction with one adapter plugged into the real model, which is then as it was."""
-    base = losses(model, members), losses(model, others)
-    with plugged_in(model, plan, tuned):
-        plugged = losses(model, members), losses(model, others)
-        said = {"members": extracted(model, members), "others": extracted(model, others)}
-    return {name: asdict(found) for name, found in inference(base, plugged).items()} | {"extracted": said}
 
 
 def without_curve(figures: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from scaleot_core.params import Params
 from scaleot_core.training.blocks import prepare
 from scaleot_core.training.checkpoint import Checkpoint
 from scaleot_core.tuning import examples
-from scaleot_core.tuning.adapters import TunedAdapter, plug_in
+from scaleot_core.tuning.adapters import TunedAdapter, plug_in, plugged_in
 
 Figures = dict[str, Any]
 
@@ -74,7 +74,10 @@ class Attacks:
     def run(self) -> Outcome:
         """Run all attacks."""
         package, params = self.package, self.params
-        known = {"model": self.owner.load, "package": partial(package.load, self.runtime.device)}
+        known: dict[str, Callable[[], PreTrainedModel]] = {
+            "model": self.owner.load,
+            "package": partial(package.load, self.runtime.device),
+        }
         before = {
             name: self._kept(f"before-{name}", partial(self._measured, load, f"the {name}"))
             for name, load in known.items()
@@ -89,9 +92,7 @@ class Attacks:
         self._tell_shares(before, ends)
         model, shipped = known["model"](), known["package"]()
         weights = exposure.exposure(model, shipped, package.plan)
-        told: dict[str, dict[str, Figures]] = {
-            task: {kind: self._membership(model, task, kind) for kind in params.adapters} for task in params.tasks
-        }
+        told: dict[str, dict[str, Figures]] = {task: self._membership(model, task) for task in params.tasks}
         channels = kept_channels(self.artifacts.emulator_private, package.sha256) if package.plan.cuts else {}
         difficulty = hidden.recovery_difficulty(  # last, since it changes the model
             model, shipped, package.plan, channels, self.heldout, params.seed
@@ -157,7 +158,18 @@ class Attacks:
             for row in rows.values():
                 row["above_floor"] = self.yardstick.above_floor(row, before["model"], floor)
 
-    def _membership(self, model: PreTrainedModel, task: str, kind: str) -> Figures:
+    def _membership(self, model: PreTrainedModel, task: str) -> dict[str, Figures]:
+        """Run membership inference with each kind of a task's adapters in the real model, which stays as it is."""
         records = slice(self.params.attack.membership_records)
-        parts = (data[task][records] for data in (self.members, self.others))
-        return membership.attack(model, self.package.plan, self._returned(task, kind), *parts)
+        parts = [data[task][records] for data in (self.members, self.others)]
+
+        def asked(who: str) -> list[list[membership.Answer]]:
+            size, label = self.params.evaluate.batch_size, f"membership {task}: {who}"
+            return [membership.answers(model, part, size, label) for part in parts]
+
+        base = asked("the model")
+        found: dict[str, Figures] = {}
+        for kind in self.params.adapters:
+            with plugged_in(model, self.package.plan, self._returned(task, kind)):
+                found[kind] = membership.attack(base, asked(f"plug_in, {kind}"))
+        return found

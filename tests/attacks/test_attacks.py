@@ -23,10 +23,10 @@ from scaleot_core.models.forward import mean_loss
 from scaleot_core.params import changed
 from scaleot_core.settings import LoraForm
 from scaleot_core.training.checkpoint import Checkpoint
-from scaleot_core.tuning.adapters import TunedLayers, TunedLora
-from scaleot_core.tuning.examples import from_task
+from scaleot_core.tuning.adapters import TunedLayers, TunedLora, plugged_in
+from scaleot_core.tuning.examples import collate, from_task
 from scaleot_core.tuning.lora import insert_lora
-from scaleot_core.tuning.tuner import train
+from scaleot_core.tuning.tuner import answer_loss, train
 
 
 @pytest.fixture
@@ -265,11 +265,20 @@ def test_scores_that_say_nothing_are_a_coin_and_perfect_ones_find_all():
 
 
 def test_calibration_takes_out_how_hard_a_record_is():
-    hard = [1.0, 5.0, 9.0, 2.0, 6.0, 10.0]
-    base = hard[:3], hard[3:]
-    plugged = [loss - 1 for loss in hard[:3]], hard[3:]
-    found = membership.inference(base, plugged)
-    assert found["calibrated"].auc == 1 and found["loss"].auc < 1
+    hard = [membership.Answer(loss, False) for loss in (1.0, 5.0, 9.0, 2.0, 6.0, 10.0)]
+    plugged = [[membership.Answer(answer.loss - 1, True) for answer in hard[:3]], hard[3:]]
+    found = membership.attack([hard[:3], hard[3:]], plugged)
+    assert found["calibrated"]["auc"] == 1 and found["loss"]["auc"] < 1
+    assert found["extracted"] == {"members": 1, "others": 0}
+
+
+def told_of(model, tuned, *parts):
+    """The attacks on an adapter, whose plug-in says other answers than the model."""
+    base = [membership.answers(model, part, 4, "test") for part in parts]
+    with plugged_in(model, PLAN, tuned):
+        plugged = [membership.answers(model, part, 4, "test") for part in parts]
+    assert plugged != base
+    return membership.attack(base, plugged)
 
 
 @pytest.mark.slow
@@ -281,10 +290,9 @@ def test_overfitted_adapter_gives_its_records_away_and_the_model_is_as_it_was(to
     train(tuned, layer_parameters(tuned, PLAN, "adapter"), members, settings, lr=1e-2, seed=0, label="test")
     adapter = TunedLayers({name: p.detach() for name, p in layer_parameters(tuned, PLAN, "adapter").items()})
     before = {name: p.clone() for name, p in model.named_parameters()}
-    found = membership.attack(model, PLAN, adapter, members, others)
+    found = told_of(model, adapter, members, others)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert found["calibrated"]["auc"] > 0.6
-    assert membership.losses(tuned, members) != membership.losses(model, members)
     assert "curve" not in membership.without_curve(found["loss"]) and found["extracted"].keys() == {"members", "others"}
 
 
@@ -303,7 +311,7 @@ def test_lora_gives_its_records_away_too_and_the_model_is_as_it_was(tokenizer, p
         if ".lora_A." in name
     }
     before = {name: p.clone() for name, p in model.named_parameters()}
-    found = membership.attack(model, PLAN, TunedLora(form, factors, False), members, others)
+    found = told_of(model, TunedLora(form, factors, False), members, others)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert found["calibrated"]["auc"] > 0.6
 
@@ -312,7 +320,9 @@ def test_extraction_is_the_answer_said_word_for_word(tokenizer):
     model = tiny_model("llama")
     (example,) = from_task(model, tokenizer, "piqa", piqa_rows(1), block_size=16)
     tokens, targets = example
-    assert membership.extracted(model, [example]) == 0.0
     said = model(torch.tensor([tokens])).logits[0].argmax(-1)
     spoken = (tokens, [int(said[k]) if target != -100 else -100 for k, target in enumerate(targets)])
-    assert membership.extracted(model, [spoken, example]) == 0.5
+    found = membership.answers(model, [spoken, example], 2, "test")
+    assert [answer.said for answer in found] == [True, False]
+    alone = [answer_loss(model, *collate([each])).item() for each in (spoken, example)]
+    assert [answer.loss for answer in found] == pytest.approx(alone)
