@@ -53,7 +53,7 @@ choose: repro  ## which setting to ship: RECOVERY=0.9, LACKS=0.9 (nats) or BYTES
 sweep: repro  ## the dial: alpha by beta, a table and a picture; an hour and a half on 2 cores
 	python -m studies.sweep
 
-demo: repro  ## two parties, sixteen invented facts, and what the real model says of them: six minutes on 2 cores
+demo: repro  ## two parties, sixteen invented facts, and what the real model says of them: three to six minutes on 2 cores
 	python -m studies.demo
 
 attack: repro  ## what an attacker makes of the package and of the adapters: restoration, weights, membership
