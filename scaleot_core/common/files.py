@@ -27,6 +27,16 @@ def _mode(most: int) -> int:
 
 
 @contextmanager
+def _named(target: Path) -> Iterator[None]:
+    """Put the name of what is being written into an OSError that has none, as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(target)
+        raise
+
+
+@contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `target` when the block ends well and vanishes when it doesn't."""
     if not is_main_process():
@@ -37,7 +47,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     old = temporary.with_name(f"{temporary.name}.old")
     try:
-        yield temporary
+        with _named(target):
+            yield temporary
         folder_mode, file_mode = _mode(0o777), _mode(0o666)
         for path in (temporary, *temporary.rglob("*")):  # safetensors leaves files that their owner alone can read
             path.chmod(folder_mode if path.is_dir() else file_mode)
@@ -67,7 +78,8 @@ def atomic_file(target: Path, *, private: bool = False) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
+        with _named(target):
+            yield temporary
         temporary.chmod(0o600 if private else _mode(0o666))
         temporary.replace(target)
     finally:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,15 @@ def test_full_disk_leaves_the_old_file(
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path / "file", {} if write is write_json else {"a": torch.ones(9)})
     assert snapshot(tmp_path) == {"file": b"old"}
+
+
+@pytest.mark.parametrize("atomic", [atomic_file, atomic_folder])
+def test_an_error_without_a_name_gets_that_of_what_was_written(
+    tmp_path: Path, atomic: Callable[[Path], AbstractContextManager[Path]]
+) -> None:
+    with pytest.raises(OSError, match="No space left") as raised, atomic(tmp_path / "target"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert raised.value.filename == str(tmp_path / "target") and not snapshot(tmp_path)
 
 
 def test_rows_that_break_off_leave_the_old_file(tmp_path: Path) -> None:
