@@ -5,11 +5,12 @@ answers are also asked for openly, and the questions' text, another domain than 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scaleot_core.evaluation.harness import evaluate
@@ -23,6 +24,18 @@ if TYPE_CHECKING:
 Figures = Mapping[str, Any]
 
 
+def hidden_by_example(
+    model: PreTrainedModel, data: Sequence[Example], batch_size: int
+) -> Iterator[tuple[int, Tensor, Example]]:
+    """Yield each example's number, last hidden states (T, D) and the example, run in batches of similar length."""
+    order = sorted(range(len(data)), key=lambda i: len(data[i][0]))
+    for start in range(0, len(order), batch_size):
+        at = order[start : start + batch_size]
+        hidden = last_hidden_state(model, collate([data[i] for i in at])[0])  # (B, T, D)
+        for i, states in zip(at, hidden, strict=True):
+            yield i, states[: len(data[i][0])], data[i]
+
+
 @torch.no_grad()
 def open_answers(model: PreTrainedModel, data: Sequence[Example], batch_size: int) -> dict[str, float]:
     """Measure a model on questions with their right answers, no choices given.
@@ -31,18 +44,14 @@ def open_answers(model: PreTrainedModel, data: Sequence[Example], batch_size: in
     that are the likeliest at their place, `answers` the share of questions whose whole answer the model says greedily.
     """
     nats, tokens, answer_tokens, right_tokens, answers = 0.0, 0, 0, 0, 0
-    ordered = sorted(data, key=lambda example: len(example[0]))
-    for start in range(0, len(ordered), batch_size):
-        batch = ordered[start : start + batch_size]
-        hidden = last_hidden_state(model, collate(batch)[0])  # (B, T, D)
-        for states, (inputs, targets) in zip(hidden, batch, strict=True):
-            logits = logits_of(model, states[: len(inputs)])  # (T, V)
-            following = torch.tensor([*inputs[1:], targets[-1]], device=logits.device)
-            answer = torch.tensor(targets, device=logits.device) != IGNORED
-            right = (logits.argmax(-1) == following)[answer]
-            nats += torch.nn.functional.cross_entropy(logits, following, reduction="sum").item()
-            tokens, answer_tokens = tokens + len(inputs), answer_tokens + len(right)
-            right_tokens, answers = right_tokens + int(right.sum()), answers + bool(right.all())
+    for _, states, (inputs, targets) in hidden_by_example(model, data, batch_size):
+        logits = logits_of(model, states)  # (T, V)
+        following = torch.tensor([*inputs[1:], targets[-1]], device=logits.device)
+        answer = torch.tensor(targets, device=logits.device) != IGNORED
+        right = (logits.argmax(-1) == following)[answer]
+        nats += torch.nn.functional.cross_entropy(logits, following, reduction="sum").item()
+        tokens, answer_tokens = tokens + len(inputs), answer_tokens + len(right)
+        right_tokens, answers = right_tokens + int(right.sum()), answers + bool(right.all())
     return {
         "text_perplexity": math.exp(nats / tokens),
         "answer_tokens": right_tokens / answer_tokens,

@@ -11,7 +11,7 @@ from scaleot_core.attacks.hidden import cut_matrices
 from scaleot_core.compression.channels import channels_of
 from scaleot_core.compression.low_rank import weight_of
 from scaleot_core.compression.plan import Plan
-from scaleot_core.models.families import family, projection_name
+from scaleot_core.models.families import family, feed_forward_paths, projection_name
 
 Row = dict[str, Any]
 
@@ -40,7 +40,7 @@ def _channel_rows(model: PreTrainedModel, emulator: PreTrainedModel, index: int)
     """List one layer's feed-forward matrices, of whose channels a share is given: as they are, or refitted."""
     names, rows = family(model.config), []
     share = channels_of(emulator, index) / channels_of(model, index)
-    for inner in (*names.feed_forward_in, names.feed_forward_out):
+    for inner in feed_forward_paths(model.config):
         where = f"{names.layers}.{index}.{inner}"
         (whole, bias), (given, _) = (weight_of(m.get_submodule(where)) for m in (model, emulator))
         by_channel = (given.T, whole.T) if inner == names.feed_forward_out else (given, whole)

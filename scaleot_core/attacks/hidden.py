@@ -17,7 +17,7 @@ from scaleot_core.attacks.restoration import draw_layer, fresh_matrix
 from scaleot_core.compression.channels import channel_rows, channels_of
 from scaleot_core.compression.low_rank import FusedProjection, LowRankLinear, weight_of
 from scaleot_core.compression.plan import LayerKind, Plan
-from scaleot_core.models.families import attention, decoder_layers, family, fusion
+from scaleot_core.models.families import attention, decoder_layers, family, feed_forward_paths, fusion
 from scaleot_core.models.forward import mean_loss
 
 HIDDEN_LAYERS: tuple[LayerKind, ...] = ("harmonizer", "shared", "removed")  # of which the package has nothing
@@ -70,7 +70,7 @@ def cut_parameters(model: PreTrainedModel, emulator: PreTrainedModel, plan: Plan
     for i in plan.layers("compressed"):
         inside = {f"{names.attention}.{cut.projection}" for cut in cut_matrices(model, emulator, plan, i)}
         if channels_of(emulator, i) < channels_of(model, i):
-            inside |= {*names.feed_forward_in, names.feed_forward_out}
+            inside |= {*feed_forward_paths(model.config)}
         matrices += [f"{names.layers}.{i}.{inner}." for inner in sorted(inside)]
     return {
         name: parameter

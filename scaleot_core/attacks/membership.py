@@ -15,9 +15,10 @@ import torch
 from sklearn.metrics import roc_auc_score, roc_curve
 from transformers import PreTrainedModel
 
+from scaleot_core.attacks.capabilities import hidden_by_example
 from scaleot_core.common.progress import progress
-from scaleot_core.models.forward import last_hidden_state, logits_of
-from scaleot_core.tuning.examples import IGNORED, Example, collate
+from scaleot_core.models.forward import logits_of
+from scaleot_core.tuning.examples import IGNORED, Example
 
 FALSE_POSITIVES = 0.01  # at which true positives are reported
 
@@ -36,18 +37,14 @@ class Answer:
 def answers(model: PreTrainedModel, data: Sequence[Example], batch_size: int, label: str) -> list[Answer]:
     """Measure a model on each example's answer, in batches of examples of similar length."""
     found: dict[int, Answer] = {}
-    order = sorted(range(len(data)), key=lambda i: len(data[i][0]))
     with progress(label, len(data)) as tick:
-        for start in range(0, len(order), batch_size):
-            at = order[start : start + batch_size]
-            inputs, targets = collate([data[i] for i in at])
-            hidden = last_hidden_state(model, inputs)  # (B, T, D)
-            for i, states, goals in zip(at, hidden, targets.to(hidden.device), strict=True):
-                wanted = goals != IGNORED
-                logits, right = logits_of(model, states[wanted]), goals[wanted]
-                loss = torch.nn.functional.cross_entropy(logits, right).item()
-                found[i] = Answer(loss, bool(torch.equal(logits.argmax(-1), right)))
-            tick(tokens=inputs.numel(), steps=len(at))
+        for i, states, (inputs, targets) in hidden_by_example(model, data, batch_size):
+            goals = torch.tensor(targets, device=states.device)
+            wanted = goals != IGNORED
+            logits, right = logits_of(model, states[wanted]), goals[wanted]
+            loss = torch.nn.functional.cross_entropy(logits, right).item()
+            found[i] = Answer(loss, bool(torch.equal(logits.argmax(-1), right)))
+            tick(tokens=len(inputs))
     return [found[i] for i in range(len(data))]
 
 

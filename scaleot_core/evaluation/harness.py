@@ -89,7 +89,7 @@ def evaluate(
         task_dict={"tasks": tasks, "groups": {}, "group_map": {}},
         bootstrap_iters=100,  # accuracies have a closed form; only a value above zero is needed
     )
-    assert results is not None  # as it is where lm-eval itself splits questions over processes
+    assert results is not None  # only processes over which lm-eval itself splits the questions get None
     return {name: _figures(results, name, task, view) for name, task in tasks.items()}
 
 

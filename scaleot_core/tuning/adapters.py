@@ -13,7 +13,7 @@ from scaleot_core.compression.channels import channel_rows
 from scaleot_core.compression.emulator import layer_parameters
 from scaleot_core.compression.low_rank import features
 from scaleot_core.compression.plan import Plan
-from scaleot_core.models.families import family
+from scaleot_core.models.families import family, feed_forward_paths
 from scaleot_core.settings import LoraForm
 
 
@@ -83,7 +83,7 @@ def fit_to_model(adapter: TunedLora, model: PreTrainedModel, channels: Mapping[i
     """
     names, factors = family(model.config), dict(adapter.factors)
     for i, kept in channels.items():
-        for inner in (*names.feed_forward_in, names.feed_forward_out):
+        for inner in feed_forward_paths(model.config):
             name = f"{names.layers}.{i}.{inner}"
             if name in factors:
                 a, b = factors[name]
