@@ -322,8 +322,8 @@ def test_memory_of_plugging_in_does_not_grow_with_the_layers(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Checked against the package, with a scale measured on both models, and written: a layer at a time."""
-    wide = {"hidden_size": 512, "intermediate_size": 4096, "num_key_value_heads": 4, "head_dim": 128}
-    layer = (4 * 512**2 + 3 * 512 * 4096) * 4 / 2**20  # MiB
+    wide = {"hidden_size": 256, "intermediate_size": 4096, "num_key_value_heads": 4, "head_dim": 64}
+    layer = (4 * 256**2 + 3 * 256 * 4096) * 4 / 2**20  # MiB
     monkeypatch.setattr(shards, "SHARD_BYTES", 2 * 10**9)
     depths = (2, 4, 12)  # the first is there for what Python imports on the way
     for depth in depths:

@@ -262,7 +262,10 @@ def test_comparison_runs_all_methods_with_all_seeds_and_writes_its_table(
     assert log.startswith("before\n<!-- compare -->\n| means of piqa") and log.endswith(
         "<!-- end of compare -->\nafter\n"
     )
-    assert "old" not in log and "| gap acc | 0.100 ± 0.000 | **0.200 ± 0.000** |" in log
+    lines = [line.strip("| ").split(" | ") for line in log.splitlines() if line.startswith("|")]
+    told = {line[0]: dict(zip(lines[0][1:], line[1:], strict=True)) for line in lines[2:]}
+    assert "old" not in log and len(told) == 14
+    assert told["uniform"]["gap acc"] == "0.100 ± 0.000" and told["uniform, lora"]["gap acc"] == "**0.200 ± 0.000**"
     assert {(c["method"], c.get("channel_pruning.ratio", 0), c["seed"]) for c in made} == {
         (method, cut, seed)
         for method, cut in [
