@@ -6,8 +6,8 @@ PARALLEL := --numprocesses=2 --dist=loadscope --no-loadscope-reorder
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: ablations attack attack-study bench budgets check-default choose compare demo harmonizer-studies help lint report \
-	repro sweep table test test-quick
+.PHONY: ablations attack attack-study bench budgets check-default choose compare demo harmonizer-studies help lint private-study \
+	report repro sweep table test test-quick
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -61,6 +61,9 @@ attack: repro  ## what an attacker makes of the package and of the adapters: res
 
 attack-study: repro  ## the restoration attack over alpha, beta and channel_pruning.ratio, three seeds, both kinds of adapters: many hours on 2 cores
 	python -m studies.attacks
+
+private-study: repro  ## every method's package tuned with differential privacy and attacked: an hour and a half on 2 cores
+	python -m studies.attacks private
 
 budgets: repro  ## the attack with growing budgets, to 1 M tokens, and what 100 times more would reach; about six hours
 	python -m studies.budgets $(STEPS)

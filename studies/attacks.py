@@ -4,10 +4,13 @@ Beside them are `channel_pruning.ratio` alone and the variants in attacks.yaml; 
 by LoRA in every layer that is there, a row each. Every setting is a DVC experiment that
 runs the pipeline and the stage `attack`, through DVC's queue as in the sweep. A run that exists already, as an
 experiment of this commit or as figures in attacks-runs.csv, is not repeated. `make attack-study` runs it.
+
+`make private-study` is the same study of private.yaml: every method's package, tuned with differential privacy.
 """
 
 import itertools
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ import yaml
 from rich.table import Table
 
 from scaleot_core.common.entrypoint import run_command
+from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import atomic_file, write_csv
 from scaleot_core.common.progress import console
 from scaleot_core.params import changed, load_params
@@ -23,7 +27,7 @@ from scaleot_core.reporting import figures
 from scaleot_core.reporting.measurements import mean, of_kind, over_seeds
 from studies.experiments import Changes, Figures, cached_figures, experiment_name, read_metrics, run_all
 
-SETTINGS, OUT = Path(__file__).with_suffix(".yaml"), Path("docs/studies")
+STUDIES, OUT = Path(__file__).parent, Path("docs/studies")
 KINDS = {"layers": "{}", "lora": "{}, lora"}  # of adapters, and the names of a setting's rows
 TARGETS = ("dvc.yaml", "studies/dvc.yaml:attack")
 COLUMNS = (
@@ -31,7 +35,7 @@ COLUMNS = (
     *("remaining gap", "won back", "attacker acc", "model acc", "bytes exact", "difficulty"),  # the package's
     *("membership AUC", "membership true positives", "answers said", "answers said of others"),  # the adapter's
 )
-SHOWN = ("recovery answer_nll", "gap answer_nll", "remaining gap", "bytes exact", "membership AUC")
+SHOWN = ("recovery acc", "recovery answer_nll", "gap answer_nll", "remaining gap", "bytes exact", "membership AUC")
 
 
 def remaining_gap(metrics: Mapping[str, Any], attack: Mapping[str, Any]) -> float:
@@ -86,44 +90,41 @@ def settings(swept: Mapping[str, Any]) -> dict[str, tuple[str, float | str, Chan
     return found | {name: (name, "", changes) for name, changes in swept["variants"].items()}
 
 
-def name_of(setting: str, seed: int) -> str:
-    """The name of a setting's experiment."""
-    return experiment_name("attacks", setting, "seed", seed)
-
-
 def main() -> None:
-    params, swept = load_params(), yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
-    own, seeds = settings(swept), swept["seeds"]
+    study = sys.argv[1] if len(sys.argv) > 1 else "attacks"
+    if not (file := STUDIES / f"{study}.yaml").is_file():
+        raise UserError(f"attacks: there is no study {study!r}; `attacks` and `private` are there")
+    params, swept = load_params(), yaml.safe_load(file.read_text(encoding="utf-8"))
+    own, seeds, kinds = settings(swept), swept["seeds"], swept["changes"]["adapters"]
+    names = {(name, seed): experiment_name(study, name, "seed", seed) for seed in seeds for name in own}
     wanted = {
-        name_of(name, seed): {**swept["changes"], **changes, "seed": seed}
-        for seed in seeds
-        for name, (_, _, changes) in own.items()
+        experiment: {**swept["changes"], **own[name][2], "seed": seed} for (name, seed), experiment in names.items()
     }
 
     def make(missing: Mapping[str, Changes]) -> Iterator[tuple[str, Figures]]:
-        for name, run in run_all(missing, "attacks", TARGETS):
+        for name, run in run_all(missing, study, TARGETS):
             metrics, attack = read_metrics(run), read_metrics(run, "attack.json")
-            each = {kind: run_figures(metrics, attack, kind) for kind in KINDS}
-            yield name, {f"{column}, {kind}": each[kind][column] for kind in KINDS for column in COLUMNS}
+            each = {kind: run_figures(metrics, attack, kind) for kind in kinds}
+            yield name, {f"{column}, {kind}": each[kind][column] for kind in kinds for column in COLUMNS}
 
-    columns = [f"{column}, {kind}" for kind in KINDS for column in COLUMNS]
-    found = cached_figures(OUT / "attacks-runs.csv", columns, wanted, make, *TARGETS)
+    columns = [f"{column}, {kind}" for kind in kinds for column in COLUMNS]
+    found = cached_figures(OUT / f"{study}-runs.csv", columns, wanted, make, *TARGETS)
     rows = []
-    for (name, (line, label, changes)), kind in itertools.product(own.items(), KINDS):
+    for (name, (line, label, changes)), kind in itertools.product(own.items(), kinds):
         dial = changed(params, dict(changes))
         row: dict[str, Any] = {"line": KINDS[kind].format(line), "label": label, "adapters": kind}
-        row |= {"alpha": dial.alpha, "beta": dial.beta, "channels": dial.channel_pruning.ratio}
-        seen = [found[name_of(name, seed)] for seed in seeds]
+        row |= {"method": dial.method, "alpha": dial.alpha, "beta": dial.beta, "channels": dial.channel_pruning.ratio}
+        seen = [found[names[name, seed]] for seed in seeds]
         for figure in COLUMNS:
             values = [each[f"{figure}, {kind}"] for each in seen]
             row[figure], row[f"{figure} ±"] = over_seeds(values) or (None, None)
         rows.append(row)
-    write_csv(OUT / "attacks.csv", rows)
+    write_csv(OUT / f"{study}.csv", rows)
     panels = [figures.REMAINING_GAP, figures.GAP_NLL]
-    with atomic_file(OUT / "attacks.png") as temporary:
+    with atomic_file(OUT / f"{study}.png") as temporary:
         figures.save_png(figures.frontier(figures.by_line(rows), panels), temporary)
-    table = Table("", *SHOWN, title=f"the dial under attack, means of seeds {seeds}; all figures: {OUT}/attacks.csv")
-    for (name, kind), row in zip(itertools.product(own, KINDS), rows, strict=True):
+    table = Table("", *SHOWN, title=f"{study}: means of seeds {seeds}; all figures: {OUT}/{study}.csv")
+    for (name, kind), row in zip(itertools.product(own, kinds), rows, strict=True):
         table.add_row(
             KINDS[kind].format(name), *("–" if row[figure] is None else f"{row[figure]:.3g}" for figure in SHOWN)
         )

@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple
 
 from scaleot_core.common.errors import UserError, one_line
 
+State = Literal["running", "waiting", "failed"]
+
 
 class Task(NamedTuple):
     """One experiment in the queue: its commit in DVC's stash, its name, the commit it changes, and where it stands."""
@@ -17,25 +19,34 @@ class Task(NamedTuple):
     revision: str
     name: str | None
     base: str
-    state: Literal["waiting", "failed"]
+    state: State
 
 
 def tasks() -> list[Task]:
     """List the experiments that wait or run, and those that failed; UserError where DVC can't tell."""
     with _repo() as repo:
         queue = repo.experiments.celery_queue
-        waiting = [*queue.iter_active(), *queue.iter_queued()]
-        failed = [done.entry for done in queue.iter_failed()]
-    return [
-        *(Task(entry.stash_rev, entry.name, entry.baseline_rev, "waiting") for entry in waiting),
-        *(Task(entry.stash_rev, entry.name, entry.baseline_rev, "failed") for entry in failed),
-    ]
+        found: dict[State, list[Any]] = {
+            "running": list(queue.iter_active()),
+            "waiting": list(queue.iter_queued()),
+            "failed": [done.entry for done in queue.iter_failed()],
+        }
+    return [Task(entry.stash_rev, entry.name, entry.baseline_rev, state) for state in found for entry in found[state]]
 
 
 def has_worker() -> bool:
-    """Ask whether any worker of the queue answers, busy or idle, which takes a second; UserError as above."""
-    with _repo() as repo:
-        return bool(repo.experiments.celery_queue.worker_status())
+    """Say whether a worker of this project's queue lives.
+
+    It isn't asked: one that was told to stop, by an earlier `dvc queue stop` too, answers nobody but ends its run.
+    """
+    import psutil
+
+    here = Path.cwd()
+    for process in psutil.process_iter(["cmdline", "cwd"]):
+        command, folder = process.info["cmdline"], process.info["cwd"]
+        if command and folder and "queue-worker" in command and Path(folder) == here:
+            return True
+    return False
 
 
 def check_path() -> None:

@@ -28,7 +28,7 @@ from scaleot_core.params import Params, changed, load_params
 from studies import dvc_queue
 
 POLL_SECONDS = float(os.environ.get("STUDIES_POLL_SECONDS", "5"))  # between two looks at DVC's queue
-IDLE_SECONDS = 200.0  # without a worker before it is believed that there is none: one may be too busy to answer
+IDLE_SECONDS = 60.0  # without a worker before it is believed that none comes; meanwhile workers are started anew
 NEUTRAL_PARAMS = {"device", "threads", "launch", "checkpoint_seconds"}  # parameters that no figure hangs on
 DRAWING = Path("scaleot_core/reporting/figures.py")  # and code that none hangs on
 
@@ -158,8 +158,9 @@ def run_all(wanted: Mapping[str, Changes], label: str, targets: Sequence[str] = 
     if not todo:
         return
     dvc_queue.check_path()
-    others = _queue({name: wanted[name] for name in todo}, base, label, targets)
-    seen = time.monotonic()  # when a worker answered last
+    jobs = min(workers(), len(todo))
+    others = _queue({name: wanted[name] for name in todo}, base, label, targets, jobs)
+    seen = time.monotonic()  # when a worker lived last
     with progress(label, len(wanted), len(wanted) - len(todo)) as tick:
         while True:
             for each in ended():
@@ -168,17 +169,21 @@ def run_all(wanted: Mapping[str, Changes], label: str, targets: Sequence[str] = 
             if not todo:
                 return
             time.sleep(POLL_SECONDS)
+            tasks, trouble = [], ""
             try:
-                tasks, working, trouble = dvc_queue.tasks(), dvc_queue.has_worker(), ""
+                tasks = dvc_queue.tasks()
             except Exception as error:  # DVC trips at times over a run that ends while it looks
-                tasks, working, trouble = [], False, f" ({one_line(error)})"
+                trouble = f" ({one_line(error)})"
             for task in tasks:
                 if task.name in todo and task.state == "failed" and task.revision not in others:
                     raise UserError(
                         f"experiment {task.name}: it failed; `dvc queue logs {task.name}` says why; mend it, then run "
                         "again: what is done is kept"
                     )
-            seen = time.monotonic() if working else seen
+            if dvc_queue.has_worker():
+                seen = time.monotonic()
+            elif any(task.state == "waiting" for task in tasks):  # the workers ended: an earlier stop reached them late
+                _dvc("queue", "start", f"--jobs={jobs}")
             if time.monotonic() - seen > IDLE_SECONDS:
                 raise UserError(
                     f"experiment {next(iter(todo))}: DVC has no worker for it{trouble}; `dvc queue kill` what "
@@ -186,16 +191,15 @@ def run_all(wanted: Mapping[str, Changes], label: str, targets: Sequence[str] = 
                 )
 
 
-def _queue(missing: Mapping[str, Changes], base: str, label: str, targets: Sequence[str]) -> set[str]:
-    """Queue what is missing and not in DVC's queue yet, and start workers; return the tasks that aren't ours."""
+def _queue(missing: Mapping[str, Changes], base: str, label: str, targets: Sequence[str], jobs: int) -> set[str]:
+    """Queue what is missing and not in DVC's queue yet, and start `jobs` workers; return the tasks that aren't ours."""
     from scaleot_core.common.runtime import cpu_count
 
     tasks = dvc_queue.tasks()
-    waiting = [task for task in tasks if task.state == "waiting"]
+    waiting = [task for task in tasks if task.state != "failed"]
     ours = {task.revision: task.name for task in waiting if task.base == base}
     if first := [task.name for task in waiting if task.revision not in ours]:
         say(f"{label}: in DVC's queue {first[0]} goes first, of another commit; `dvc queue remove --queued` empties it")
-    jobs = min(workers(), len(missing))
     shared = {"threads": cpu_count() // jobs} if jobs > 1 else {}
     for name in [name for name in missing if name not in ours.values()]:
         _dvc("exp", "run", "--queue", f"--name={name}", *_set({**missing[name], **shared}), *targets)

@@ -147,6 +147,25 @@ def test_queue_that_nobody_works_off_is_told(
     assert (waiting.name, waiting.state) == ("half", "waiting")
 
 
+def test_workers_that_ended_are_started_anew(
+    inside: Callable[[Callable[[Path], Path]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker may take an earlier `dvc queue stop` for its own, end after its first run and leave the rest."""
+    inside(plain)
+    call_dvc, starts = experiments._dvc, []
+
+    def late(*command: str) -> None:
+        if command[:2] == ("queue", "start"):
+            starts.append(command)
+            if len(starts) == 1:
+                return
+        call_dvc(*command)
+
+    monkeypatch.setattr(experiments, "_dvc", late)
+    assert dict(experiments.run_all({"half": {"alpha": 0.5}}, "test"))["half"]["alpha"] == 0.5
+    assert len(starts) >= 2
+
+
 def test_path_that_dvc_cannot_write_is_told_before_anything_runs(
     inside: Callable[[Callable[[Path], Path]], None],
 ) -> None:

@@ -4,6 +4,7 @@ import csv
 import math
 import runpy
 import shutil
+import sys
 from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
@@ -13,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import ROOT, form, succeed, task_of, tiny_model, write_project
+from helpers import ROOT, form, refusal, succeed, task_of, tiny_model, write_project
 from transformers import PreTrainedTokenizerFast
 
 from scaleot_core.common.errors import UserError
 from scaleot_core.compression.layer_importance import new_harmonizers
-from scaleot_core.params import Params, changed
+from scaleot_core.params import Params, changed, load_params
 from scaleot_core.reporting.measurements import MEASUREMENTS, of_kind
 from studies import harmonizers, scores
 from studies.experiments import code
@@ -338,8 +339,15 @@ def test_attacks_are_over_the_dial_over_channels_and_on_the_variants() -> None:
         ),
         "ends": ("ends", "", {"alpha": 0.25}),
     }
-    for changes in yaml.safe_load(study["SETTINGS"].read_text())["variants"].values():
-        changed(Params.model_validate(yaml.safe_load((ROOT / "params.yaml").read_text())), changes)
+    for name in ("attacks", "private"):
+        swept = yaml.safe_load((ROOT / f"studies/{name}.yaml").read_text())
+        for _, _, changes in study["settings"](swept).values():
+            changed(load_params(ROOT / "params.yaml"), {**swept["changes"], **changes})
+
+
+def test_study_of_attacks_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["attacks.py", "privte"])
+    assert "`attacks` and `private` are there" in refusal(runpy.run_path(str(ROOT / "studies/attacks.py"))["main"])
 
 
 # --- presets and the table -------------------------------------------------------------------------------
