@@ -3,11 +3,13 @@
 `make choose RECOVERY=0.9` (the plug-in's share of full fine-tuning's gain, at least), `LACKS=0.9` (remaining gap in
 nats, at least) or `BYTES=0.6` (of the model's, at most), or several of them. Each line of choose.yaml is searched with
 one seed; where only one of two neighbouring settings meets the needs, the setting between them is run too. The best
-setting and its neighbours on the frontier then get three seeds. Every run is a DVC experiment whose figures are kept in
+setting and its neighbours on the frontier then get three seeds; what these change of one setting is expected of those
+that have one seed alone, so that few are confirmed in vain. Every run is a DVC experiment whose figures are kept in
 choose-runs.csv; the same command goes on where it was stopped.
 """
 
 import math
+import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -141,15 +143,43 @@ class Search:
                 found |= dict.fromkeys((line, value) for value in values)
         return list(found)
 
+    def expected(self) -> list[Row]:
+        """Give every setting as all seeds would show it: one that has only the first is moved as the others were.
+
+        Questions, text and full fine-tuning are a seed's own and common to all settings, so that what the first seed
+        shows too high of one it shows too high of all.
+        """
+        seen = [(row["first"], row) for row in self.rows if "first" in row]
+        rows = [dict(row) for row in self.rows]
+        for column in ("recovery", "remaining gap"):
+            moves = [
+                after[column] - first[column] for first, after in seen if None not in (first[column], after[column])
+            ]
+            for row in rows:
+                if moves and "first" not in row and row[column] is not None:
+                    row[column] += statistics.fmean(moves)
+        return rows
+
     def best(self, needs: Needs) -> Row:
         """Choose the setting that is still the best one once it has all seeds."""
-        while (row := needs.best(self.rows))["remaining gap ±"] is None and self.plan["seeds"] > 1:
+        while True:
+            expected = self.expected()
+            row = self.rows[expected.index(needs.best(expected))]
+            if "first" in row or self.plan["seeds"] == 1:
+                return row
             self.confirm([row])
-        return row
+
+    def beside(self, chosen: Row) -> list[Row]:
+        """Give the chosen setting's neighbours on the frontier, with all seeds."""
+        expected = self.expected()
+        found = [self.rows[expected.index(row)] for row in neighbours(expected, expected[self.rows.index(chosen)])]
+        self.confirm(found)
+        return found
 
     def confirm(self, rows: Sequence[Row]) -> None:
-        """Give rows the mean over all seeds and its standard error, in place."""
-        for row in (row for row in rows if row["remaining gap ±"] is None):
+        """Give rows the mean over all seeds and its standard error, in place; `first` keeps what they had."""
+        for row in (row for row in rows if "first" not in row):
+            row["first"] = {column: row[column] for column in COLUMNS}
             changes = {**row["changes"], "adapters": [row["adapters"]]}
             seeds = range(self.seed, self.seed + self.plan["seeds"])
             parts = [f"{key} {value}" for key, value in changes.items()]
@@ -198,9 +228,7 @@ def main() -> None:
     search.run(rest)
     search.run(search.halfway(needs))
     chosen = search.best(needs)
-    beside = neighbours(search.rows, chosen)
-    search.confirm(beside)
-    report(search, needs, [chosen, *beside])
+    report(search, needs, [chosen, *search.beside(chosen)])
 
 
 def report(search: Search, needs: Needs, reported: Sequence[Row]) -> None:
@@ -210,10 +238,12 @@ def report(search: Search, needs: Needs, reported: Sequence[Row]) -> None:
     drawn = [{**row, "recovery answer_nll": row["recovery"]} for row in rows]
     with atomic_file(OUT / "choose.png") as temporary:
         figures.save_png(figures.frontier(figures.by_line(drawn), [figures.REMAINING_GAP]), temporary)
-    table = Table("", "recovery", "remaining gap, nats", "bytes", "exact", title=f"all settings: {OUT}/choose.csv")
-    for row in frontier(rows):
-        numbers = (f"{known(row[name]):.2f}" for name in ("recovery", "remaining gap", "bytes", "exact"))
-        table.add_row(Text(as_settings(row)), *numbers)
+    columns = ("recovery", "remaining gap", "bytes", "exact")
+    table = Table("", "recovery", "remaining gap, nats", "bytes", "exact", "seeds", title=f"all: {OUT}/choose.csv")
+    expected = search.expected()
+    for row in (rows[expected.index(row)] for row in frontier(expected)):
+        seeds = search.plan["seeds"] if "first" in row else 1
+        table.add_row(Text(as_settings(row)), *(f"{known(row[name]):.2f}" for name in columns), str(seeds))
     console.print(table)
     for title, row in zip(("recommended", "neighbour", "neighbour"), reported, strict=False):
         console.print(f"{title}: {as_settings(row)}", style="bold", **PLAIN)

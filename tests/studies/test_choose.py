@@ -117,12 +117,15 @@ def measured(recovery: float, perplexity: float, error: float = 0.1) -> tuple[di
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
-    """Run the study on runs whose recovery falls, and whose attacker lacks more, the more is cut; return what ran."""
+    """Run the study on runs whose recovery falls, and whose attacker lacks more, the more is cut; return what ran.
+
+    The first seed shows `first` too much of every recovery.
+    """
     monkeypatch.setattr(choose, "OUT", tmp_path)
     monkeypatch.chdir(ROOT)
     ran: list[dict[str, Any]] = []
 
-    def study(*arguments: str, error: float = 0.1) -> list[dict[str, Any]]:
+    def study(*arguments: str, error: float = 0.1, first: float = 0.0) -> list[dict[str, Any]]:
         def run_all(wanted: dict[str, Any], label: str, targets: Any) -> Iterator[tuple[str, dict[str, Any]]]:
             for name, changes in wanted.items():
                 ran.append(changes)
@@ -130,7 +133,8 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[
 
         def read(run: dict[str, Any], name: str = "metrics.json") -> Any:
             cut = (run["channel_pruning.ratio"] or 0.6) + run["alpha"]
-            return measured(1 - cut / 2, 20 * math.exp(cut), error)[name == "attack.json"]
+            shown = 1 - cut / 2 + first * (run["seed"] == 0)
+            return measured(shown, 20 * math.exp(cut), error)[name == "attack.json"]
 
         ran.clear()
         monkeypatch.setattr(choose, "run_all", run_all)
@@ -158,6 +162,21 @@ def test_study_recommends_a_setting_with_its_seeds_and_runs_nothing_twice(
     assert made("RECOVERY=0.75") == []  # all figures are in choose-runs.csv
     made("RECOVERY=0.75", "tasks=[sciq]")
     assert "-S 'tasks=['sciq']'" in capsys.readouterr().err.replace('"', "'")
+
+
+@pytest.mark.slow
+def test_what_the_first_seed_shows_too_high_is_confirmed_once_and_then_known(
+    made: Callable[..., list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """Of four settings to which the first seed gives 0.65 though they have less, one is tried with all seeds."""
+    runs = made("RECOVERY=0.65", first=0.15)
+    rows = read_csv(tmp_path / "choose.csv")
+    promised = [r for r in rows if r["remaining gap ±"] == "" and 0.65 <= r["recovery"] < 0.65 + 0.15]
+    kept = [r for r in rows if r["remaining gap ±"] != ""]
+    assert len(promised) >= 3 and any(r["recovery"] >= 0.65 for r in kept)
+    assert len([run for run in runs if run["seed"] > 0]) == 2 * len(kept)
+    missed = [r for r in kept if r["recovery"] < 0.65]
+    assert 1 <= len(missed) <= 2  # the first that was tried, and the neighbour with less recovery
 
 
 def test_what_nothing_reaches_ends_with_the_nearest_and_by_how_much(
