@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import CONFIGS, ROOT, VOCABULARY, tiny_model
-from remembered import remember
+from remembered import remember, remember_task_index
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from warm_python import warm_python
@@ -89,18 +89,8 @@ def _accounted_once(account: Callable[..., float]) -> Callable[..., float]:
 
 @pytest.fixture(scope="session")
 def task_index() -> Iterator[None]:
-    """Lm-eval reads the definitions in its folders once a process: ten seconds."""
-    from lm_eval.tasks import _index
-
-    build, found = _index.TaskIndex.build, dict[tuple[Path, ...], dict[str, Any]]()
-
-    def remembered(paths: list[Path], **options: Any) -> dict[str, Any]:
-        if tuple(paths) not in found:
-            found[tuple(paths)] = build(paths, **options)
-        return dict(found[tuple(paths)])
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_index.TaskIndex, "build", staticmethod(remembered))
+        remember_task_index(patch)
         yield
 
 

