@@ -171,10 +171,13 @@ class Search:
 
     def beside(self, chosen: Row) -> list[Row]:
         """Give the chosen setting's neighbours on the frontier, with all seeds."""
-        expected = self.expected()
-        found = [self.rows[expected.index(row)] for row in neighbours(expected, expected[self.rows.index(chosen)])]
-        self.confirm(found)
-        return found
+        while True:
+            expected = self.expected()
+            there = neighbours(expected, expected[self.rows.index(chosen)])
+            found = [self.rows[expected.index(row)] for row in there]
+            if self.plan["seeds"] == 1 or all("first" in row for row in found):
+                return found
+            self.confirm(found)
 
     def confirm(self, rows: Sequence[Row]) -> None:
         """Give rows the mean over all seeds and its standard error, in place; `first` keeps what they had."""
@@ -243,7 +246,9 @@ def report(search: Search, needs: Needs, reported: Sequence[Row]) -> None:
     expected = search.expected()
     for row in (rows[expected.index(row)] for row in frontier(expected)):
         seeds = search.plan["seeds"] if "first" in row else 1
-        table.add_row(Text(as_settings(row)), *(f"{known(row[name]):.2f}" for name in columns), str(seeds))
+        table.add_row(
+            Text(f"{row['line']}, {row['label']}"), *(f"{known(row[name]):.2f}" for name in columns), str(seeds)
+        )
     console.print(table)
     for title, row in zip(("recommended", "neighbour", "neighbour"), reported, strict=False):
         console.print(f"{title}: {as_settings(row)}", style="bold", **PLAIN)

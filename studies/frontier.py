@@ -62,11 +62,14 @@ def frontier(rows: Sequence[Row]) -> list[Row]:
 
 
 def neighbours(rows: Sequence[Row], chosen: Row) -> list[Row]:
-    """Give the chosen setting's neighbours on the frontier: the one with less recovery, then the one with more."""
+    """Give the chosen setting's neighbours on the frontier: the one with less recovery, then the one with more.
+
+    Where one side has none, the other gives two.
+    """
     there = [row for row in frontier(rows) if row is not chosen]
     less = [row for row in there if known(row["recovery"]) < known(chosen["recovery"])]
     more = [row for row in there if known(row["recovery"]) >= known(chosen["recovery"])]
-    return [*less[-1:], *more[:1]]
+    return [*less[-1:], *more[:1]] if less and more else [*less[-2:][::-1], *more[:2]]
 
 
 def between(values: Sequence[float], holds: Sequence[bool]) -> list[float]:

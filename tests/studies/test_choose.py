@@ -51,7 +51,8 @@ def test_best_setting_holds_what_is_asked_and_gives_most_of_the_rest(
 def test_frontier_leaves_out_what_another_setting_beats() -> None:
     assert frontier(ROWS) == [ROWS[i] for i in (4, 3, 1, 0)]
     assert neighbours(ROWS, ROWS[1]) == [ROWS[3], ROWS[0]]
-    assert neighbours(ROWS, ROWS[0]) == [ROWS[1]] and neighbours(ROWS[:1], ROWS[0]) == []
+    assert neighbours(ROWS, ROWS[0]) == [ROWS[1], ROWS[3]] and neighbours(ROWS, ROWS[4]) == [ROWS[3], ROWS[1]]
+    assert neighbours(ROWS[:2], ROWS[0]) == [ROWS[1]] and neighbours(ROWS[:1], ROWS[0]) == []
 
 
 def test_what_is_between_a_setting_that_holds_and_one_that_does_not_is_tried() -> None:
@@ -157,7 +158,7 @@ def test_study_recommends_a_setting_with_its_seeds_and_runs_nothing_twice(
     rows = read_csv(tmp_path / "choose.csv")
     best = max((r for r in rows if r["recovery"] >= 0.75), key=lambda r: r["remaining gap"])
     assert best["remaining gap ±"] == 0 and f"recommended: {best['changes']}" in said
-    assert len([r for r in rows if r["remaining gap ±"] != ""]) == 3
+    assert 3 <= len([r for r in rows if r["remaining gap ±"] != ""]) <= 4  # two of them have the same figures
     assert (tmp_path / "choose.png").stat().st_size > 10_000
     assert made("RECOVERY=0.75") == []  # all figures are in choose-runs.csv
     made("RECOVERY=0.75", "tasks=[sciq]")
