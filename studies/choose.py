@@ -42,6 +42,7 @@ from studies.frontier import Needs, Row, between, frontier, known, neighbours
 SETTINGS, OUT = Path(__file__).with_suffix(".yaml"), Path("docs/studies")
 COLUMNS = ("recovery", "recovery error", "gap", "remaining gap", "bytes", "exact")
 PLAIN: Any = {"highlight": False, "markup": False, "soft_wrap": True}
+GAP = figures.gap_panel("answer_nll", "answer nll, of texts token perplexity")
 UNSURE = 0.25  # standard error of a recovery above which settings can't be told apart
 
 
@@ -238,9 +239,13 @@ def report(search: Search, needs: Needs, reported: Sequence[Row]) -> None:
     """Write all settings, draw them, and print the frontier and the reported ones, the recommended one first."""
     rows = search.rows
     write_csv(OUT / "choose.csv", [{**row, "changes": as_settings(row)} for row in rows], [*_columns()])
-    drawn = [{**row, "recovery answer_nll": row["recovery"]} for row in rows]
+    drawn = [
+        {**row, "recovery answer_nll": row["recovery"], "gap answer_nll": row["gap"], "gap answer_nll ±": row["gap ±"]}
+        for row in sorted(rows, key=lambda row: row["label"])
+    ]
+    panels = [figures.REMAINING_GAP, GAP]
     with atomic_file(OUT / "choose.png") as temporary:
-        figures.save_png(figures.frontier(figures.by_line(drawn), [figures.REMAINING_GAP]), temporary)
+        figures.save_png(figures.frontier(figures.by_line(drawn), panels), temporary)
     columns = ("recovery", "remaining gap", "bytes", "exact")
     table = Table("", "recovery", "remaining gap, nats", "bytes", "exact", "seeds", title=f"all: {OUT}/choose.csv")
     expected = search.expected()
