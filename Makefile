@@ -47,7 +47,7 @@ harmonizer-studies: repro  ## what the defaults were chosen by: about an hour an
 ablations: repro  ## the open questions of the method, one run each; hours
 	python -m studies.ablations
 
-choose: repro  ## which setting to ship: RECOVERY=0.9, LACKS=0.9 (nats) or BYTES=0.6; about three hours on 2 cores
+choose: repro  ## which setting to ship: RECOVERY=0.9, LACKS=0.9 (nats) or BYTES=0.6; up to two hours on 2 cores
 	python -m studies.choose $(foreach need,RECOVERY LACKS BYTES,$(if $($(need)),$(need)=$($(need)))) $(SET)
 
 sweep: repro  ## the dial: alpha by beta, a table and a picture; an hour and a half on 2 cores

@@ -36,6 +36,7 @@ from studies.experiments import (
     parse_overrides,
     read_metrics,
     run_all,
+    workers,
 )
 from studies.frontier import Needs, Row, between, frontier, known, neighbours
 
@@ -226,10 +227,10 @@ def check_task(row: Row) -> None:
 def main() -> None:
     needs, changes = parse(sys.argv[1:])
     search = Search(yaml.safe_load(SETTINGS.read_text(encoding="utf-8")), changes)
-    first, *rest = [(line, value) for line, spec in search.plan["lines"].items() for value in spec["values"]]
-    search.run([first])
+    points = [(line, value) for line, spec in search.plan["lines"].items() for value in spec["values"]]
+    search.run(points[: workers()])
     check_task(search.rows[0])  # before the hours that the others take
-    search.run(rest)
+    search.run(points[workers() :])
     search.run(search.halfway(needs))
     chosen = search.best(needs)
     report(search, needs, [chosen, *search.beside(chosen)])
@@ -237,24 +238,26 @@ def main() -> None:
 
 def report(search: Search, needs: Needs, reported: Sequence[Row]) -> None:
     """Write all settings, draw them, and print the frontier and the reported ones, the recommended one first."""
-    rows = search.rows
+    rows, expected = search.rows, search.expected()
     write_csv(OUT / "choose.csv", [{**row, "changes": as_settings(row)} for row in rows], [*_columns()])
     drawn = [
         {**row, "recovery answer_nll": row["recovery"], "gap answer_nll": row["gap"], "gap answer_nll ±": row["gap ±"]}
-        for row in sorted(rows, key=lambda row: row["label"])
+        for row in sorted(expected, key=lambda row: row["label"])
     ]
     panels = [figures.REMAINING_GAP, GAP]
     with atomic_file(OUT / "choose.png") as temporary:
         figures.save_png(figures.frontier(figures.by_line(drawn), panels), temporary)
     columns = ("recovery", "remaining gap", "bytes", "exact")
-    table = Table("", "recovery", "remaining gap, nats", "bytes", "exact", "seeds", title=f"all: {OUT}/choose.csv")
-    expected = search.expected()
-    for row in (rows[expected.index(row)] for row in frontier(expected)):
+    table = Table(
+        "", "recovery", "remaining gap, nats", "bytes", "exact", "seeds", title="as all seeds would show them"
+    )
+    for row in frontier(expected):
         seeds = search.plan["seeds"] if "first" in row else 1
         table.add_row(
             Text(f"{row['line']}, {row['label']}"), *(f"{known(row[name]):.2f}" for name in columns), str(seeds)
         )
     console.print(table)
+    console.print(f"all settings as measured: {OUT}/choose.csv", **PLAIN)
     for title, row in zip(("recommended", "neighbour", "neighbour"), reported, strict=False):
         console.print(f"{title}: {as_settings(row)}", style="bold", **PLAIN)
         console.print(f"  {described(row)}", **PLAIN)
