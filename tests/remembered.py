@@ -5,8 +5,10 @@ start Python cold.
 """
 
 import copy
+import inspect
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType, ModuleType
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ def remember(patch: pytest.MonkeyPatch) -> None:
     """Let libraries remember what they compiled and parsed, until `patch` is undone."""
     patch.setattr(Environment, "from_string", _compiled_once(Environment.from_string))
     patch.setattr(yaml, "safe_load", _parsed_once(yaml.safe_load))
+    patch.setattr(inspect, "getmodule", _found_once(inspect.getmodule))
 
 
 def remember_task_index(patch: pytest.MonkeyPatch) -> None:
@@ -60,3 +63,18 @@ def _parsed_once(parsed: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return copy.deepcopy(found[stream])
 
     return safe_load
+
+
+def _found_once(find: Callable[..., ModuleType | None]) -> Callable[..., ModuleType | None]:
+    """Find the module of a frame once for its file: pydantic looks for that of every class of settings, among all."""
+    found: dict[str, ModuleType | None] = {}
+
+    def getmodule(thing: Any, *more: Any) -> ModuleType | None:
+        if not isinstance(thing, FrameType) or more:
+            return find(thing, *more)
+        file = thing.f_code.co_filename
+        if file not in found:
+            found[file] = find(thing)
+        return found[file]
+
+    return getmodule

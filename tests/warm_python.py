@@ -11,6 +11,7 @@ environment while they are imported, such as HF_HOME, is the server's.
 import atexit
 import gc
 import importlib
+import inspect
 import json
 import os
 import pkgutil
@@ -191,11 +192,14 @@ def prepare() -> None:
     import pytest
     import yaml
     from remembered import remember, remember_task_index
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     patch = pytest.MonkeyPatch()
     remember(patch)
     remember_task_index(patch)
     yaml.safe_load((Path(__file__).parent.parent / "dvc.yaml").read_text(encoding="utf-8"))
+    get_checkpoint_conversion_mapping("llama")  # of all models: hundreds of patterns
+    inspect.getmodule(compile("0", "no module's", "eval"))  # looks into all of them, and keeps their files
 
 
 def main() -> None:
