@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from scaleot_core.exchange.package import Package
 
 FROZEN_BYTES: dict[Frozen, float] = {"int8": 1, "int4": 0.5 + 4 / 64}  # of a number; int4 with a scale for 64
-SPLIT = ("train_harmonizers", "full_finetune", "attack")  # stages whose layers the processes of FSDP share
+# Stages whose layers the processes of FSDP share.
+SPLIT = ("train_harmonizers", "compress, method distilled", "full_finetune", "attack")
 
 
 @dataclass(frozen=True)

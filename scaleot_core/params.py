@@ -65,7 +65,7 @@ class Params(Block):
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """what models compute in; trained weights stay float32"""
     threads: Threads = 0
-    """CPU threads; 0 for OMP_NUM_THREADS, or without it all that this process may use"""
+    """CPU threads; 0 for all that this process may use, and at most OMP_NUM_THREADS"""
     launch: Name = "python"
     """python, or `accelerate launch --num_processes 4`, or on CPUs `torchrun --nproc_per_node 4`"""
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 180

@@ -252,7 +252,7 @@ class Machine(Block):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to compute"""
     threads: Threads = 0
-    """CPU threads; 0 for OMP_NUM_THREADS, or without it all that this process may use"""
+    """CPU threads; 0 for all that this process may use, and at most OMP_NUM_THREADS"""
     dtype: str = "float32"
     """what models compute in, which a package says"""
     frozen: Frozen | None = None

@@ -7,6 +7,7 @@ for the next α and β.
 
 from scaleot_core.common.entrypoint import run_command
 from scaleot_core.common.files import atomic_folder, write_json
+from scaleot_core.common.launch import is_main_process
 from scaleot_core.exchange import package
 from scaleot_core.methods import METHODS, ModelOwner
 from scaleot_core.models.loading import load_tokenizer
@@ -28,6 +29,10 @@ def main() -> None:
             count=stage.meter.count,
         )
         built = METHODS[params.method](owner)
+        if not is_main_process():
+            for _ in built.tensors:  # split ones are put together by all processes
+                pass
+            return
         with atomic_folder(artifacts.emulator) as out:
             package.save(out, owner.config, load_tokenizer(artifacts.model), built.plan, built.tensors)
         private = {

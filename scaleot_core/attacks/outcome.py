@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -48,11 +49,16 @@ class Outcome:
 class Attacks:
     """The attacks on what a project's artifacts have. Each finished one is kept in the checkpoint's folder.
 
-    While an attacker trains, no model is in memory but what is trained and, of `queries`, the one that is asked.
+    What the untouched model has is kept in the folder `untouched`, for other packages that are measured beside it with
+    the same questions and text. While an attacker trains, no model is in memory but what is trained and, of `queries`,
+    the one that is asked.
     """
 
-    def __init__(self, artifacts: Artifacts, params: Params, runtime: Runtime, checkpoint: Checkpoint) -> None:
-        self.artifacts, self.params, self.runtime, self.checkpoint = artifacts, params, runtime, checkpoint
+    def __init__(
+        self, artifacts: Artifacts, params: Params, runtime: Runtime, checkpoint: Checkpoint, untouched: Path
+    ) -> None:
+        self.artifacts, self.params, self.runtime = artifacts, params, runtime
+        self.checkpoint, self.untouched = checkpoint, untouched
         self.blocks, self.heldout = artifacts.blocks("train"), artifacts.blocks("heldout")
         prepare(self.blocks, runtime.device)  # all is measured with the kernels that attacks train with
         self.package = Package(artifacts.emulator, links=True)
@@ -74,13 +80,10 @@ class Attacks:
     def run(self) -> Outcome:
         """Run all attacks."""
         package, params = self.package, self.params
-        known: dict[str, Callable[[], PreTrainedModel]] = {
-            "model": self.owner.load,
-            "package": partial(package.load, self.runtime.device),
-        }
-        before = {
-            name: self._kept(f"before-{name}", partial(self._measured, load, f"the {name}"))
-            for name, load in known.items()
+        load = partial(package.load, self.runtime.device)
+        before: dict[str, Figures] = {
+            "model": cached_json(self.untouched / "model.json", partial(self._measured, self.owner.load, "the model")),
+            "package": self._kept("before-package", partial(self._measured, load, "the package")),
         }
         attacked = {
             name: self._kept(name, partial(self._attacked, name, target))
@@ -90,7 +93,7 @@ class Attacks:
         curves = restoration.curves({name: result.pop("curve") for name, result in attacked.items()}, model_loss)
         ends = {row["target"]: {**row, **attacked[row["target"]]} for row in curves}  # the last row stays
         self._tell_shares(before, ends)
-        model, shipped = known["model"](), known["package"]()
+        model, shipped = self.owner.load(), load()
         weights = exposure.exposure(model, shipped, package.plan)
         told: dict[str, dict[str, Figures]] = {task: self._membership(model, task) for task in params.tasks}
         channels = kept_channels(self.artifacts.emulator_private, package.sha256) if package.plan.cuts else {}
@@ -167,7 +170,10 @@ class Attacks:
             size, label = self.params.evaluate.batch_size, f"membership {task}: {who}"
             return [membership.answers(model, part, size, label) for part in parts]
 
-        base = asked("the model")
+        kept = cached_json(
+            self.untouched / f"{task}.json", lambda: [[asdict(each) for each in part] for part in asked("the model")]
+        )
+        base = [[membership.Answer(**each) for each in part] for part in kept]
         found: dict[str, Figures] = {}
         for kind in self.params.adapters:
             with plugged_in(model, self.package.plan, self._returned(task, kind)):

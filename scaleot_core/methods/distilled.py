@@ -14,15 +14,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from scaleot_core.common import distributed
+from scaleot_core.common.runtime import generator
 from scaleot_core.compression import emulator
 from scaleot_core.compression.emulator import package_tensors
+from scaleot_core.compression.plan import DECODER_KINDS
 from scaleot_core.compression.svd import svd_factors
 from scaleot_core.memory import Weights, check_weights
 from scaleot_core.methods import uniform
 from scaleot_core.methods.base import BuiltEmulator, ModelOwner
 from scaleot_core.models.families import decoder_layers
 from scaleot_core.models.forward import hidden_of, hooks, last_hidden_state, next_token_loss, swapped_layers
-from scaleot_core.training.blocks import BlockTrainer
+from scaleot_core.training.blocks import BlockTrainer, draw_blocks, update
+
+STAGE = "compress, method distilled"
 
 
 @contextmanager
@@ -34,20 +39,65 @@ def _states_after(model: PreTrainedModel, index: int) -> Iterator[list[Tensor]]:
         yield left
 
 
-def loss(model: PreTrainedModel, blocks: Tensor, teacher: Tensor, middle: int, weight: float) -> Tensor:
-    """Add to the cross-entropy (nats) weight · the normalised error of states (B, T, D) after a layer."""
+def loss(model: PreTrainedModel, blocks: Tensor, teacher: Tensor, square: Tensor, middle: int, weight: float) -> Tensor:
+    """Add to the cross-entropy (nats) weight · the error of states (B, T, D) after a layer, over their mean square."""
     with _states_after(model, middle) as left:
         entropy = next_token_loss(model, blocks)
     teacher, student = teacher.float(), left[0].float()
-    return entropy + weight * (teacher - student).square().mean() / teacher.square().mean()
+    return entropy + weight * (teacher - student).square().mean() / square
+
+
+class Distillation(BlockTrainer):
+    """Trains a model's layers by the states that leave the last of the layers which they stand for.
+
+    Several processes share a batch, of whose states there is one mean square.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        originals: dict[int, nn.Module],
+        parameters: dict[str, nn.Parameter],
+        owner: ModelOwner,
+    ) -> None:
+        self.model, self.originals, self.middle = model, originals, max(originals)
+        super().__init__(
+            parameters,
+            owner.blocks,
+            self._loss,
+            owner.params.distill,
+            seed=owner.params.seed,
+            name="distill",
+            label="distillation",
+            checkpoint=owner.checkpoint,
+        )
+        self.weight = owner.params.distill.hidden_weight
+
+    def step(self, i: int) -> dict[str, float]:
+        """Take step i: ask the original layers first, about this process's part of the batch; all take part."""
+        batch = draw_blocks(self.blocks, self.settings.batch_blocks, generator(self.seed, self.name, i))
+        mine = distributed.shard_batch(batch)
+        with (
+            torch.no_grad(),
+            swapped_layers(self.model, self.originals),
+            _states_after(self.model, self.middle) as left,
+        ):
+            last_hidden_state(self.model, mine if len(mine) else batch[:1])
+        self.teacher = left[0]
+        square = self.teacher.float().square().mean()
+        self.square = square.new_tensor(distributed.all_reduce_sum(square.item() * len(mine)) / len(batch))
+        return update(self.optimizer, batch, self.loss, self.settings, i)
+
+    def _loss(self, blocks: Tensor) -> Tensor:
+        return loss(self.model, blocks, self.teacher, self.square, self.middle, self.weight)
 
 
 def build(owner: ModelOwner) -> BuiltEmulator:
     """Build the emulator, and train the middle layers that it keeps; UserError where there is no room for that."""
-    kept, distill, seed = uniform.plan(owner), owner.params.distill, owner.params.seed
+    kept = uniform.plan(owner)
     copied = sum(p.numel() for p in emulator.layer_parameters(owner.outline, kept, "compressed").values())
     weights = Weights(owner.outline.num_parameters() + copied, trained=copied)
-    check_weights("compress, method distilled", weights, owner.runtime)
+    check_weights(STAGE, weights, owner.runtime)
     model = owner.load()
     originals: dict[int, nn.Module] = {}
     layers = decoder_layers(model)
@@ -56,23 +106,8 @@ def build(owner: ModelOwner) -> BuiltEmulator:
             originals[i] = layers[i]
             layers[i] = copy.deepcopy(layers[i])
     emulator.apply_plan(model, kept, svd_factors)
-    middle = max(originals)
-
-    def of(blocks: Tensor) -> Tensor:
-        with torch.no_grad(), swapped_layers(model, originals), _states_after(model, middle) as left:
-            last_hidden_state(model, blocks)
-        return loss(model, blocks, left[0], middle, distill.hidden_weight)
-
-    trained = emulator.layer_parameters(model, kept, "compressed")
-    BlockTrainer(
-        trained,
-        owner.blocks,
-        of,
-        distill,
-        seed=seed,
-        name="distill",
-        label="distillation",
-        checkpoint=owner.checkpoint,
-    ).run()
+    distributed.shard_layers([*originals.values(), *(layers[i] for kind in DECODER_KINDS for i in kept.layers(kind))])
+    Distillation(model, originals, emulator.layer_parameters(model, kept, "compressed"), owner).run()
     model.requires_grad_(False)
-    return BuiltEmulator(kept, package_tensors(model, kept))
+    tensors = ((name, distributed.full_tensor(tensor)) for name, tensor in package_tensors(model, kept))
+    return BuiltEmulator(kept, tensors)
