@@ -95,22 +95,21 @@ def test_two_processes_give_one_processs_losses_and_weights(
     assert not [f for f in scratch.iterdir() if stage in f.name]
 
 
-@pytest.mark.parametrize("fsdp", [False, True], ids=["each holds all", "layers are split"])
+@pytest.mark.parametrize(("blocks", "fsdp"), [(3, False), (3, True), (1, True)])
 def test_two_processes_distil_as_one_does(
-    launched: Callable[..., str], alone: Path, tmp_path: Path, fsdp: bool
+    launched: Callable[..., str], alone: Path, tmp_path: Path, blocks: int, fsdp: bool
 ) -> None:
-    """Of batches of three blocks, whose states have one mean square, and of one, of which a process has nothing."""
-    for blocks in (3, 1):
-        one, two = (Path(shutil.copytree(alone, tmp_path / f"{name}-{blocks}")) for name in ("one", "two"))
-        for folder in (one, two):
-            change(folder, method="distilled", distill={"steps": 6, "batch_blocks": blocks, "lr": 0.01})
-            shutil.rmtree(folder / "artifacts/emulator")
-        succeed(one, "compress")
-        launched(two, "stages/compress.py", **(FSDP if fsdp else {}))
-        for file in ("compressed.safetensors", "adapter.safetensors", "base.safetensors"):
-            close(one / "artifacts/emulator" / file, two / "artifacts/emulator" / file)
-        names = [sorted(str(f.relative_to(x)) for f in (x / "artifacts").rglob("*")) for x in (one, two)]
-        assert names[0] == names[1]
+    """Of the states of a batch there is one mean square; of a batch of one block a process has nothing."""
+    one, two = (Path(shutil.copytree(alone, tmp_path / name)) for name in ("one", "two"))
+    for folder in (one, two):
+        change(folder, method="distilled", distill={"steps": 6, "batch_blocks": blocks, "lr": 0.01})
+        shutil.rmtree(folder / "artifacts/emulator")
+    succeed(one, "compress")
+    launched(two, "stages/compress.py", **(FSDP if fsdp else {}))
+    for file in ("compressed.safetensors", "adapter.safetensors", "base.safetensors"):
+        close(one / "artifacts/emulator" / file, two / "artifacts/emulator" / file)
+    names = [sorted(str(f.relative_to(x)) for f in (x / "artifacts").rglob("*")) for x in (one, two)]
+    assert names[0] == names[1]
 
 
 def test_two_processes_compress_to_one_processs_bytes(
