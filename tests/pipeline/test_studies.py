@@ -346,7 +346,7 @@ def test_attacks_are_over_the_dial_over_channels_and_on_the_variants() -> None:
 
 
 def test_study_of_attacks_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["attacks.py", "privte"])
+    monkeypatch.setattr(sys, "argv", ["attacks.py", "other"])
     assert "`attacks` and `private` are there" in refusal(runpy.run_path(str(ROOT / "studies/attacks.py"))["main"])
 
 
