@@ -204,7 +204,7 @@ def _queue(missing: Mapping[str, Changes], base: str, label: str, targets: Seque
     for name in [name for name in missing if name not in ours.values()]:
         _dvc("exp", "run", "--queue", f"--name={name}", *_set({**missing[name], **shared}), *targets)
     _dvc("queue", "start", f"--jobs={jobs}")
-    say(f"{label}: {jobs} at once, also if this is stopped; `dvc queue logs NAME` shows one, `dvc queue stop` ends it")
+    say(f"{label}: {jobs} at once, and on if this is stopped, until `dvc queue stop`; `dvc queue logs NAME` shows one")
     return {task.revision for task in tasks} - ours.keys()
 
 
