@@ -123,17 +123,19 @@ class Search:
             for name, own in found.items()
         }
 
-    def run(self, points: Sequence[tuple[str, float]]) -> None:
-        """Run settings, each a line and a value on it, with one seed."""
+    def run(self, points: Sequence[tuple[str, float]], confirmed: Sequence[Row] = ()) -> None:
+        """Run settings, each a line and a value on it, with one seed; beside them, confirm others, so no core waits."""
         settings = {}
         for line, value in points:
             spec = self.plan["lines"][line]
             settings[self.name(line, value)] = (line, value, {**spec["changes"], spec["over"]: value})
-        found = self.figures({n: {**self.changes, **own, "seed": self.seed} for n, (_, _, own) in settings.items()})
+        wanted = {name: {**self.changes, **own, "seed": self.seed} for name, (_, _, own) in settings.items()}
+        found = self.figures({**wanted, **{name: each for row in confirmed for name, each in self.seeds(row).items()}})
         for name, (line, value, changes) in settings.items():
             for kind, measured in found[name].items():
                 row = {"line": f"{line}, {kind}", "label": value, "adapters": kind, "changes": changes, **measured}
                 self.rows.append(row | dict.fromkeys(f"{column} ±" for column in COLUMNS))
+        self.confirm(confirmed)
 
     def halfway(self, needs: Needs) -> list[tuple[str, float]]:
         """Give the points between neighbours on a line of which only one meets the needs."""
@@ -181,15 +183,21 @@ class Search:
                 return found
             self.confirm(found)
 
+    def seeds(self, row: Row) -> dict[str, Changes]:
+        """Give the experiments of a setting with every seed, by name."""
+        changes = {**row["changes"], "adapters": [row["adapters"]]}
+        parts = [f"{key} {value}" for key, value in changes.items()]
+        seeds = range(self.seed, self.seed + self.plan["seeds"])
+        return {self.name(*parts, "seed", seed): {**self.changes, **changes, "seed": seed} for seed in seeds}
+
     def confirm(self, rows: Sequence[Row]) -> None:
         """Give rows the mean over all seeds and its standard error, in place; `first` keeps what they had."""
-        for row in (row for row in rows if "first" not in row):
+        rows = [row for row in rows if "first" not in row]
+        wanted = [self.seeds(row) for row in rows]
+        found = self.figures({name: changes for each in wanted for name, changes in each.items()})
+        for row, names in zip(rows, wanted, strict=True):
             row["first"] = {column: row[column] for column in COLUMNS}
-            changes = {**row["changes"], "adapters": [row["adapters"]]}
-            seeds = range(self.seed, self.seed + self.plan["seeds"])
-            parts = [f"{key} {value}" for key, value in changes.items()]
-            wanted = {self.name(*parts, "seed", s): {**self.changes, **changes, "seed": s} for s in seeds}
-            runs = [own[row["adapters"]] for own in self.figures(wanted).values()]
+            runs = [found[name][row["adapters"]] for name in names]
             for column in COLUMNS:
                 row[column], row[f"{column} ±"] = over_seeds([each[column] for each in runs]) or (None, None)
 
@@ -231,7 +239,8 @@ def main() -> None:
     search.run(points[: workers()])
     check_task(search.rows[0])  # before the hours that the others take
     search.run(points[workers() :])
-    search.run(search.halfway(needs))
+    several = search.plan["seeds"] > 1
+    search.run(search.halfway(needs), confirmed=[needs.best(search.rows)] if several else [])
     chosen = search.best(needs)
     report(search, needs, [chosen, *search.beside(chosen)])
 
