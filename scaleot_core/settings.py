@@ -274,7 +274,7 @@ class Attack(Block):
     """who attacks the package beside one who trains everything in it, each with the same budget"""
     references: list[Literal["widened", "without_weights", "uniform"]] = ["widened", "without_weights", "uniform"]
     """what else is attacked with the same budget"""
-    eval_questions: Positive = 100
+    eval_questions: Annotated[int, Field(ge=2)] = 100
     """most evaluated questions of a task that the model, the package and each attacked one are measured on"""
     membership_records: Annotated[int, Field(ge=2)] = 200
     """most private training questions, and held-out ones, in membership inference"""
