@@ -130,7 +130,7 @@ class Search:
             spec = self.plan["lines"][line]
             settings[self.name(line, value)] = (line, value, {**spec["changes"], spec["over"]: value})
         wanted = {name: {**self.changes, **own, "seed": self.seed} for name, (_, _, own) in settings.items()}
-        found = self.figures({**wanted, **{name: each for row in confirmed for name, each in self.seeds(row).items()}})
+        found = self.figures({**wanted, **self.seeds(self.unconfirmed(confirmed))})
         for name, (line, value, changes) in settings.items():
             for kind, measured in found[name].items():
                 row = {"line": f"{line}, {kind}", "label": value, "adapters": kind, "changes": changes, **measured}
@@ -169,7 +169,7 @@ class Search:
         while True:
             expected = self.expected()
             row = self.rows[expected.index(needs.best(expected))]
-            if "first" in row or self.plan["seeds"] == 1:
+            if not self.unconfirmed([row]):
                 return row
             self.confirm([row])
 
@@ -179,25 +179,31 @@ class Search:
             expected = self.expected()
             there = neighbours(expected, expected[self.rows.index(chosen)])
             found = [self.rows[expected.index(row)] for row in there]
-            if self.plan["seeds"] == 1 or all("first" in row for row in found):
+            if not self.unconfirmed(found):
                 return found
             self.confirm(found)
 
-    def seeds(self, row: Row) -> dict[str, Changes]:
-        """Give the experiments of a setting with every seed, by name."""
-        changes = {**row["changes"], "adapters": [row["adapters"]]}
-        parts = [f"{key} {value}" for key, value in changes.items()]
-        seeds = range(self.seed, self.seed + self.plan["seeds"])
-        return {self.name(*parts, "seed", seed): {**self.changes, **changes, "seed": seed} for seed in seeds}
+    def unconfirmed(self, rows: Sequence[Row]) -> list[Row]:
+        """Give those rows that have one seed of several."""
+        return [row for row in rows if "first" not in row and self.plan["seeds"] > 1]
+
+    def seeds(self, rows: Sequence[Row]) -> dict[str, Changes]:
+        """Give the experiments of settings with every seed, by name."""
+        wanted: dict[str, Changes] = {}
+        for row in rows:
+            changes = {**row["changes"], "adapters": [row["adapters"]]}
+            parts = [f"{key} {value}" for key, value in changes.items()]
+            for seed in range(self.seed, self.seed + self.plan["seeds"]):
+                wanted[self.name(*parts, "seed", seed)] = {**self.changes, **changes, "seed": seed}
+        return wanted
 
     def confirm(self, rows: Sequence[Row]) -> None:
         """Give rows the mean over all seeds and its standard error, in place; `first` keeps what they had."""
-        rows = [row for row in rows if "first" not in row]
-        wanted = [self.seeds(row) for row in rows]
-        found = self.figures({name: changes for each in wanted for name, changes in each.items()})
-        for row, names in zip(rows, wanted, strict=True):
+        rows = self.unconfirmed(rows)
+        found = self.figures(self.seeds(rows))
+        for row in rows:
             row["first"] = {column: row[column] for column in COLUMNS}
-            runs = [found[name][row["adapters"]] for name in names]
+            runs = [found[name][row["adapters"]] for name in self.seeds([row])]
             for column in COLUMNS:
                 row[column], row[f"{column} ±"] = over_seeds([each[column] for each in runs]) or (None, None)
 
@@ -239,8 +245,7 @@ def main() -> None:
     search.run(points[: workers()])
     check_task(search.rows[0])  # before the hours that the others take
     search.run(points[workers() :])
-    several = search.plan["seeds"] > 1
-    search.run(search.halfway(needs), confirmed=[needs.best(search.rows)] if several else [])
+    search.run(search.halfway(needs), confirmed=[needs.best(search.rows)])
     chosen = search.best(needs)
     report(search, needs, [chosen, *search.beside(chosen)])
 
