@@ -24,7 +24,7 @@ from scaleot_core.common.entrypoint import run_command
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import atomic_file, write_csv
 from scaleot_core.common.progress import console, say
-from scaleot_core.params import load_params
+from scaleot_core.params import changed, load_params
 from scaleot_core.reporting import figures
 from scaleot_core.reporting.measurements import judged_by, mean, of_kind, over_seeds
 from studies.attacks import TARGETS, remaining_gap
@@ -44,6 +44,13 @@ SETTINGS, OUT = Path(__file__).with_suffix(".yaml"), Path("docs/studies")
 COLUMNS = ("recovery", "recovery error", "gap", "remaining gap", "bytes", "exact")
 PLAIN: Any = {"highlight": False, "markup": False, "soft_wrap": True}
 GAP = figures.gap_panel("answer_nll", "answer nll, of texts token perplexity")
+CHEAP_SCORES: Changes = {  # makes scores and harmonizers in seconds
+    "layer_importance.estimator": "block_influence",
+    "layer_importance.calibration_blocks": 1,
+    "layer_importance.steps": 0,
+    "layer_importance.sensitivity_blocks": 1,
+    "dlr.steps": 0,
+}
 UNSURE = 0.25  # standard error of a recovery above which settings can't be told apart
 
 
@@ -60,6 +67,13 @@ def parse(arguments: Sequence[str]) -> tuple[Needs, Changes]:
                 f"{name.upper()} = {value!r}: a number above 0 is needed{', at most 1' * (name == 'bytes')}"
             )
     return Needs(**asked), given
+
+
+def spared(changes: Changes) -> Changes:
+    """Make scores and harmonizers cheap where no figure hangs on them: no layer is replaced, and none shipped whole."""
+    params = changed(load_params(), dict(changes))
+    unused = params.method == "scaleot" and not (params.alpha or params.adapter_layers or params.max_bytes_ratio)
+    return {**CHEAP_SCORES, **changes} if unused else changes
 
 
 def run_figures(metrics: Mapping[str, Any], attack: Mapping[str, Any], kind: str) -> dict[str, float | None]:
@@ -105,6 +119,7 @@ class Search:
     def figures(self, wanted: Mapping[str, Changes]) -> dict[str, dict[str, dict[str, float | None]]]:
         """Run experiments by name; return their figures by name and kind of adapters."""
         kinds = {name: changes["adapters"] for name, changes in wanted.items()}
+        wanted = {name: spared(changes) for name, changes in wanted.items()}
         columns = [f"{column}, {kind}" for kind in ("layers", "lora") for column in COLUMNS]
 
         def make(missing: Mapping[str, Changes]) -> Iterator[tuple[str, Figures]]:

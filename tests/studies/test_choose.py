@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import ROOT, refusal
+from helpers import ROOT, refusal, tiny_model
 
 from scaleot_core.common.files import read_csv
+from scaleot_core.compression.plan import plan_for
 from scaleot_core.params import Params, changed
 from studies import choose
 from studies.frontier import Needs, between, frontier, neighbours
@@ -95,6 +96,21 @@ def test_every_setting_that_is_searched_is_a_valid_one() -> None:
             changed(Params(), {**SETTINGS["changes"], **line["changes"], line["over"]: value})
 
 
+def test_scores_are_made_cheap_where_no_plan_hangs_on_them() -> None:
+    model = tiny_model("llama", num_hidden_layers=8)
+    for line in SETTINGS["lines"].values():
+        changes = {**SETTINGS["changes"], **line["changes"], line["over"]: line["values"][-1]}
+        params, scores = changed(Params(), changes), [3.0, 1.0, 2.0, 0.0, 5.0, 0.5, 4.0, 1.5]
+        plans = [plan_for(params, given, model) for given in (scores, scores[::-1])]
+        cheap = choose.spared(changes)
+        assert ("dlr.steps" in cheap) == (plans[0] == plans[1]), line
+        assert changed(Params(), cheap) == params or "dlr.steps" in cheap
+    even = {"alpha": 0.0, "adapter_layers": 0, "adapters": ["lora"]}
+    assert choose.spared({**even, "dlr.steps": 9})["dlr.steps"] == 9
+    for needed in ({"max_bytes_ratio": 0.5}, {"method": "crash"}):
+        assert choose.spared({**even, **needed}) == {**even, **needed}
+
+
 def measured(recovery: float, perplexity: float, error: float = 0.1) -> tuple[dict[str, Any], dict[str, Any]]:
     """What metrics.json and attack.json have of a run whose task gains 2 nats by full fine-tuning."""
     kind = {
@@ -154,6 +170,7 @@ def test_study_recommends_a_setting_with_its_seeds_and_runs_nothing_twice(
     runs = made("RECOVERY=0.75")
     said = capsys.readouterr().err
     assert "recommended: " in said and "channel_pruning.ratio" in said and "dvc exp run" in said
+    assert "dlr.steps" not in said and {"dlr.steps" in run for run in runs} == {True, False}
     assert {run["seed"] for run in runs} == {0, 1, 2}
     rows = read_csv(tmp_path / "choose.csv")
     best = max((r for r in rows if r["recovery"] >= 0.75), key=lambda r: r["remaining gap"])
