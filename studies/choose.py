@@ -153,13 +153,14 @@ class Search:
         self.confirm(confirmed)
 
     def halfway(self, needs: Needs) -> list[tuple[str, float]]:
-        """Give the points between neighbours on a line of which only one meets the needs."""
+        """Give the points between neighbours in choose.yaml of which only one meets the needs, if they weren't run."""
         found: dict[tuple[str, float], None] = {}
         for line, spec in self.plan["lines"].items():
             for kind in spec["changes"]["adapters"]:
-                own = [row for row in self.rows if row["line"] == f"{line}, {kind}"]
-                values = between([row["label"] for row in own], [not needs.misses(row) for row in own])
-                found |= dict.fromkeys((line, value) for value in values)
+                own = {row["label"]: not needs.misses(row) for row in self.rows if row["line"] == f"{line}, {kind}"}
+                planned = [value for value in spec["values"] if value in own]
+                values = between(planned, [own[value] for value in planned])
+                found |= dict.fromkeys((line, value) for value in values if value not in own)
         return list(found)
 
     def expected(self) -> list[Row]:
@@ -257,10 +258,14 @@ def main() -> None:
     needs, changes = parse(sys.argv[1:])
     search = Search(yaml.safe_load(SETTINGS.read_text(encoding="utf-8")), changes)
     points = [(line, value) for line, spec in search.plan["lines"].items() for value in spec["values"]]
-    search.run(points[: workers()])
+    at_once = workers()
+    search.run(points[:at_once])
     check_task(search.rows[0])  # before the hours that the others take
-    search.run(points[workers() :])
-    search.run(search.halfway(needs), confirmed=[needs.best(search.rows)])
+    points = points[at_once:]
+    whole = len(points) - len(points) % at_once  # the others run beside what comes next, so that no core waits
+    search.run(points[:whole])
+    search.run([*points[whole:], *search.halfway(needs)], confirmed=[needs.best(search.rows)])
+    search.run(search.halfway(needs))  # of lines that ended with them
     chosen = search.best(needs)
     report(search, needs, [chosen, *search.beside(chosen)])
 

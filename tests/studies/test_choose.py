@@ -183,6 +183,21 @@ def test_study_recommends_a_setting_with_its_seeds_and_runs_nothing_twice(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("at_once", [1, 2, 16])
+def test_however_many_run_at_once_the_search_tries_the_same_settings_each_once(
+    made: Callable[..., list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(choose, "workers", lambda: at_once)
+    made("RECOVERY=0.5")
+    rows = [(row["line"], row["label"]) for row in read_csv(tmp_path / "choose.csv")]
+    lines = SETTINGS["lines"].items()
+    kinds = [(f"{name}, {kind}", line["values"]) for name, line in lines for kind in line["changes"]["adapters"]]
+    planned = {(name, value) for name, values in kinds for value in values}
+    assert len(rows) == len({*rows}) and planned < {*rows}
+    assert {*rows} - planned == {(f"the dial, β = 0.8, {kind}", 0.375) for kind in ("layers", "lora")}
+
+
+@pytest.mark.slow
 def test_what_the_first_seed_shows_too_high_is_confirmed_once_and_then_known(
     made: Callable[..., list[dict[str, Any]]], tmp_path: Path
 ) -> None:
