@@ -153,11 +153,15 @@ class Search:
         self.confirm(confirmed)
 
     def halfway(self, needs: Needs) -> list[tuple[str, float]]:
-        """Give the points between neighbours in choose.yaml of which only one meets the needs, if they weren't run."""
+        """Give the points between neighbours in choose.yaml of which only one is expected to meet the needs.
+
+        Those that were run already are left out.
+        """
         found: dict[tuple[str, float], None] = {}
         for line, spec in self.plan["lines"].items():
             for kind in spec["changes"]["adapters"]:
-                own = {row["label"]: not needs.misses(row) for row in self.rows if row["line"] == f"{line}, {kind}"}
+                rows = [row for row in self.expected() if row["line"] == f"{line}, {kind}"]
+                own = {row["label"]: not needs.misses(row) for row in rows}
                 planned = [value for value in spec["values"] if value in own]
                 values = between(planned, [own[value] for value in planned])
                 found |= dict.fromkeys((line, value) for value in values if value not in own)
@@ -265,7 +269,7 @@ def main() -> None:
     whole = len(points) - len(points) % at_once  # the others run beside what comes next, so that no core waits
     search.run(points[:whole])
     search.run([*points[whole:], *search.halfway(needs)], confirmed=[needs.best(search.rows)])
-    search.run(search.halfway(needs))  # of lines that ended with them
+    search.run(search.halfway(needs))  # where those points, or the other seeds, change who meets them
     chosen = search.best(needs)
     report(search, needs, [chosen, *search.beside(chosen)])
 
