@@ -184,6 +184,14 @@ class Search:
                     row[column] += statistics.fmean(moves)
         return rows
 
+    def recommended(self, needs: Needs) -> list[Row]:
+        """Give the best setting, then its neighbours on the frontier, all with all seeds."""
+        while True:
+            chosen = self.best(needs)
+            reported = [chosen, *self.beside(chosen)]
+            if self.best(needs) is chosen:  # no neighbour turned out better
+                return reported
+
     def best(self, needs: Needs) -> Row:
         """Choose the setting that is still the best one once it has all seeds."""
         while True:
@@ -270,8 +278,7 @@ def main() -> None:
     search.run(points[:whole])
     search.run([*points[whole:], *search.halfway(needs)], confirmed=[needs.best(search.rows)])
     search.run(search.halfway(needs))  # where those points, or the other seeds, change who meets them
-    chosen = search.best(needs)
-    report(search, needs, [chosen, *search.beside(chosen)])
+    report(search, needs, search.recommended(needs))
 
 
 def report(search: Search, needs: Needs, reported: Sequence[Row]) -> None:

@@ -212,6 +212,20 @@ def test_what_the_first_seed_shows_too_high_is_confirmed_once_and_then_known(
     assert 1 <= len(missed) <= 2  # the first that was tried, and the neighbour with less recovery
 
 
+def test_neighbour_that_turns_out_better_with_all_seeds_is_recommended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    search = choose.Search(SETTINGS, {})
+    search.rows = [row(0.95, 0.5), row(0.88, 0.7), row(0.5, 2.0)]
+    seeds = {0.5: 0.93, 0.7: 0.91, 2.0: 0.4}  # of the second less is expected: the first moved by -0.02
+
+    def confirm(rows: list[dict[str, Any]]) -> None:
+        for each in search.unconfirmed(rows):
+            each |= {"first": dict(each), "recovery": seeds[each["remaining gap"]]}
+
+    monkeypatch.setattr(search, "confirm", confirm)
+    assert [each["remaining gap"] for each in search.recommended(Needs(recovery=0.9))] == [0.7, 2.0, 0.5]
+
+
 def test_what_nothing_reaches_ends_with_the_nearest_and_by_how_much(
     made: Callable[..., list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
