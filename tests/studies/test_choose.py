@@ -104,7 +104,7 @@ def test_scores_are_made_cheap_where_no_plan_hangs_on_them() -> None:
         plans = [plan_for(params, given, model) for given in (scores, scores[::-1])]
         cheap = choose.spared(changes)
         assert ("dlr.steps" in cheap) == (plans[0] == plans[1]), line
-        assert changed(Params(), cheap) == params or "dlr.steps" in cheap
+        assert changed(Params(), dict(cheap)) == params or "dlr.steps" in cheap
     even = {"alpha": 0.0, "adapter_layers": 0, "adapters": ["lora"]}
     assert choose.spared({**even, "dlr.steps": 9})["dlr.steps"] == 9
     for needed in ({"max_bytes_ratio": 0.5}, {"method": "crash"}):
