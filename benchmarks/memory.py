@@ -22,7 +22,7 @@ from scaleot_core.common.progress import console
 from scaleot_core.training.checkpoint import scratch_dir
 
 WHOLE = 32  # decoder layers of LLaMA-7B
-SMALL: dict[str, Any] = {  # the preset `recommended`, but with a layer that is shipped whole and both kinds of adapters
+SMALL: dict[str, Any] = {  # channels cut alike, a layer that is shipped whole, and both kinds of adapters
     "device": "cpu",
     "alpha": 0.0,
     "beta": 0.0,

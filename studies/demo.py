@@ -32,7 +32,7 @@ from studies.table import preset
 
 FOLDER = Path(".scaleot/demo")
 FACTS = Path(__file__).with_suffix(".jsonl")
-TUNING = ("--lora-rank", "128", "--lora-alpha", "256", "--lr", "0.002", "--epochs", "3", "--patience", "0")
+TUNING = ("--lora-rank", "128", "--lora-alpha", "256", "--lr", "0.002", "--epochs", "4", "--patience", "0")
 LONGEST_ANSWER = 40  # tokens
 
 Chat = list[dict[str, str]]

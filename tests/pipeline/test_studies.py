@@ -363,6 +363,9 @@ def test_every_preset_changes_parameters_to_allowed_values(table_study: dict[str
     papers = ("gpt2-xl", "opt-1.3b", "opt-6.7b", "llama-7b")
     recommended = changed(params, table_study["preset"]("recommended", []))
     assert recommended.alpha == recommended.beta == recommended.adapter_layers == 0 and recommended.adapters == ["lora"]
+    secret = changed(params, table_study["preset"]("recommended-secret", []))
+    cut = secret.channel_pruning.model_copy(update={"ratio": recommended.channel_pruning.ratio})
+    assert secret.model_copy(update={"channel_pruning": cut}) == recommended != secret
     for name in (*papers, "nine-tasks"):
         row = changed(params, table_study["preset"](name, []))
         assert len(row.tasks) == 9 and row.data.questions == "hub"
