@@ -158,10 +158,10 @@ class Search:
         Those that were run already are left out.
         """
         found: dict[tuple[str, float], None] = {}
+        expected = self.expected()
         for line, spec in self.plan["lines"].items():
             for kind in spec["changes"]["adapters"]:
-                rows = [row for row in self.expected() if row["line"] == f"{line}, {kind}"]
-                own = {row["label"]: not needs.misses(row) for row in rows}
+                own = {row["label"]: not needs.misses(row) for row in expected if row["line"] == f"{line}, {kind}"}
                 planned = [value for value in spec["values"] if value in own]
                 values = between(planned, [own[value] for value in planned])
                 found |= dict.fromkeys((line, value) for value in values if value not in own)
