@@ -5,6 +5,7 @@ entry, so that a checkpoint is resumed if, and only if, DVC would take the stage
 """
 
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 import yaml
 
 from scaleot_core.artifacts import Artifacts
+from scaleot_core.common import distributed
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import fingerprint, write_json
 from scaleot_core.common.runtime import Runtime, setup
@@ -41,6 +43,11 @@ class Entry:
         """Give the values of the parameters that the stage depends on, by names such as `dlr.steps`."""
         known = params.model_dump(mode="json")
         return {name: reduce(lambda block, key: block[key], name.split("."), known) for name in self.params}
+
+    @property
+    def code(self) -> tuple[Path, ...]:
+        """The dependencies that are code, and not what an earlier stage wrote."""
+        return tuple(dep for dep in self.deps if dep.parts[0] not in ("artifacts", "costs"))
 
     @property
     def cost(self) -> Path | None:
@@ -88,6 +95,17 @@ class Stage:
     def label(self) -> str:
         """The stage's name for progress lines."""
         return self.entry.name
+
+    def kept(self, name: str) -> Path:
+        """Return the scratch folder for what later runs use again, keyed by all code that the stage depends on.
+
+        Folders that other code made are removed.
+        """
+        folder = scratch_dir(f"{name}-{fingerprint(*(path for path in self.entry.code if path.exists()))}")
+        for other in folder.parent.glob(f"{name}-*"):
+            if other != folder and distributed.is_main_process():
+                shutil.rmtree(other, ignore_errors=True)
+        return folder
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from scaleot_core.common.progress import console
 from scaleot_core.common.runtime import Runtime
 from scaleot_core.common.validation import check_range
 from scaleot_core.compression import dlr
+from scaleot_core.compression.local_fit import BATCH_TOKENS
 from scaleot_core.compression.svd import decompose
 from scaleot_core.data.corpus import local_files
 from scaleot_core.data.local_files import ROWS, TEXTS, has_suffix
@@ -103,7 +104,7 @@ def forward_tokens(params: Params) -> dict[str, float]:
     candidates = steps // params.dlr.score_interval * params.dlr.candidates
     return {
         "layer_importance": block * (fits.calibration_blocks + layers / 2 * fits.sensitivity_blocks)
-        + 0.1 * fits.steps * fits.batch_tokens,
+        + 0.1 * fits.steps * BATCH_TOKENS,
         "train_harmonizers": block * params.dlr.batch_blocks * (2 * steps + candidates),
         "compress": block * params.rank_compression.calibration_blocks if params.rank_compression.whiten else 0,
         "zero_shot": scoring,

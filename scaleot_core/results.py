@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from scaleot_core.artifacts import Artifacts
 from scaleot_core.common.files import cached_json, folder_bytes, read_json
 from scaleot_core.common.runtime import Runtime
-from scaleot_core.compression.plan import LayerKind, Plan
+from scaleot_core.compression.plan import LayerKind, Plan, layers_of
 from scaleot_core.evaluation.harness import evaluate
 from scaleot_core.evaluation.tasks import Rows, load_task
 from scaleot_core.evaluation.tasks import metrics as metrics_of
@@ -145,7 +145,7 @@ def _sizes(artifacts: Artifacts, plan: Plan) -> dict[str, Any]:
         "bytes": size,
         "model_bytes": whole,
         "share_of_model": size / whole,
-        **{f"{kind}_layers": len(plan.layers(kind)) for kind in get_args(LayerKind)},
+        **{f"{kind}_layers": len(layers_of(plan, kind)) for kind in get_args(LayerKind)},
     }
 
 

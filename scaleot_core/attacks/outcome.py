@@ -96,7 +96,11 @@ class Attacks:
         model, shipped = self.owner.load(), load()
         weights = exposure.exposure(model, shipped, package.plan)
         told: dict[str, dict[str, Figures]] = {task: self._membership(model, task) for task in params.tasks}
-        channels = kept_channels(self.artifacts.emulator_private, package.sha256) if package.plan.cuts else {}
+        channels = (
+            kept_channels(self.artifacts.emulator_private, package.sha256)
+            if any(layer.channels for layer in package.plan)
+            else {}
+        )
         difficulty = hidden.recovery_difficulty(  # last, since it changes the model
             model, shipped, package.plan, channels, self.heldout, params.seed
         )

@@ -18,7 +18,7 @@ from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import write_json
 from scaleot_core.common.tensors import write_tensors
 from scaleot_core.compression.emulator import layer_parameters
-from scaleot_core.compression.plan import Plan
+from scaleot_core.compression.plan import Plan, layers_of
 from scaleot_core.exchange.manifest import MOST_LAYERS, Hash, Manifest, read_checked, write_manifest
 from scaleot_core.exchange.package import Package
 from scaleot_core.exchange.untrusted import read_untrusted_json, read_untrusted_tensors
@@ -73,7 +73,7 @@ def trainable(model: PreTrainedModel, plan: Plan, lora: LoraForm | None, seed: i
     UserError where the emulator has nothing of the kind.
     """
     if lora is None:
-        if not plan.layers("adapter"):
+        if not layers_of(plan, "adapter"):
             raise UserError("adapters `layers`: the package has no adapter layer; tune it with `lora`")
         return layer_parameters(model, plan, "adapter")
     from scaleot_core.tuning.lora import insert_lora
@@ -84,7 +84,7 @@ def trainable(model: PreTrainedModel, plan: Plan, lora: LoraForm | None, seed: i
 def _tuned_layers(plan: Plan, lora: LoraForm | None) -> list[int]:
     from scaleot_core.tuning.lora import lora_layers
 
-    return plan.layers("adapter") if lora is None else lora_layers(plan, lora)
+    return layers_of(plan, "adapter") if lora is None else lora_layers(plan, lora)
 
 
 def save(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.runtime import DTYPES
 from scaleot_core.compression.emulator import meta_emulator
+from scaleot_core.compression.plan import shared_layers
 from scaleot_core.compression.quantization import QuantizedMatrix
 from scaleot_core.exchange.package import Package
 from scaleot_core.exchange.quantized import SCALES
@@ -118,7 +119,7 @@ def stream_emulator(package: Package, device: torch.device) -> StreamedModel:
     empty = meta_emulator(config, plan, buffers_too=False)
     dtype = DTYPES[package.manifest.dtype]
     emulator = StreamedEmulator(package.folder, config, device=device, dtype=dtype, files=files, model=empty)
-    for i, other in plan.like.items():
+    for i, other in shared_layers(plan).items():
         own = f"{emulator.path}.{other}."
         same = {name.removeprefix(own): place for name, place in emulator.places.items() if name.startswith(own)}
         emulator.places |= {f"{emulator.path}.{i}.{name}": place for name, place in same.items()}
