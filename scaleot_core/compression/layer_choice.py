@@ -32,14 +32,21 @@ def choose_layers(
     return adapters, set(others[len(others) - replaced :])
 
 
-def compressed_layer(params: Params, shapes: LayerShapes, index: int) -> Layer:
-    """Plan a compressed layer by β, which cuts the attention ranks, and by the block `channels`."""
+def ranks_left(shapes: LayerShapes, beta: float) -> dict[str, tuple[int, ...]]:
+    """Return the ranks that β leaves of the matrices in every attention projection that it cuts."""
     ranks = {
-        name: tuple(target_rank(min(shape), params.beta) for shape in matrices)
+        name: tuple(target_rank(min(shape), beta) for shape in matrices)
         for name, matrices in shapes.projections.items()
     }
+    return cut_ranks(ranks, shapes)
+
+
+def compressed_layer(params: Params, shapes: LayerShapes, index: int) -> Layer:
+    """Plan a compressed layer by β, which cuts the attention ranks, and by the block `channels`."""
     kept = target_rank(shapes.channels, pruned_share(params.channels, index, shapes.layers))
-    return Layer(kind="compressed", ranks=cut_ranks(ranks, shapes), channels=kept if params.channels.ratio else None)
+    return Layer(
+        kind="compressed", ranks=ranks_left(shapes, params.beta), channels=kept if params.channels.ratio else None
+    )
 
 
 def cut_ranks(ranks: Mapping[str, tuple[int, ...]], shapes: LayerShapes) -> dict[str, tuple[int, ...]]:
