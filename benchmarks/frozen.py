@@ -24,7 +24,7 @@ from scaleot_core.exchange import adapter
 from scaleot_core.exchange.package import Package
 from scaleot_core.models.loading import load_model, load_tokenizer
 from scaleot_core.params import load_params
-from scaleot_core.settings import Frozen, Lora, OffsiteTuning
+from scaleot_core.settings import Lora, OffsiteTuning, Quantization
 from scaleot_core.training.checkpoint import Checkpoint
 from scaleot_core.training.cost import Meter
 from scaleot_core.tuning import examples
@@ -32,7 +32,7 @@ from scaleot_core.tuning.adapters import TunedAdapter, plug_in
 from scaleot_core.tuning.selection import tune
 
 TASK, TRAINED, EVALUATED = "commonsense_qa_cloze", 300, 200
-FORMS: dict[str, Frozen | None] = {"none": None, "int8": "int8", "int4": "int4"}
+FORMS: dict[str, Quantization | None] = {"none": None, "int8": "int8", "int4": "int4"}
 
 
 def held_bytes(model: nn.Module) -> int:
@@ -41,7 +41,7 @@ def held_bytes(model: nn.Module) -> int:
 
 
 def tuned(
-    package: Package, form: Frozen | None, seed: int, runtime: Runtime, artifacts: Artifacts
+    package: Package, form: Quantization | None, seed: int, runtime: Runtime, artifacts: Artifacts
 ) -> tuple[TunedAdapter, dict[str, Any]]:
     """Tune LoRA for an epoch; give it back as it would be sent, and what that cost."""
     if form:

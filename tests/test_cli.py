@@ -189,7 +189,7 @@ SETTINGS = {  # of `tune`, each with the class that describes it
     **{name: OffsiteTuning for name in ("max_grad_norm", "epsilon", "delta")},
     **{name: LoraForm for name in ("rank", "alpha", "modules")},
     **{name: Params for name in ("seed", "device", "threads")},
-    "frozen": Machine,
+    "quantize": Machine,
 }
 
 
@@ -210,7 +210,9 @@ def test_option_that_is_a_setting_is_described_and_limited_as_its_field(name: st
 
 def test_no_option_of_a_setting_goes_unheld() -> None:
     """An option that is new has to be among those above."""
-    fields = OffsiteTuning.model_fields.keys() | LoraForm.model_fields.keys() | {"seed", "device", "threads", "frozen"}
+    fields = (
+        OffsiteTuning.model_fields.keys() | LoraForm.model_fields.keys() | {"seed", "device", "threads", "quantize"}
+    )
     assert {name for name in fields if option_name(name) in options_of_tune()} == SETTINGS.keys()
 
 
@@ -249,12 +251,12 @@ def test_pack_of_int8_is_smaller_and_goes_all_the_way(tmp_path, project, base, r
     """Packed, tuned, checked, plugged in."""
     shipped = project / "small.zip"
     gives("pack", "--project", project, "--out", project / "whole.zip", "--license", "for tests alone")
-    found = gives("pack", "--project", project, "--out", shipped, "--dtype", "int8", "--license", "for tests alone")
+    found = gives("pack", "--project", project, "--out", shipped, "--quantize", "int8", "--license", "for tests alone")
     shown = gives("inspect", shipped)
-    assert (shown["license"], shown["frozen matrices"], shown["id"]) == ("for tests alone", "int8", found["id"])
+    assert (shown["license"], shown["quantized"], shown["id"]) == ("for tests alone", "int8", found["id"])
     assert shown["bytes"] < gives("inspect", project / "whole.zip")["bytes"]
     assert json.loads((project / "small.zip.private.json").read_text())["package"] == found["id"]
-    gives("tune", shipped, "--data", records, "--out", tmp_path / "lora", *RANK, *FEW, "--frozen", "int8")
+    gives("tune", shipped, "--data", records, "--out", tmp_path / "lora", *RANK, *FEW, "--quantize", "int8")
     gives("plug", base, tmp_path / "lora", "--package", shipped, "--out", tmp_path / "plugged")
     with torch.no_grad():
         tuned, real = (AutoModelForCausalLM.from_pretrained(f) for f in (tmp_path / "plugged", base))

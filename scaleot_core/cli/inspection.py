@@ -74,7 +74,7 @@ def _package_properties(package: "Package") -> dict[str, Any]:
         "chat template": bool(rendered),
         "chat template renders": rendered,
         "dtype": manifest.dtype,
-        **({"frozen matrices": manifest.frozen} if manifest.frozen else {}),
+        **({"quantized": manifest.quantized} if manifest.quantized else {}),
         "layers": list(manifest.layers),
         "beta": manifest.beta,
         "harmonizer rank": manifest.harmonizer.rank,

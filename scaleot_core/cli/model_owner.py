@@ -25,7 +25,7 @@ def pack(
         Path | None,
         typer.Option(help="metrics.json: tell the data owner the recovery that you measured with this package."),
     ] = None,
-    dtype: Annotated[
+    quantize: Annotated[
         Literal["int8"] | None,
         typer.Option(
             help="int8: ship the matrices of compressed layers and harmonizers as whole numbers with one scale a row. "
@@ -63,9 +63,9 @@ def pack(
     package = Package(artifacts.emulator, links=True)
     recovery = {"figures": measured_recovery(figures, package.sha256)} if figures else {}
     with new_output(out, private_file(out)) as folder:
-        if dtype:
+        if quantize:
             config, plan, tensors = package.config, package.plan, package.stream(*PARTS)
-            save(folder, config, package.tokenizer(), plan, tensors, license, frozen=dtype, **recovery)
+            save(folder, config, package.tokenizer(), plan, tensors, license, quantized=quantize, **recovery)
         else:
             copy_files(artifacts.emulator, folder, package.manifest, license=license, **recovery)
         identity = manifest_sha256(folder)

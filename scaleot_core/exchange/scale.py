@@ -19,8 +19,8 @@ from scaleot_core.common.errors import UserError
 from scaleot_core.common.runtime import DTYPES
 from scaleot_core.compression.emulator import meta_emulator
 from scaleot_core.compression.quantization import QuantizedMatrix
+from scaleot_core.exchange.int8 import SCALES
 from scaleot_core.exchange.package import Package
-from scaleot_core.exchange.quantized import SCALES
 from scaleot_core.models.forward import hooks
 from scaleot_core.models.streaming import StreamedModel
 from scaleot_core.tuning.adapters import TunedAdapter, TunedLora

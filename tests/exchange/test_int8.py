@@ -43,7 +43,7 @@ def write_int8(folder, model, tokenizer, plan=PLAN):
     """`write_package` of int8."""
     folder.mkdir()
     make_emulator(model, plan)
-    save(folder, model.config, tokenizer, plan, package_tensors(model, plan), frozen="int8")
+    save(folder, model.config, tokenizer, plan, package_tensors(model, plan), quantized="int8")
     return folder
 
 
@@ -52,8 +52,8 @@ def test_package_of_int8_is_near_to_the_whole_one_and_exact_where_the_real_model
     whole = Package(write_package(tmp_path / "whole", tiny_model(name), tokenizer))
     small = Package(write_int8(tmp_path / "small", tiny_model(name), tokenizer))
     small.check()
-    assert small.manifest.frozen == "int8" and whole.manifest.frozen is None
-    assert "frozen" not in read_json(whole.folder / "manifest.json")
+    assert small.manifest.quantized == "int8" and whole.manifest.quantized is None
+    assert "quantized" not in read_json(whole.folder / "manifest.json")
     parts, path = ("base", "adapter", "harmonizer", "compressed"), family(small.config).layers
     given, expected = dict(small.stream(*parts)), dict(whole.stream(*parts))
     assert given.keys() == expected.keys()
@@ -126,7 +126,7 @@ def tuning(sound, out, *options, package="whole"):
 def test_tune_beside_quantized_matrices(sound, tmp_path, form, options):
     if form == "int4":
         pytest.importorskip("bitsandbytes")
-    ended = scaleot(*tuning(sound, tmp_path / "out", "--epochs", 2, "--frozen", form, *options), "--json")
+    ended = scaleot(*tuning(sound, tmp_path / "out", "--epochs", 2, "--quantize", form, *options), "--json")
     assert ended.code == 0, ended.said
     assert json.loads(ended.out)["steps"] > 0
     assert scaleot("check", tmp_path / "out", "--package", sound / "whole").code == 0
@@ -134,8 +134,8 @@ def test_tune_beside_quantized_matrices(sound, tmp_path, form, options):
         assert {tensor.dtype for tensor in read_tensors(file).values()} == {torch.float32}
 
 
-def test_package_of_int8_is_tuned_alike_with_and_without_frozen(sound, tmp_path):
-    for name, options in (("one", ()), ("two", ("--frozen", "int8"))):
+def test_package_of_int8_is_tuned_alike_whether_it_stays_so_or_not(sound, tmp_path):
+    for name, options in (("one", ()), ("two", ("--quantize", "int8"))):
         command = tuning(sound, tmp_path / name, "--epochs", 1, "--lora-rank", 3, *options, package="small")
         assert scaleot(*command).code == 0
     one, two = (read_tensors(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
@@ -143,19 +143,19 @@ def test_package_of_int8_is_tuned_alike_with_and_without_frozen(sound, tmp_path)
         torch.testing.assert_close(two[key], tensor, rtol=1e-4, atol=1e-6)
 
 
-def test_frozen_that_cannot_be_kept_here_is_told_before_anything_is_written(sound, tmp_path, monkeypatch):
+def test_quantization_that_is_not_possible_here_is_told_before_anything_is_written(sound, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     command = tuning(sound, tmp_path / "out")
-    said = refused(*command, "--frozen", "int4")
-    assert said == "error: --frozen = 'int4': it needs bitsandbytes: pip install '.[int4]'"
-    assert "--frozen = int2: it is not one of 'int8', 'int4'" in refused(*command, "--frozen", "int2")
+    said = refused(*command, "--quantize", "int4")
+    assert said == "error: --quantize = 'int4': it needs bitsandbytes: pip install '.[int4]'"
+    assert "--quantize = int2: it is not one of 'int8', 'int4'" in refused(*command, "--quantize", "int2")
     assert not list(tmp_path.iterdir())
 
 
 def test_inspect_says_that_a_package_is_of_int8(sound):
     found = scaleot("inspect", sound / "small", "--json")
-    assert json.loads(found.out)["frozen matrices"] == "int8"
-    assert "frozen matrices" not in json.loads(scaleot("inspect", sound / "whole", "--json").out)
+    assert json.loads(found.out)["quantized"] == "int8"
+    assert "quantized" not in json.loads(scaleot("inspect", sound / "whole", "--json").out)
 
 
 def holds(change):
@@ -192,24 +192,24 @@ MALFORMED = {
     "matrix that is whole": holds(
         lambda tensors, name: tensors.update({name.removesuffix(".scales"): torch.ones(16, 32)})
     ),
-    "int8 denied": lambda folder: change_manifest(folder, frozen=None),
-    "another form": lambda folder: change_manifest(folder, frozen="int4"),
-    "form that is none": lambda folder: change_manifest(folder, frozen=8),
+    "int8 denied": lambda folder: change_manifest(folder, quantized=None),
+    "another form": lambda folder: change_manifest(folder, quantized="int4"),
+    "form that is none": lambda folder: change_manifest(folder, quantized=8),
 }
 
 
-@pytest.mark.parametrize("frozen", [(), ("--frozen", "int8")])
+@pytest.mark.parametrize("quantize", [(), ("--quantize", "int8")])
 @pytest.mark.parametrize("case", MALFORMED)
-def test_malformed_package_of_int8_is_refused(sound, tmp_path, tokenizer, case, frozen):
+def test_malformed_package_of_int8_is_refused(sound, tmp_path, tokenizer, case, quantize):
     folder = write_int8(tmp_path / "given", tiny_model("llama"), tokenizer)
     MALFORMED[case](folder)
     before = snapshot(tmp_path)
     command = ("tune", folder, "--data", sound / "records.jsonl", "--out", tmp_path / "out", "--lora-rank", 3)
-    said = refused(*command, "--threads", 1, *frozen)
+    said = refused(*command, "--threads", 1, *quantize)
     assert str(folder) in said and len(said) < 600 and snapshot(tmp_path) == before
 
 
 def test_whole_package_that_says_it_is_of_int8_is_refused(sound, tmp_path, tokenizer):
     folder = write_package(tmp_path / "given", tiny_model("llama"), tokenizer)
-    change_manifest(folder, frozen="int8")
+    change_manifest(folder, quantized="int8")
     assert "missing, foreign or of the wrong shape or dtype" in refused("inspect", folder)
