@@ -78,12 +78,13 @@ def tune(
     from scaleot_core.common.files import fingerprint, write_json
     from scaleot_core.common.runtime import setup
     from scaleot_core.compression.quantization import check_kernels
-    from scaleot_core.exchange import adapter
+    from scaleot_core.exchange import adapter_folder
     from scaleot_core.exchange.archive import new_output, unpacked
     from scaleot_core.exchange.package import Package
     from scaleot_core.memory import check_tuning
     from scaleot_core.models.loading import check_tokenizer
     from scaleot_core.training.checkpoint import Checkpoint
+    from scaleot_core.tuning.adapters import trainable
     from scaleot_core.tuning.selection import tune as tune_parameters
 
     if data is None and task is None:
@@ -119,7 +120,7 @@ def tune(
         checkpoint = Checkpoint(progress / key, PROGRESS_SECONDS)
         if progress.is_dir() and not checkpoint.folder.exists():
             say("other options, package or records than before: starting anew", style="yellow")
-        parameters = adapter.trainable(model, shipped.plan, lora, seed)
+        parameters = trainable(model, shipped.plan, lora, seed)
         seed = secrets.randbits(256) if epsilon else seed  # whoever could guess it could take the noise off
         try:
             result = tune_parameters(
@@ -135,7 +136,7 @@ def tune(
         except KeyboardInterrupt:
             say("interrupted; the same command goes on from here", style="yellow")
             raise
-        adapter.save(target, shipped, parameters, lora=lora, tuning=settings, tuned=result)
+        adapter_folder.save(target, shipped, parameters, lora=lora, tuning=settings, tuned=result)
     losses = {"validation_loss": result.validation_loss, "history": result.history}
     write_json(private_file(out), losses, private=True)
     rmtree(progress, ignore_errors=True)  # with what was begun with other options

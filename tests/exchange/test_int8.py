@@ -10,7 +10,6 @@ from helpers import (
     PLAN,
     change_manifest,
     each_family,
-    effect,
     list_again,
     logits,
     make_emulator,
@@ -27,13 +26,10 @@ from scaleot_core.common.tensors import read_tensors, write_tensors
 from scaleot_core.compression.emulator import package_tensors, part_of
 from scaleot_core.compression.plan import Plan
 from scaleot_core.compression.quantization import QuantizedMatrix
-from scaleot_core.exchange import adapter
 from scaleot_core.exchange.package import Package, save
 from scaleot_core.exchange.returned import check_adapter, check_base
-from scaleot_core.exchange.scale import emulator_effect
 from scaleot_core.models.families import family
 from scaleot_core.settings import LoraForm
-from scaleot_core.tuning.adapters import tuned_emulator
 
 FORM = LoraForm(rank=3, alpha=5.0)
 COMPRESSED = "compressed.safetensors"
@@ -74,15 +70,6 @@ def test_package_of_int8_is_the_same_whether_it_stays_so_or_not(tmp_path, tokeni
     kinds = [any(isinstance(p, QuantizedMatrix) for p in model.parameters()) for model in loaded]
     assert kinds == [False, True, True]
     assert torch.equal(logits(loaded[0]), logits(loaded[1])) and torch.equal(logits(loaded[1]), logits(loaded[2]))
-
-
-@pytest.mark.parametrize("lora", [None, FORM], ids=["layers", "lora"])
-def test_effect_of_an_adapter_is_measured_a_layer_at_a_time_too(tmp_path, tokenizer, blocks, lora):
-    small = Package(write_int8(tmp_path / "small", tiny_model("llama"), tokenizer))
-    tuned = adapter.read(write_adapter(tmp_path / "adapter", small.load(CPU), lora, small), small)
-    emulator = small.load(CPU)
-    expected = effect(emulator, tuned_emulator(emulator, small.plan, tuned), blocks)
-    assert emulator_effect(small, tuned, blocks, CPU) == pytest.approx(expected, rel=1e-3) and expected > 0
 
 
 def test_shared_layers_of_int8(tmp_path, tokenizer):
