@@ -20,19 +20,19 @@ from scaleot_core.common.errors import UserError
 from scaleot_core.common.runtime import Runtime, setup
 from scaleot_core.compression.quantization import QuantizedMatrix, check_kernels
 from scaleot_core.evaluation.harness import evaluate
-from scaleot_core.exchange import adapter
+from scaleot_core.exchange import adapter_folder
 from scaleot_core.exchange.package import Package
 from scaleot_core.models.loading import load_model, load_tokenizer
 from scaleot_core.params import load_params
-from scaleot_core.settings import Frozen, Lora, OffsiteTuning
+from scaleot_core.settings import Lora, OffsiteTuning, Quantization
 from scaleot_core.training.checkpoint import Checkpoint
 from scaleot_core.training.cost import Meter
 from scaleot_core.tuning import examples
-from scaleot_core.tuning.adapters import TunedAdapter, plug_in
+from scaleot_core.tuning.adapters import TunedAdapter, plug_in, trainable
 from scaleot_core.tuning.selection import tune
 
 TASK, TRAINED, EVALUATED = "commonsense_qa_cloze", 300, 200
-FORMS: dict[str, Frozen | None] = {"none": None, "int8": "int8", "int4": "int4"}
+FORMS: dict[str, Quantization | None] = {"none": None, "int8": "int8", "int4": "int4"}
 
 
 def held_bytes(model: nn.Module) -> int:
@@ -41,7 +41,7 @@ def held_bytes(model: nn.Module) -> int:
 
 
 def tuned(
-    package: Package, form: Frozen | None, seed: int, runtime: Runtime, artifacts: Artifacts
+    package: Package, form: Quantization | None, seed: int, runtime: Runtime, artifacts: Artifacts
 ) -> tuple[TunedAdapter, dict[str, Any]]:
     """Tune LoRA for an epoch; give it back as it would be sent, and what that cost."""
     if form:
@@ -55,7 +55,7 @@ def tuned(
     meter = Meter(runtime)
     meter.count(model)
     model.base_model.register_forward_hook(lambda *_: resident.append(process.memory_info().rss))
-    parameters = adapter.trainable(model, package.plan, lora.form, seed)
+    parameters = trainable(model, package.plan, lora.form, seed)
     tuning = OffsiteTuning(epochs=1, lr=lora.lr)
     start = time.process_time()
     with TemporaryDirectory() as name:
@@ -68,8 +68,8 @@ def tuned(
         }
         sent = Path(name) / "adapter"
         sent.mkdir()
-        adapter.save(sent, package, parameters, lora=lora.form, tuning=tuning, tuned=result)
-        return adapter.read(sent, package), figures
+        adapter_folder.save(sent, package, parameters, lora=lora.form, tuning=tuning, tuned=result)
+        return adapter_folder.read(sent, package), figures
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import folder_bytes, write_json
 from scaleot_core.compression.emulator import meta_emulator, tensor_shapes
 from scaleot_core.compression.plan import LayerKind, Plan
-from scaleot_core.exchange import adapter, package
+from scaleot_core.exchange import adapter_folder, package
 from scaleot_core.params import load_params
 from scaleot_core.pipeline import read_entry
 from scaleot_core.settings import LoraForm, OffsiteTuning
@@ -55,7 +55,7 @@ def write_parties(folder: Path, layers: int) -> None:
         for part, shape in (("A", (lora.rank, into)), ("B", (out, lora.rank)))
     }
     (folder / "adapter").mkdir()
-    adapter.save(
+    adapter_folder.save(
         folder / "adapter", given, factors, lora=lora, tuning=OffsiteTuning(), tuned=TuningResult([], 1e-3, 1, {})
     )
 

@@ -17,12 +17,12 @@ from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import folder_bytes
 from scaleot_core.common.launch import local_world_size, world_size
 from scaleot_core.common.runtime import DTYPES, Runtime, cgroup_folders
-from scaleot_core.settings import Frozen
+from scaleot_core.settings import Quantization
 
 if TYPE_CHECKING:
     from scaleot_core.exchange.package import Package
 
-FROZEN_BYTES: dict[Frozen, float] = {"int8": 1, "int4": 0.5 + 4 / 64}  # of a number; int4 with a scale for 64
+QUANTIZED_BYTES: dict[Quantization, float] = {"int8": 1, "int4": 0.5 + 4 / 64}  # of a number; int4 with a scale for 64
 # Stages whose layers the processes of FSDP share.
 SPLIT = ("train_harmonizers", "compress, method distilled", "full_finetune", "attack")
 
@@ -68,18 +68,18 @@ def _number(file: Path) -> int | None:
         return None
 
 
-def tuning_weights(package: "Package", *, whole_layers: bool, frozen: Frozen | None = None) -> Weights:
+def tuning_weights(package: "Package", *, whole_layers: bool, quantize: Quantization | None = None) -> Weights:
     """Count what tuning adapters in a package holds: the emulator, of which whole adapter layers are trained, or none.
 
     LoRA's own weights are left out.
     """
     from scaleot_core.compression.emulator import tensor_shapes
-    from scaleot_core.exchange.quantized import FROZEN_PARTS
+    from scaleot_core.exchange.int8 import QUANTIZED_PARTS
 
     size, held, trained = DTYPES[package.manifest.dtype].itemsize, 0.0, 0.0
     for part, shapes in tensor_shapes(package.meta_model, package.plan).items():
         numbers = sum(math.prod(shape) for shape, _ in shapes.values())
-        held += numbers * (FROZEN_BYTES[frozen] / size if frozen and part in FROZEN_PARTS else 1)
+        held += numbers * (QUANTIZED_BYTES[quantize] / size if quantize and part in QUANTIZED_PARTS else 1)
         trained += numbers if whole_layers and part == "adapter" else 0
     return Weights(held, trained)
 
@@ -150,17 +150,17 @@ def too_large(artifacts: Artifacts, runtime: Runtime, *, split: bool) -> list[st
     return found
 
 
-def check_tuning(package: "Package", runtime: Runtime, *, whole_layers: bool, frozen: Frozen | None) -> None:
+def check_tuning(package: "Package", runtime: Runtime, *, whole_layers: bool, quantize: Quantization | None) -> None:
     """Raise UserError, with what would fit, where tuning adapters in a package takes more memory than there is."""
     have, dtype = device_memory(runtime.device), DTYPES[package.manifest.dtype]
 
-    def taken(form: Frozen | None) -> float:
-        return tuning_weights(package, whole_layers=whole_layers, frozen=form).bytes(dtype)
+    def taken(form: Quantization | None) -> float:
+        return tuning_weights(package, whole_layers=whole_layers, quantize=form).bytes(dtype)
 
-    if (need := taken(frozen)) <= have:
+    if (need := taken(quantize)) <= have:
         return
-    fits = [form for form in FROZEN_BYTES if taken(form) <= have]
-    remedy = f"with --frozen {fits[0]} it fits" if fits else f"a machine with {_gib(need)} fits"
+    fits = [form for form in QUANTIZED_BYTES if taken(form) <= have]
+    remedy = f"with --quantize {fits[0]} it fits" if fits else f"a machine with {_gib(need)} fits"
     raise UserError(
         f"tuning this package takes at least {_gib(need)} of memory, and {_place(runtime)} has {_gib(have)}; {remedy}"
     )

@@ -23,7 +23,7 @@ Rates = Annotated[
 ]
 Name = Annotated[str, Field(min_length=1)]
 AdapterKind = Literal["layers", "lora"]
-Frozen = Literal["int8", "int4"]
+Quantization = Literal["int8", "int4"]
 
 
 class Data(Block):
@@ -217,8 +217,8 @@ class Machine(Block):
     """CPU threads; 0 for all that this process may use, and at most OMP_NUM_THREADS"""
     dtype: str = "float32"
     """what models compute in, which a package says"""
-    frozen: Frozen | None = None
-    """what the matrices of compressed layers and harmonizers are kept in: int8, or int4 (NF4, by bitsandbytes)"""
+    quantize: Quantization | None = None
+    """what the matrices of compressed layers and harmonizers are quantized to: int8, or int4 (NF4, by bitsandbytes)"""
 
 
 class Attack(Block):

@@ -8,7 +8,7 @@ import runpy
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, chdir, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from itertools import count
 from pathlib import Path
@@ -57,14 +57,14 @@ from scaleot_core.compression.layer_importance import new_harmonizers
 from scaleot_core.compression.plan import COMPRESSED, Layer, LayerKind, Plan, layers_of
 from scaleot_core.compression.shapes import layer_shapes
 from scaleot_core.compression.svd import svd_factors
-from scaleot_core.exchange import adapter
+from scaleot_core.exchange import adapter_folder
 from scaleot_core.exchange.package import save
 from scaleot_core.models.families import decoder_layers, family, projection_name
 from scaleot_core.models.loading import read_config
 from scaleot_core.models.streaming import StreamedModel
 from scaleot_core.reporting import measurements
 from scaleot_core.settings import LoraForm, OffsiteTuning
-from scaleot_core.tuning.adapters import TunedLora
+from scaleot_core.tuning.adapters import TunedLora, trainable
 from scaleot_core.tuning.lora import insert_lora
 from scaleot_core.tuning.selection import TuningResult
 
@@ -315,14 +315,14 @@ LORA = LoraForm(rank=3, alpha=5.0, layers="all", modules="all")
 def write_adapter(folder: Path, model: PreTrainedModel, lora: LoraForm | None, package: Any = None) -> Path:
     """Write an adapter of an emulator whose trained parameters have moved at random, as `trainable` names them."""
     package = package or Shipped(model)
-    parameters = adapter.trainable(model, package.plan, lora, seed=0)
+    parameters = trainable(model, package.plan, lora, seed=0)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in parameters.values():
             parameter.add_(0.1 * torch.randn(parameter.shape))
     folder.mkdir()
     tuned = TuningResult([], 1e-3, 7, {})
-    adapter.save(folder, package, parameters, lora=lora, tuning=OffsiteTuning(), tuned=tuned)
+    adapter_folder.save(folder, package, parameters, lora=lora, tuning=OffsiteTuning(), tuned=tuned)
     return folder
 
 
@@ -333,12 +333,8 @@ def move_lora(model: PreTrainedModel, plan: Plan = PLAN, lora: LoraForm = LORA) 
     with torch.no_grad():
         for name in sorted(parameters):
             parameters[name].add_(0.1 * torch.randn(parameters[name].shape, generator=draw))
-    factors = {
-        name.partition(".lora_A.")[0]: (p.detach().clone(), parameters[name.replace("lora_A", "lora_B")].detach())
-        for name, p in parameters.items()
-        if ".lora_A." in name
-    }
-    return TunedLora(lora, factors, family(model.config).transposed)
+    tensors = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    return TunedLora.from_peft(lora, tensors, model.config)
 
 
 class Pruned(NamedTuple):
@@ -369,16 +365,6 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = model.eval()(input_ids=IDS).logits
     return found
-
-
-@torch.no_grad()
-def effect(model: PreTrainedModel, change: AbstractContextManager[None], blocks: torch.Tensor) -> float:
-    """The root mean square change of what a model's head gives for blocks, by a change for the length of a block."""
-    with torch.no_grad():
-        before = model(blocks.long()).logits
-    with torch.no_grad(), change:
-        moved = model(blocks.long()).logits - before
-    return float(moved.square().mean().sqrt()) * getattr(model.config, "logits_scaling", 1.0)
 
 
 def close(one: torch.Tensor, two: torch.Tensor) -> None:

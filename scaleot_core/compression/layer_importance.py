@@ -20,7 +20,6 @@ from scaleot_core.compression.harmonizer import Harmonizer, Harmonizers
 from scaleot_core.models.families import family
 from scaleot_core.models.forward import hidden_states, mean_loss, restarted
 
-
 SCORED_METHODS = frozenset({"scaleot"})
 """Those that choose layers by scores and put harmonizers in their place; the others need neither."""
 

@@ -17,7 +17,6 @@ from scaleot_core.training.checkpoint import Checkpoint
 from scaleot_core.training.loop import run_steps
 from scaleot_core.training.optimizer import Optimizer, linear_warmup_decay
 
-
 BATCH_TOKENS = 1024  # in a step of local regression
 
 

@@ -33,9 +33,9 @@ class PackageManifest(Manifest):
     architecture: dict[str, Any]
     """The model's configuration, as transformers has it."""
     dtype: Literal["float32", "bfloat16", "float16"]
-    """Of every tensor that `frozen` doesn't say otherwise of, and of all once they are read."""
-    frozen: Annotated[Literal["int8"] | None, Field(exclude_if=lambda form: form is None)] = None
-    """In what the matrices of harmonizers and compressed layers are shipped, where not in `dtype`."""
+    """Of every tensor, except on disk those that are `quantized`."""
+    quantized: Annotated[Literal["int8"] | None, Field(exclude_if=lambda form: form is None)] = None
+    """What the matrices of harmonizers and compressed layers are stored as, if not in `dtype`."""
     layers: Annotated[tuple[Layer, ...], Field(min_length=1, max_length=MOST_LAYERS)]
     """The plan: what became of each decoder layer."""
     figures: Annotated[dict[Label, dict[AdapterKind, Recovery]], Field(max_length=64, default_factory=dict)]

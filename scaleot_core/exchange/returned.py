@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from scaleot_core.common.errors import UserError, one_line
 from scaleot_core.common.files import read_json
 from scaleot_core.compression.plan import Plan, shared_layers
-from scaleot_core.exchange import adapter
+from scaleot_core.exchange import adapter_folder
 from scaleot_core.exchange.package import Package
 from scaleot_core.models.families import family
 from scaleot_core.settings import LoraForm
@@ -126,7 +126,7 @@ class CheckedAdapter:
 
 def check_adapter(folder: Path, package: Package) -> CheckedAdapter:
     """Check an adapter against the package that was shipped; UserError where either is not sound."""
-    tuned = adapter.read(folder, package)
+    tuned = adapter_folder.read(folder, package)
     shipped = package.stream("adapter", *(["compressed"] if isinstance(tuned, TunedLora) else []))
     return CheckedAdapter(tuned, layer_changes(tuned, shipped, package.plan, package.config))
 

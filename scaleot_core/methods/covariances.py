@@ -1,4 +1,4 @@
-"""Covariances of the inputs of each layer's matrices on the corpus: computed once, kept for later runs of the same code."""
+"""Covariances of the inputs of each layer's matrices on the corpus, kept for later runs of the same code."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -17,8 +17,6 @@ from scaleot_core.compression.plan import DECODER_KINDS, Plan, layers_of
 from scaleot_core.models.families import family, feed_forward_paths, projection_paths
 from scaleot_core.settings import LoraForm
 
-ADAPTER_NAME = "default"  # PEFT's, which is in its parameters' names
-
 
 class LoraOnFactors(peft_lora.Linear):  # type: ignore[misc]
     """PEFT's LoRA around a map that is no single matrix: in its dtype, on its device, of its numbers of features."""
@@ -89,7 +87,7 @@ def insert_lora(model: PreTrainedModel, plan: Plan, form: LoraForm, seed: int) -
     config._register_custom_module({LowRankLinear: LoraOnFactors, FusedProjection: LoraOnFactors})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set")  # which serves merging alone
-        inject_adapter_in_model(config, model, ADAPTER_NAME)
+        inject_adapter_in_model(config, model)
     found = {name: p for name, p in model.named_parameters() if ".lora_" in name}
     for name, parameter in sorted(found.items()):
         if ".lora_A." in name:
