@@ -22,14 +22,18 @@ def question_sources(params: Params) -> dict[str, object]:
     return {task: hub_fingerprint(name, data.questions_revision, "dataset") for task, name in names.items()}
 
 
-def main() -> None:
-    params = load_params()
-    sources = {
+def fingerprints(params: Params) -> dict[str, object]:
+    """Fingerprint the model, the questions and the corpus that these parameters name."""
+    data = params.data
+    return {
         "model": source_fingerprint(params.model, params.model_revision, "model", ROOT),
         "questions": question_sources(params),
-        "corpus": source_fingerprint(params.data.corpus, params.data.corpus_revision, "dataset", ROOT),
+        "corpus": source_fingerprint(data.corpus, data.corpus_revision, "dataset", ROOT),
     }
-    write_json(OUT, sources)
+
+
+def main() -> None:
+    write_json(OUT, fingerprints(load_params()))
 
 
 if __name__ == "__main__":
