@@ -5,7 +5,7 @@ from pathlib import Path
 
 from scaleot_core.common.entrypoint import run_command
 from scaleot_core.common.files import write_json
-from scaleot_core.data.sources import hub_fingerprint, source_fingerprint
+from scaleot_core.data.fingerprints import hub_fingerprint, source_fingerprint
 from scaleot_core.params import Params, load_params
 
 OUT = Path("artifacts/sources.json")

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from scaleot_core.common.entrypoint import run_command
 from scaleot_core.common.files import cached_json, fingerprint, read_json, write_csv
 from scaleot_core.common.progress import console, progress
-from scaleot_core.common.runtime import generator, setup
+from scaleot_core.common.random import generator
+from scaleot_core.common.runtime import setup
 from scaleot_core.common.tensors import read_tensors
 from scaleot_core.compression import dlr, layer_importance
 from scaleot_core.compression.harmonizer import Harmonizers

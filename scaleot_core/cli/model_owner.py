@@ -142,7 +142,7 @@ def plug(
     from scaleot_core.exchange.returned import check_adapter, check_base, fitted
     from scaleot_core.exchange.scale import check_scale, measure_scale
     from scaleot_core.models.families import context_length
-    from scaleot_core.models.sources import open_model
+    from scaleot_core.models.opened import open_model
     from scaleot_core.tuning.adapters import TunedLora
 
     if out is None and as_lora is None:

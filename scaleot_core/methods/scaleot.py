@@ -6,9 +6,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from scaleot_core.common.allocator import give_back_freed_memory
 from scaleot_core.common.files import fingerprint
 from scaleot_core.common.progress import say
-from scaleot_core.common.runtime import give_back_freed_memory
 from scaleot_core.common.tensors import read_tensors, tensor_hash, write_tensors
 from scaleot_core.compression import dlr, emulator, layer_importance, svd
 from scaleot_core.compression.channels import prune_channels, select_channels

@@ -23,7 +23,7 @@ from scaleot_core.exchange import adapter, package
 from scaleot_core.exchange import scale as scales
 from scaleot_core.exchange.package import Package
 from scaleot_core.exchange.scale import check_scale, emulator_effect, find_scale, measure_scale
-from scaleot_core.models.sources import open_model
+from scaleot_core.models.opened import open_model
 from scaleot_core.tuning.adapters import fit_to_model, plugged_in, tuned_emulator
 
 

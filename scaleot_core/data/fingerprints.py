@@ -4,9 +4,10 @@ A local file or folder is told by its content, a large file by its size and time
 its commit. Imports nothing heavy: this runs at every `dvc repro`.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Any
+
+from scaleot_core.common.files import sha256
 
 LARGE = 2**30  # bytes: reading more than this at every `dvc repro` would take seconds
 
@@ -16,33 +17,34 @@ def local_fingerprint(path: Path) -> dict[str, Any]:
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     inside = {file.relative_to(path).as_posix() if path.is_dir() else "": file for file in files}
     return {
-        name: _one(file) for name, file in inside.items() if not any(part.startswith(".") for part in Path(name).parts)
+        name: _file_fingerprint(file)
+        for name, file in inside.items()
+        if not any(part.startswith(".") for part in Path(name).parts)
     }
 
 
-def _one(file: Path) -> dict[str, Any]:
-    known = file.stat()
-    if known.st_size > LARGE:
-        return {"bytes": known.st_size, "mtime_ns": known.st_mtime_ns}
-    with file.open("rb") as stream:
-        return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+def _file_fingerprint(file: Path) -> dict[str, Any]:
+    status = file.stat()
+    if status.st_size > LARGE:
+        return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+    return {"sha256": sha256(file)}
 
 
 def hub_fingerprint(repository: str, revision: str, kind: str) -> dict[str, Any]:
-    """Give the commit that a revision of a hub repository stands for; `kind` is `model` or `dataset`.
+    """Return the commit that a revision of a hub repository stands for; `kind` is `model` or `dataset`.
 
     Without network it is the commit in the hub's local cache, or None where that has none.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.file_download import repo_folder_name
 
-    wanted = revision or "main"
+    branch = revision or "main"
     try:
-        commit = HfApi().repo_info(repository, revision=wanted, repo_type=kind, timeout=10).sha
-    except Exception:  # no network, or no such repository: which the stage that reads it says
-        cached = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type=kind) / "refs" / wanted
+        commit = HfApi().repo_info(repository, revision=branch, repo_type=kind, timeout=10).sha
+    except Exception:  # no network, or no such repository: the stage that reads it says which
+        cached = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type=kind) / "refs" / branch
         commit = cached.read_text(encoding="utf-8").strip() if cached.is_file() else None
-    return {"repository": repository, "revision": wanted, "commit": commit}
+    return {"repository": repository, "revision": branch, "commit": commit}
 
 
 def source_fingerprint(source: str, revision: str, kind: str, root: Path) -> dict[str, Any]:
