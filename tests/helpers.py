@@ -48,7 +48,7 @@ from transformers import (
 from scaleot_core import cli
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import read_json, sha256
-from scaleot_core.common.runtime import generator
+from scaleot_core.common.random import generator
 from scaleot_core.common.tensors import read_tensors
 from scaleot_core.compression.channels import channels_of, prune_channels
 from scaleot_core.compression.emulator import apply_plan, package_tensors

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from scaleot_core.common import distributed
 from scaleot_core.common.files import cached_json
-from scaleot_core.common.runtime import generator
+from scaleot_core.common.random import generator
 from scaleot_core.compression.emulator import number_attention
 from scaleot_core.compression.harmonizer import Harmonizer
 from scaleot_core.compression.low_rank import FusedProjection, LowRankLinear, dense

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scaleot_core.common.errors import UserError
-from scaleot_core.common.runtime import generator
+from scaleot_core.common.random import generator
 from scaleot_core.common.validation import check_range
 from scaleot_core.compression.harmonizer import Harmonizers
 from scaleot_core.models.forward import mean_loss, next_token_loss, swapped_layers

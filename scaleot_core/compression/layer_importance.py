@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import atomic_folder, read_json, write_json
 from scaleot_core.common.progress import progress
-from scaleot_core.common.runtime import generator
+from scaleot_core.common.random import generator
 from scaleot_core.common.tensors import read_tensors
 from scaleot_core.compression.harmonizer import Harmonizer, Harmonizers
 from scaleot_core.models.families import family

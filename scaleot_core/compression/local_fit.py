@@ -8,7 +8,8 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
-from scaleot_core.common.runtime import generator, keep_freed_memory
+from scaleot_core.common.allocator import keep_freed_memory
+from scaleot_core.common.random import generator
 from scaleot_core.common.tensors import read_tensors, write_tensors
 from scaleot_core.compression.harmonizer import Harmonizer, Harmonizers
 from scaleot_core.models.forward import hidden_of, hooks

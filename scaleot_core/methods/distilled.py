@@ -15,19 +15,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scaleot_core.common import distributed
-from scaleot_core.common.runtime import generator
+from scaleot_core.common.random import generator
 from scaleot_core.compression import emulator
 from scaleot_core.compression.emulator import package_tensors
 from scaleot_core.compression.plan import DECODER_KINDS, layers_of
 from scaleot_core.compression.svd import svd_factors
-from scaleot_core.memory import Weights, check_weights
 from scaleot_core.methods import uniform
 from scaleot_core.methods.base import BuiltEmulator, ModelOwner
 from scaleot_core.models.families import decoder_layers
 from scaleot_core.models.forward import hidden_of, hooks, last_hidden_state, next_token_loss, swapped_layers
 from scaleot_core.training.blocks import BlockTrainer, draw_blocks, update
 
-STAGE = "compress, method distilled"
 HIDDEN_WEIGHT = 30.0  # of the hidden states' error beside the cross-entropy, as in the source
 
 
@@ -96,11 +94,8 @@ class Distillation(BlockTrainer):
 
 
 def build(owner: ModelOwner) -> BuiltEmulator:
-    """Build the emulator, and train the middle layers that it keeps; UserError where there is no room for that."""
+    """Build the emulator, and train the middle layers that it keeps."""
     plan = uniform.plan(owner)
-    copied = sum(p.numel() for p in emulator.layer_parameters(owner.outline, plan, "compressed").values())
-    weights = Weights(owner.outline.num_parameters() + copied, trained=copied)
-    check_weights(STAGE, weights, owner.runtime)
     model = owner.load()
     originals: dict[int, nn.Module] = {}
     layers = decoder_layers(model)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from scaleot_core.common.allocator import give_back_freed_memory
 from scaleot_core.common.progress import say
-from scaleot_core.common.runtime import give_back_freed_memory
 from scaleot_core.compression import layer_importance, svd
 from scaleot_core.compression.channels import prune_and_refit
 from scaleot_core.compression.harmonizer import Harmonizer

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from scaleot_core.common.errors import UserError
-from scaleot_core.common.runtime import generator
+from scaleot_core.common.random import generator
 from scaleot_core.compression.low_rank import FusedProjection, LowRankLinear, features
 from scaleot_core.compression.plan import DECODER_KINDS, Plan, layers_of
 from scaleot_core.models.families import family, feed_forward_paths, projection_paths

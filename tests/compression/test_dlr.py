@@ -7,7 +7,7 @@ import torch
 from helpers import silence, weights_hash
 
 from scaleot_core.common.errors import UserError
-from scaleot_core.common.runtime import generator
+from scaleot_core.common.random import generator
 from scaleot_core.compression.dlr import (
     distinct_candidates,
     sample_kept,

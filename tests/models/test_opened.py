@@ -8,7 +8,7 @@ from helpers import DAMAGES, each_family, refusal, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from scaleot_core.models.sources import open_model
+from scaleot_core.models.opened import open_model
 
 
 def write(folder: Path, tokenizer: PreTrainedTokenizerFast, name: str = "llama", **how: str) -> dict[str, torch.Tensor]:
