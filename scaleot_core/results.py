@@ -156,11 +156,12 @@ def _sizes(artifacts: Artifacts, plan: Plan) -> dict[str, Any]:
 
 
 def loss_histories(artifacts: Artifacts, tasks: Sequence[str], kinds: Sequence[str]) -> dict[str, Any]:
-    """Read the loss a step of every stage that trains, by the stage's name."""
+    """Read the loss a step of every stage that trained, by the stage's name."""
     folders = {
         "layer_importance": artifacts.importance,
         "train_harmonizers": artifacts.harmonizers,
         **{f"offsite_tune@{task}-{kind}": artifacts.adapter(task, kind) for task in tasks for kind in kinds},
         **{f"full_finetune@{task}": artifacts.full_finetune(task) for task in tasks},
     }
-    return {name: read_json(folder / "history.json") for name, folder in folders.items()}
+    histories = {name: read_json(folder / "history.json") for name, folder in folders.items()}
+    return {name: history for name, history in histories.items() if history}
