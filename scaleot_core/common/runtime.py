@@ -12,7 +12,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.library import Library
@@ -200,13 +199,3 @@ def generator(seed: int, *names: str | int) -> torch.Generator:
     """Make a CPU generator for one named draw, so that a resumed run draws what the uninterrupted one would have."""
     text = ":".join(str(part) for part in (seed, *names))
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
-
-
-def secret_draw(seed: int, *names: str | int) -> np.random.Generator:
-    """Make a generator for one named draw that protects privacy: of 256 bits, where torch's has 32 that count.
-
-    Not a cryptographic one.
-    """
-    text = ":".join(str(part) for part in (seed, *names))
-    entropy = int.from_bytes(hashlib.sha256(text.encode()).digest(), "big")
-    return np.random.Generator(np.random.PCG64DXSM(np.random.SeedSequence(entropy)))
