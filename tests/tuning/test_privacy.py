@@ -196,4 +196,4 @@ def test_what_would_break_the_promise_is_refused(data, settings, changes, said):
 
 def test_missing_opacus_is_one_line(data, settings, monkeypatch):
     monkeypatch.setitem(sys.modules, "opacus.optimizers", None)
-    assert "pip install" in refusal(lambda: private(data, settings))
+    assert "pip install" in refusal(lambda: private(data, settings, epsilon=3.25))  # of which no noise is remembered
