@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from scaleot_core.common.errors import UserError
 from scaleot_core.common.allocator import give_back_freed_memory
+from scaleot_core.common.errors import UserError
 from scaleot_core.compression.channels import prune_and_refit, pruned_share
 from scaleot_core.compression.layer_choice import end_layers
 from scaleot_core.compression.plan import ADAPTER, Layer, Plan

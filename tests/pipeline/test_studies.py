@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import ROOT, form, refusal, succeed, task_of, tiny_model, write_project
+from helpers import ROOT, refusal, succeed, task_of, tiny_model, write_project
 from transformers import PreTrainedTokenizerFast
 
 from scaleot_core.common.errors import UserError
