@@ -25,7 +25,7 @@ def main() -> None:
         metrics = collect(artifacts, questions, evaluated, costs)
         histories = loss_histories(artifacts, params.tasks, params.adapters)
         layers = read_json(artifacts.harmonizers / "scores.json") | {
-            "kinds": Package(artifacts.emulator, links=True).plan.kinds
+            "kinds": [layer.kind for layer in Package(artifacts.emulator, links=True).plan]
         }
         with atomic_folder(PLOTS) as out:
             tables.write_curves(out / "loss", histories)

@@ -112,6 +112,8 @@ class Search:
             best = needs.best(settings)
             reported = [best, *neighbours(settings, best)]
             pending = [setting for setting in reported if setting.seeds < len(self.all_seeds)]
+            if best in pending:
+                pending = [best]  # its neighbours count only if it stays the best
             if not pending:
                 return reported
             self.run(dict.fromkeys((setting.line, setting.value) for setting in pending), self.all_seeds)

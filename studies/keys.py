@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from scaleot_core.common.files import fingerprint
+from scaleot_core.data.fingerprints import source_fingerprints
 from scaleot_core.params import changed, load_params
-from stages.sources import fingerprints
 
 NEUTRAL_PARAMS = {"device", "threads", "launch", "checkpoint_seconds"}  # cannot change a result
 DRAWING = Path("scaleot_core/reporting/figures.py")  # neither can this code
@@ -41,6 +41,6 @@ def run_keys(runs: Mapping[str, Changes], *targets: str) -> dict[str, str]:
         params = changed(load_params(), dict(changes))
         sources = params.model_dump_json(include={"model", "model_revision", "tasks", "data"})
         if sources not in data_keys:
-            data_keys[sources] = fingerprint(fingerprints(params))
+            data_keys[sources] = fingerprint(source_fingerprints(params))
         keys[name] = fingerprint(params.model_dump(exclude=NEUTRAL_PARAMS), code_key, data_keys[sources])
     return keys

@@ -28,7 +28,6 @@ LONGEST = (
     "test_same_as_lm_eval",
     "test_methods",
     "test_parallel",
-    "test_scale",
     "test_cli",
     "test_privacy",
     "test_lora",

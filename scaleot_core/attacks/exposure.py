@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from scaleot_core.attacks.hidden import cut_matrices
 from scaleot_core.compression.channels import channels_of
 from scaleot_core.compression.low_rank import weight_of
-from scaleot_core.compression.plan import Plan
+from scaleot_core.compression.plan import Plan, layers_of
 from scaleot_core.models.families import family, feed_forward_paths, projection_name
 
 Row = dict[str, Any]
@@ -65,7 +65,7 @@ def exposure(model: PreTrainedModel, emulator: PreTrainedModel, plan: Plan) -> l
     there: Mapping[str, Tensor] = emulator.state_dict()
     rows: list[Row] = []
     told: set[str] = set()
-    for i in plan.layers("compressed"):
+    for i in layers_of(plan, "compressed"):
         cuts = list(cut_matrices(model, emulator, plan, i))
         fused = {cut.projection for cut in cuts if cut.part}
         for cut in cuts:
@@ -75,7 +75,7 @@ def exposure(model: PreTrainedModel, emulator: PreTrainedModel, plan: Plan) -> l
             row = _row(f"{where}[{cut.part}]" if cut.projection in fused else where, "rank", whole)
             error = float((whole.float() - shipped.float()).norm() / whole.float().norm())
             rows.append({**row, "rank": cut.rank, "error": error, "overlap": overlap(whole, shipped, cut.rank)})
-        if i in plan.cuts:
+        if plan[i].channels:
             channels = _channel_rows(model, emulator, i)
             told |= {row["tensor"].partition(" (")[0] for row in channels}
             rows += channels

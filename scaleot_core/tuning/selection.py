@@ -15,7 +15,7 @@ from scaleot_core.common import distributed
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import cached_json
 from scaleot_core.common.progress import say
-from scaleot_core.common.runtime import generator
+from scaleot_core.common.random import generator
 from scaleot_core.common.tensors import read_tensors, write_tensors
 from scaleot_core.settings import OffsiteTuning, Tuning
 from scaleot_core.training.checkpoint import Checkpoint

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scaleot_core.common import distributed
-from scaleot_core.common.runtime import choose_attention, generator, secret_draw
+from scaleot_core.common.kernels import choose_attention
+from scaleot_core.common.random import generator
+from scaleot_core.common.runtime import secret_draw
 from scaleot_core.models.forward import last_hidden_state, logits_of
 from scaleot_core.settings import OffsiteTuning, Tuning
 from scaleot_core.training import gradients

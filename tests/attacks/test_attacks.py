@@ -12,7 +12,8 @@ from scaleot_core.attacks import exposure, membership, restoration
 from scaleot_core.attacks.hidden import cut_parameters
 from scaleot_core.attacks.targets import targets
 from scaleot_core.common.files import write_json
-from scaleot_core.common.runtime import Runtime, generator
+from scaleot_core.common.random import generator
+from scaleot_core.common.runtime import Runtime
 from scaleot_core.compression.emulator import assemble, layer_parameters
 from scaleot_core.compression.low_rank import LowRankLinear
 from scaleot_core.compression.plan import Plan

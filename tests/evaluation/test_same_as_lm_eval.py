@@ -15,7 +15,8 @@ import yaml
 from helpers import CPU, ROOT, TEST_DATA, form
 
 from scaleot_core.common.files import write_jsonl
-from scaleot_core.common.runtime import cpu_count, generator
+from scaleot_core.common.random import generator
+from scaleot_core.common.runtime import cpu_count
 from scaleot_core.compression.emulator import layer_parameters
 from scaleot_core.compression.plan import Plan
 from scaleot_core.data import embedded, questions

@@ -386,7 +386,7 @@ def test_attacks_over_the_dial(sweep: Sweep) -> None:
         "attack.membership_records": 10,
     }
     settings |= {"alphas": [0.5], "betas": [0.8], "channels": [], "variants": {}, "seeds": [0, 1]}
-    settings["changes"] |= small
+    settings["changes"] |= small | {"attack.membership_records": 10}
     (sweep.folder / "studies/attacks.yaml").write_text(yaml.safe_dump(settings))
     for command in (("add", "studies"), ("commit", "--quiet", "--message", "studies")):
         subprocess.run(["git", *command], check=True)

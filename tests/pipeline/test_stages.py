@@ -382,7 +382,7 @@ def test_every_way_goes_through_the_rest_of_the_pipeline(
     for kind in kinds:
         measured = five(metrics["tasks"]["piqa"], kind)
         assert all(math.isfinite(measured[name]["answer_nll"]) for name in ("emulator_zero_shot", "plug_in"))
-        assert 0.5 <= measured["scale"] <= 3 and measured["plug_in"] != measured["zero_shot"]
+        assert measured["plug_in"] != measured["zero_shot"]
         assert metrics["cost"][f"offsite_tune-piqa-{kind}"]["tokens"] > 1000
     assert sum(emulator[f"{kind}_layers"] for kind in get_args(LayerKind)) == 4
     assert emulator["adapter_layers"] == changes.get("adapter_layers", 1)

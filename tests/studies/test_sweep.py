@@ -1,4 +1,4 @@
-"""`make sweep`: the grid of the dial, its columns, its picture, and where it turns back."""
+"""`make sweep`: the grid of the dial, its columns and its picture."""
 
 import itertools
 import math
@@ -33,14 +33,3 @@ def test_sweep_has_means_over_tasks_and_is_drawn(tmp_path: Path) -> None:
         tmp_path / "dial.png", [{"alpha": 0.0, "beta": 0.5, **columns}, {"alpha": 0.5, "beta": 0.5, **undefined}]
     )
     assert (tmp_path / "dial.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_dial_that_turns_back_is_told() -> None:
-    def row(alpha: float, beta: float, nll: float, plugged: float) -> dict[str, float]:
-        figures = {"emulator_finetune answer_nll": nll, "plug_in answer_nll": plugged, "gap answer_nll ±": 0.1}
-        return {"alpha": alpha, "beta": beta, **figures}
-
-    grid = [row(0.0, 0.0, 5.0, 0.0), row(0.5, 0.0, 6.0, 0.5), row(1.0, 0.0, 5.9, 1.0), row(0.5, 0.8, 4.0, 0.5)]
-    assert sweep.turns(grid, "alpha", "beta") == []  # 0.1 nats is within the error
-    (line,) = sweep.turns(grid, "beta", "alpha")
-    assert line == "beta 0.0 to 0.8 at alpha = 0.5: emulator_finetune gains 2.00 nats"

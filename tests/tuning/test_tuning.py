@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import CONFIGS, PLAN, dies_after, emulator_of, piqa_rows, refusal, tiny_model, weights_hash
 
-from scaleot_core.common.runtime import generator
+from scaleot_core.common.random import generator
 from scaleot_core.compression.emulator import layer_parameters
 from scaleot_core.training.checkpoint import Checkpoint
 from scaleot_core.training.loop import Diverged

@@ -1,1 +1,0 @@
-"""The stages of dvc.yaml, a script each."""
