@@ -124,7 +124,7 @@ def _tuning(
         steps = losses["baseline"] = []
         for at in range(0, len(order), settings.batch_size):
             inputs, targets = examples.collate([data[i] for i in order[at : at + settings.batch_size]])
-            logits = model(input_ids=ARTIFACTS.to(device), use_cache=False).logits.float()
+            logits = model(input_ids=inputs.to(device), use_cache=False).logits.float()
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten().to(device))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)

@@ -3,7 +3,9 @@
 `make report` runs it. The page opens from the disk, with no network.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from scaleot_core.common.entrypoint import run_command
 from scaleot_core.common.errors import UserError
@@ -12,11 +14,18 @@ from scaleot_core.common.progress import say
 from scaleot_core.exchange.manifest import manifest_sha256
 from scaleot_core.params import load_params
 from scaleot_core.reporting import html
-from studies.experiments import flatten
 
 PLOTS, STUDIES, OUT = Path("plots"), Path("docs/studies"), Path("report.html")
 ATTACK, RESTORATION = Path("attack.json"), Path("artifacts/attack/restoration.csv")
 PACKAGE = Path("artifacts/emulator")
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Name nested parameters as `dlr.steps`."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def main() -> None:
