@@ -6,7 +6,7 @@ PARALLEL := --numprocesses=2 --dist=loadscope --no-loadscope-reorder
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: ablations attack attack-study bench budgets check-default choose compare demo harmonizer-studies help lint private-study \
+.PHONY: ablations attack attack-study bench budgets check-default choose compare demo harmonizer-studies help lint pictures private-study \
 	report repro sweep table test test-quick
 .DEFAULT_GOAL := help
 
@@ -73,6 +73,9 @@ bench: repro  ## ratios against the plain ways, appended to docs/benchmarks.md
 
 report: repro  ## report.html: what was measured on one page
 	python -m studies.report
+
+pictures: .venv/ready  ## draw the pictures of docs/ anew from the figures in git
+	python -m studies.pictures
 
 compare: repro  ## all methods on one model, three tasks, three seeds, both kinds of adapters: many hours on 2 cores
 	python -m studies.compare $(SET)

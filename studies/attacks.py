@@ -86,7 +86,7 @@ def settings(swept: Mapping[str, Any]) -> dict[str, tuple[str, float | str, Chan
                 found[f"alpha {alpha} beta {beta}"] = figures.line_of(beta), alpha, changes
     for share in swept["channels"]:
         changes = {"alpha": 0.0, "beta": 0.0, "channel_pruning.ratio": share}
-        found[f"channels {share}"] = "α = β = 0, over channel_pruning.ratio", share, changes
+        found[f"channels {share}"] = "channels alone, over their share cut", share, changes
     return found | {name: (name, "", changes) for name, changes in swept["variants"].items()}
 
 

@@ -43,7 +43,6 @@ from studies.frontier import Needs, Row, between, frontier, known, neighbours
 SETTINGS, OUT = Path(__file__).with_suffix(".yaml"), Path("docs/studies")
 COLUMNS = ("recovery", "recovery error", "gap", "remaining gap", "bytes", "exact")
 PLAIN: Any = {"highlight": False, "markup": False, "soft_wrap": True}
-GAP = figures.gap_panel("answer_nll", "answer nll, of texts token perplexity")
 CHEAP_SCORES: Changes = {  # makes scores and harmonizers in seconds
     "layer_importance.estimator": "block_influence",
     "layer_importance.calibration_blocks": 1,
@@ -289,7 +288,7 @@ def report(search: Search, needs: Needs, reported: Sequence[Row]) -> None:
         {**row, "recovery answer_nll": row["recovery"], "gap answer_nll": row["gap"], "gap answer_nll ±": row["gap ±"]}
         for row in sorted(expected, key=lambda row: row["label"])
     ]
-    panels = [figures.REMAINING_GAP, GAP]
+    panels = [figures.REMAINING_GAP, figures.GAP_NLL]
     with atomic_file(OUT / "choose.png") as temporary:
         figures.save_png(figures.frontier(figures.by_line(drawn), panels), temporary)
     columns = ("recovery", "remaining gap", "bytes", "exact")
