@@ -6,7 +6,7 @@ from helpers import PLAN, piqa_rows, tiny_model
 from sklearn.metrics import roc_auc_score
 
 from scaleot_core.attacks import membership
-from scaleot_core.common.runtime import generator
+from scaleot_core.common.random import generator
 from scaleot_core.compression.emulator import layer_parameters
 from scaleot_core.settings import LoraForm
 from scaleot_core.tuning.adapters import TunedLayers, TunedLora, plugged_in
