@@ -1,6 +1,5 @@
 """What several test files use: tiny models and packages, a tiny project, commands run in this process, damage."""
 
-import copy
 import errno
 import hashlib
 import json
@@ -10,7 +9,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
-from functools import cache
 from io import StringIO
 from itertools import count
 from pathlib import Path
@@ -175,17 +173,6 @@ SHAPES: dict[str, dict[str, list[tuple[int, int]]]] = {  # of every attention ma
 
 def tiny_model(name: str, **changes: object) -> PreTrainedModel:
     """Make a seeded random model of one family: 4 layers of width 32, float32, frozen; or with a changed config."""
-    model = _initialised(name, **changes) if changes else copy.deepcopy(_tiny_model(name))
-    torch.manual_seed(0)
-    return model
-
-
-@cache
-def _tiny_model(name: str) -> PreTrainedModel:
-    return _initialised(name)
-
-
-def _initialised(name: str, **changes: object) -> PreTrainedModel:
     torch.manual_seed(0)
     fields = CONFIGS[name].to_dict()
     if "num_hidden_layers" in changes:  # these lists follow the count
@@ -540,6 +527,13 @@ def _ended(argv: list[str], action: Callable[[], object]) -> Ended:
 def scaleot(*arguments: object) -> Ended:
     """Run `scaleot` with these arguments."""
     return _ended(["scaleot", *map(str, arguments)], cli.main)
+
+
+def gives(*arguments: object) -> Any:
+    """Give what `scaleot` prints in JSON with these arguments."""
+    ended = scaleot(*arguments, "--json")
+    assert ended.code == 0, ended.said
+    return json.loads(ended.out)
 
 
 def refused(*arguments: object) -> str:

@@ -8,6 +8,7 @@ Opacus's hooks, which give wrong ones where a decoder flattens the batch, as OPT
 
 import warnings
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ ACCOUNTANT = "prv"  # Gopi et al. 2021: tighter than Rényi's
 
 def _opacus() -> Any:
     try:
-        import opacus.accountants.utils
+        import opacus.accountants.utils  # noqa: F401  # reached through opacus
         import opacus.optimizers
     except ImportError:
         raise UserError("differential privacy needs Opacus: pip install '.[privacy]'") from None
@@ -43,20 +44,21 @@ def check(tuning: OffsiteTuning, examples: int) -> None:
 
 def noise_multiplier(tuning: OffsiteTuning, *, sample_rate: float, steps: int) -> float:
     """σ: the least noise, to Opacus's tolerance, with which so many steps keep to ε; UserError where none does."""
+    return _noise_multiplier(tuning.epsilon, tuning.delta, sample_rate, steps)
+
+
+@cache  # the accountant takes seconds
+def _noise_multiplier(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
     opacus = _opacus()
     try:
         return float(
             opacus.accountants.utils.get_noise_multiplier(
-                target_epsilon=tuning.epsilon,
-                target_delta=tuning.delta,
-                sample_rate=sample_rate,
-                steps=steps,
-                accountant=ACCOUNTANT,
+                target_epsilon=epsilon, target_delta=delta, sample_rate=sample_rate, steps=steps, accountant=ACCOUNTANT
             )
         )
     except ValueError as error:
         raise UserError(
-            f"no noise keeps to it ({error}); raise it", parameter="offsite_tune.epsilon", value=tuning.epsilon
+            f"no noise keeps to it ({error}); raise it", parameter="offsite_tune.epsilon", value=epsilon
         ) from None
 
 
