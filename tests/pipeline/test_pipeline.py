@@ -1,6 +1,5 @@
 """The whole pipeline by DVC, on a tiny model: what a run leaves behind, and what another α runs again."""
 
-import csv
 import json
 import os
 import re
@@ -168,17 +167,6 @@ def test_sizes_are_those_of_the_files(sweep: Sweep, metrics: dict[str, Any]) -> 
     assert [size[f"{kind}_layers"] for kind in ("adapter", "harmonizer", "compressed")] == [1, 1, 2]
 
 
-@pytest.mark.parametrize("kind", ["layers", "lora"])
-def test_gap_and_recovery(metrics: dict[str, Any], kind: str) -> None:
-    piqa = five(metrics["tasks"]["piqa"], kind)
-    for metric, sign in (("acc", 1), ("acc_norm", 1), ("answer_nll", -1)):
-        start, ceiling, _, tuned, plugged = (sign * piqa[name][metric] for name in MEASUREMENTS)
-        assert piqa["gap"][metric] == pytest.approx(plugged - tuned)
-        expected = pytest.approx((plugged - start) / (ceiling - start)) if ceiling > start else None
-        assert piqa["recovery"][metric] == expected
-    assert piqa["recovery"]["answer_nll"] is not None  # full fine-tuning did lower it
-
-
 def test_perplexity_of_both_on_held_out_text(sweep: Sweep, metrics: dict[str, Any]) -> None:
     artifacts = sweep.at_first / "artifacts"
     blocks = load_file(artifacts / "corpus" / "heldout.safetensors")["blocks"].long()
@@ -194,19 +182,13 @@ def test_pictures_and_tables_of_the_curves(sweep: Sweep) -> None:
     plots = sweep.at_first / "plots"
     assert sorted(file.stem for file in plots.glob("*.png")) == ["curves", "layers", "measurements"]
     assert all(file.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for file in plots.glob("*.png"))
-    lengths = {"layer_importance": 20, "train_harmonizers": 10, "offsite_tune@piqa-layers": 10, "full_finetune@piqa": 5}
-    lengths["offsite_tune@piqa-lora"] = 10
-    assert {file.stem for file in (plots / "loss").iterdir()} == lengths.keys()
-    for stage, count in lengths.items():
-        with (plots / "loss" / f"{stage}.csv").open(newline="") as stream:
-            rows = list(csv.DictReader(stream))
-        assert [int(row["step"]) for row in rows] == list(range(count))
-        assert all(float(row["loss"]) > 0 for row in rows)
+    tuned = {"offsite_tune@piqa-layers": 10, "offsite_tune@piqa-lora": 10, "full_finetune@piqa": 5}
+    for stage, count in {"layer_importance": 20, "train_harmonizers": 10, **tuned}.items():
+        rows = read_csv(plots / "loss" / f"{stage}.csv")
+        assert [row["step"] for row in rows] == list(range(count)) and all(row["loss"] > 0 for row in rows)
     scores = json.loads((sweep.at_first / "artifacts" / "harmonizers" / "scores.json").read_text())
-    with (plots / "layers.csv").open(newline="") as stream:
-        layers = list(csv.DictReader(stream))
-    assert [float(row["score"]) for row in layers] == scores["scores"]
-    assert [float(row["prior"]) for row in layers] == scores["prior"]
+    layers = read_csv(plots / "layers.csv")
+    assert [[row[column] for row in layers] for column in ("score", "prior")] == [scores["scores"], scores["prior"]]
 
 
 def test_another_alpha_runs_only_what_hangs_on_it(sweep: Sweep) -> None:
@@ -313,42 +295,20 @@ def test_experiments_are_made_once_and_leave_the_project_as_it_is(
 
     monkeypatch.setattr("subprocess.run", git_alone)
     assert experiments.run("half-of-beta", {"beta": 0.4}) == row
-
-
-@pytest.mark.usefixtures("inside")
-def test_experiment_of_other_parameters_or_code_is_not_taken_for_the_one_that_is_asked_for() -> None:
+    assert dict(experiments.run_all({"half-of-beta": {"beta": 0.4}}, "test")) == {"half-of-beta": row}
     with pytest.raises(UserError, match=r"half-of-beta: it is there with beta = 0\.4, and would now have 0\.3"):
         experiments.run("half-of-beta", {"beta": 0.3})
-    stage = Path("stages/compress.py")
-    before = stage.read_text()
-    stage.write_text(before + "# edited\n")
-    try:
-        with pytest.raises(UserError, match=r"half-of-beta: it is there, made before stages/compress\.py was changed"):
-            experiments.run("half-of-beta", {"beta": 0.4})
-    finally:
-        stage.write_text(before)
 
 
 @pytest.mark.usefixtures("inside")
-def test_queued_experiments_are_worked_off_and_one_that_fails_is_told(
-    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = Path("params.yaml").read_bytes()
-    monkeypatch.setattr(experiments, "workers", lambda: 1)
-    queued = experiments.run_all({"half-of-beta": {"beta": 0.4}, "queued": {"alpha": 0.6}}, "test")
-    assert next(queued)[0] == "half-of-beta"  # it was there
-    name, row = next(queued)
-    assert (name, row["alpha"]) == ("queued", 0.6)
-    with pytest.raises(UserError, match="experiment too-much: it failed; `dvc queue logs too-much`"):
-        dict(experiments.run_all({"too-much": {"adapter_layers": 99}}, "test"))
-    assert "too-much" not in experiments.finished(experiments._commit())
+def test_experiment_that_cannot_be_is_told_before_it_is_made() -> None:
     with pytest.raises(UserError, match=r"no-block\.no-key is no parameter"):
         dict(experiments.run_all({"no-parameter": {"no-block.no-key": 1}}, "test"))
     with pytest.raises(UserError, match=r"dvc exp run: exit code 255; .*no such name"):
         dict(experiments.run_all({"no such name": {"beta": 0.2}}, "test"))
-    assert Path("params.yaml").read_bytes() == before
-    monkeypatch.setattr(experiments, "_dvc", lambda *arguments: pytest.fail("it ran again"))
-    assert dict(experiments.run_all({"queued": {"alpha": 0.6}}, "test")) == {"queued": row}
+    with pytest.raises(UserError, match="experiment too-much: it failed"):
+        experiments.run("too-much", {"adapter_layers": 99})
+    assert {"half-of-beta"} == experiments.finished(experiments._commit()).keys() & {"half-of-beta", "too-much"}
 
 
 def test_two_clones_share_finished_stages_and_experiments(sweep: Sweep, tmp_path: Path) -> None:
