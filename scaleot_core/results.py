@@ -108,10 +108,8 @@ def _evaluate_once(
     return figures
 
 
-def collect(
-    artifacts: Artifacts, questions: Mapping[str, Rows], evaluated: Evaluated, costs: Mapping[str, Any]
-) -> Metrics:
-    """Put all measurements, sizes, perplexities, costs and versions together: metrics.json."""
+def collect(artifacts: Artifacts, questions: Mapping[str, Rows], evaluated: Evaluated) -> Metrics:
+    """Put all measurements, sizes, perplexities and versions together: metrics.json."""
     tasks: dict[str, Measured] = {}
     for task, rows in questions.items():
         ceiling = artifacts.full_finetune(task)
@@ -139,7 +137,6 @@ def collect(
         "splits": "cut by prepare_data; not comparable to results on the official ones",
         "emulator": {"package": package.sha256, **_sizes(artifacts, package.plan)},
         "corpus_perplexity": {"model": math.exp(evaluated.model_loss), "emulator": math.exp(evaluated.emulator_loss)},
-        "cost": dict(costs),
         "versions": {name: version(name) for name in ("lm_eval", "torch", "transformers", "datasets")},
     }
 
@@ -156,11 +153,12 @@ def _sizes(artifacts: Artifacts, plan: Plan) -> dict[str, Any]:
 
 
 def loss_histories(artifacts: Artifacts, tasks: Sequence[str], kinds: Sequence[str]) -> dict[str, Any]:
-    """Read the loss a step of every stage that trains, by the stage's name."""
+    """Read the loss a step of every stage that trained, by the stage's name."""
     folders = {
         "layer_importance": artifacts.importance,
         "train_harmonizers": artifacts.harmonizers,
         **{f"offsite_tune@{task}-{kind}": artifacts.adapter(task, kind) for task in tasks for kind in kinds},
         **{f"full_finetune@{task}": artifacts.full_finetune(task) for task in tasks},
     }
-    return {name: read_json(folder / "history.json") for name, folder in folders.items()}
+    histories = {name: read_json(folder / "history.json") for name, folder in folders.items()}
+    return {name: history for name, history in histories.items() if history}

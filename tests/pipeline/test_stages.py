@@ -35,12 +35,15 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
 from scaleot_core import results
+from scaleot_core.artifacts import Artifacts
+from scaleot_core.common.files import read_csv
 from scaleot_core.common.tensors import read_tensors
 from scaleot_core.compression.plan import LayerKind
 from scaleot_core.exchange.package import Package
 from scaleot_core.params import load_params
 from scaleot_core.reporting import figures
 from scaleot_core.reporting.measurements import five
+from studies import budgets
 
 OUTPUTS = {
     "layer_importance": "artifacts/importance",
@@ -402,6 +405,26 @@ def test_attack_tells_recovery_weights_and_membership(project: Path) -> None:
     assert fewer.keys() == {"package", "uniform"}
     for name, row in fewer.items():  # the same figures, but for the floor, which is a reference that is left out
         assert row == {key: value for key, value in attack["restoration"][name].items() if key != "above_floor"}
+
+
+def test_budgets_are_attacks_of_their_own_and_kept(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (project / "studies").mkdir()
+    shutil.copy(ROOT / "studies/dvc.yaml", project / "studies")
+    blocks = read_tensors(project / "artifacts/corpus/train.safetensors")["blocks"]
+    change(project, attack={"batch_blocks": 4, "lr": 0.003})
+    most = len(blocks) // 4 + 1
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(budgets, "mean_loss", lambda *parts: 1.0)  # the tiny model knows nothing that can be missed
+    monkeypatch.setattr(sys, "argv", ["budgets", "1", "3", str(most)])
+    text, heldout = budgets.attacker_text(load_params(), Artifacts(), most * 4)
+    assert len(text) == most * 4 > len(blocks) and torch.equal(text[: len(blocks)], blocks)
+    budgets.main()
+    rows = read_csv(project / "docs/studies/budgets.csv")
+    assert [row["tokens"] for row in rows] == [steps * 4 * blocks.shape[1] for steps in (1, 3, most)]
+    assert len({row["loss"] for row in rows}) == 3 and len(heldout)
+    monkeypatch.setattr(budgets, "restore", None)  # nothing is attacked again
+    budgets.main()
+    assert read_csv(project / "docs/studies/budgets.csv") == rows
 
 
 @pytest.mark.parametrize("arguments", [[], ["other"], ["piqa", "piqa"]], ids=["none", "unknown", "two"])

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import ROOT, refusal, succeed, task_of, tiny_model, write_project
+from helpers import ROOT, refusal, succeed, tiny_model, write_project
+from reported import task_of
 from transformers import PreTrainedTokenizerFast
 
 from scaleot_core.common.errors import UserError

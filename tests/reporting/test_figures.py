@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 import matplotlib.image
 import numpy as np
 import pytest
-from helpers import GOOD, HISTORIES, LAYERS, perplexity, task_of
 from matplotlib.colors import to_rgb
+from reported import GOOD, HISTORIES, LAYERS, perplexity, task_of
 
 from scaleot_core.reporting import figures, html
 

@@ -3,7 +3,7 @@
 import csv
 
 import pytest
-from helpers import GOOD, HISTORIES, LAYERS, measured, perplexity, task_of
+from reported import GOOD, HISTORIES, LAYERS, measured, perplexity, task_of
 
 from scaleot_core.reporting import measurements, tables
 
