@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import matplotlib.image
 import numpy as np
 import pytest
-from helpers import GOOD, HISTORIES, LAYERS, perplexity, task_of
+from reported import GOOD, HISTORIES, LAYERS, perplexity, task_of
 
 from scaleot_core.reporting import html
 
