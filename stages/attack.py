@@ -31,7 +31,6 @@ def main() -> None:
         with atomic_folder(stage.artifacts.root / "attack") as out:
             write_csv(out / "restoration.csv", outcome.curves)
             write_csv(out / "weights.csv", outcome.weights)
-            write_json(out / "cost.json", stage.meter.read())
         write_json(Path("attack.json"), outcome.summary)
 
 

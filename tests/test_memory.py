@@ -85,7 +85,7 @@ def test_tuning_takes_the_emulator_as_it_is_kept(artifacts):
     layers = tuning_weights(package, whole_layers=True)
     assert layers.held == sum(p.numel() for p in emulator.parameters())
     assert layers.trained == sum(p.numel() for p in emulator.model.layers[1].parameters())
-    whole, int8, int4 = (tuning_weights(package, whole_layers=False, frozen=form) for form in (None, "int8", "int4"))
+    whole, int8, int4 = (tuning_weights(package, whole_layers=False, quantize=form) for form in (None, "int8", "int4"))
     assert layers.held == whole.held > int8.held > int4.held > 0 and not whole.trained
 
 
@@ -136,16 +136,17 @@ def test_data_owner_is_told_what_would_fit(artifacts, tmp_path, monkeypatch):
     """Before the package's tensors are read."""
     package = Package(artifacts.emulator)
     need = {
-        form: tuning_weights(package, whole_layers=False, frozen=form).bytes(torch.float32) for form in ("int8", "int4")
+        form: tuning_weights(package, whole_layers=False, quantize=form).bytes(torch.float32)
+        for form in ("int8", "int4")
     }
     (tmp_path / "records.jsonl").write_text('{"text": "a"}\n')
     command = ("tune", artifacts.emulator, "--data", tmp_path / "records.jsonl", "--out", tmp_path / "adapter")
-    for have, fits in ((need["int8"], "with --frozen int8 it fits"), (need["int4"], "with --frozen int4 it fits")):
+    for have, fits in ((need["int8"], "with --quantize int8 it fits"), (need["int4"], "with --quantize int4 it fits")):
         monkeypatch.setattr(memory, "device_memory", lambda device, have=have: have)
         said = refused(*command)
         assert "tuning this package takes at least" in said and fits in said
     monkeypatch.setattr(memory, "device_memory", lambda device: 10)
-    assert "a machine with" in refused(*command, "--frozen", "int8")
+    assert "a machine with" in refused(*command, "--quantize", "int8")
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from scaleot_core.attacks.hidden import cut_matrices
 from scaleot_core.compression.channels import channels_of
 from scaleot_core.compression.low_rank import weight_of
-from scaleot_core.compression.plan import Plan
+from scaleot_core.compression.plan import Plan, layers_of
 from scaleot_core.models.families import family, feed_forward_paths, projection_name
 
 
@@ -51,7 +51,7 @@ def exposure(model: PreTrainedModel, emulator: PreTrainedModel, plan: Plan) -> l
     """
     shipped_tensors: Mapping[str, Tensor] = emulator.state_dict()
     rows: list[dict[str, Any]] = []
-    for i in plan.layers("compressed"):
+    for i in layers_of(plan, "compressed"):
         cuts = list(cut_matrices(model, emulator, plan, i))
         fused = {cut.projection for cut in cuts if cut.part}
         for cut in cuts:
@@ -60,7 +60,7 @@ def exposure(model: PreTrainedModel, emulator: PreTrainedModel, plan: Plan) -> l
             error = float((weight.float() - cut.shipped.float()).norm() / weight.float().norm())
             name = f"{path}.weight" + f" (part {cut.part})" * (cut.projection in fused)
             rows.append(_row(name, "rank", weight, rank=cut.rank, error=error))
-        if i in plan.cuts:
+        if plan[i].channels:
             rows += _channel_rows(model, emulator, i)
     listed = {row["tensor"].partition(" (")[0] for row in rows}
     for name, tensor in model.state_dict().items():

@@ -70,7 +70,8 @@ def write_curves(folder: Path, histories: Mapping[str, Sequence[Mapping[str, flo
 
 
 def write_layers(path: Path, prior: Sequence[float], scores: Sequence[float], kinds: Sequence[str]) -> None:
-    """Write per-layer scores as one CSV: layer, prior, score, kind."""
-    rows = zip(range(len(scores)), prior, scores, kinds, strict=True)
+    """Write per-layer scores as one CSV: layer, prior, score, kind; scores are empty for a method that needs none."""
+    unscored = [""] * len(kinds)
+    rows = zip(range(len(kinds)), prior or unscored, scores or unscored, kinds, strict=True)
     columns = ("layer", "prior", "score", "kind")
     write_csv(path, [dict(zip(columns, row, strict=True)) for row in rows], columns)

@@ -6,7 +6,7 @@ from helpers import PLAN, piqa_rows, tiny_model
 from sklearn.metrics import roc_auc_score
 
 from scaleot_core.attacks import membership
-from scaleot_core.common.runtime import generator
+from scaleot_core.common.random import generator
 from scaleot_core.compression.emulator import layer_parameters
 from scaleot_core.settings import LoraForm
 from scaleot_core.tuning.adapters import TunedLayers, TunedLora, plugged_in
@@ -49,18 +49,14 @@ def test_overfitted_adapters_give_their_records_away_and_the_model_is_as_it_was(
     settings = params.offsite_tune.model_copy(update={"epochs": 40, "batch_size": 4})
     train(tuned, adapters, data[::2], settings, lr=1e-2, seed=0, label="test")
     weights = {name: parameter.detach() for name, parameter in adapters.items()}
-    factors = {
-        name.partition(".lora_A.")[0]: (weight, weights[name.replace("lora_A", "lora_B")])
-        for name, weight in weights.items()
-        if ".lora_A." in name
-    }
+    adapter = TunedLayers(weights) if kind == "layers" else TunedLora.from_peft(form, weights, model.config)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
 
     def answers():
         return [membership.answers(model, part, 4, "test") for part in (data[::2], data[1::2])]
 
     base = answers()
-    with plugged_in(model, PLAN, TunedLora(form, factors, False) if factors else TunedLayers(weights)):
+    with plugged_in(model, PLAN, adapter):
         plugged = answers()
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert plugged != base and membership.attack(base, plugged)["calibrated"]["auc"] > 0.6

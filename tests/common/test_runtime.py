@@ -9,7 +9,9 @@ from helpers import refusal
 from transformers.utils import logging
 
 from scaleot_core.common import runtime
-from scaleot_core.common.runtime import DTYPES, Runtime, choose_attention, generator, multiply_in_float32, setup
+from scaleot_core.common.kernels import choose_attention, multiply_in_float32
+from scaleot_core.common.random import generator
+from scaleot_core.common.runtime import DTYPES, Runtime, setup
 from scaleot_core.params import Params
 
 CPU = Runtime(torch.device("cpu"), torch.float32)

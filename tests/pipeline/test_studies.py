@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import ROOT, form, refusal, succeed, task_of, tiny_model, write_project
+from helpers import ROOT, refusal, succeed, task_of, tiny_model, write_project
 from transformers import PreTrainedTokenizerFast
 
 from scaleot_core.common.errors import UserError
@@ -82,7 +82,7 @@ def test_scores(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_true_cost_is_the_loss_of_replacing_a_set() -> None:
     model = tiny_model("llama")
     blocks = torch.randint(1, 256, (4, 16), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
-    costs = scores.true_costs(model, new_harmonizers(model.config, form(8), seed=0), [[], [0], [0, 1, 2, 3]], blocks)
+    costs = scores.true_costs(model, new_harmonizers(model.config, 8, seed=0), [[], [0], [0, 1, 2, 3]], blocks)
     assert costs[0] == 0 and costs[1] != 0 and costs[2] != costs[1]
 
 

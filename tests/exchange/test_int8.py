@@ -10,7 +10,6 @@ from helpers import (
     PLAN,
     change_manifest,
     each_family,
-    effect,
     list_again,
     logits,
     make_emulator,
@@ -27,13 +26,10 @@ from scaleot_core.common.tensors import read_tensors, write_tensors
 from scaleot_core.compression.emulator import package_tensors, part_of
 from scaleot_core.compression.plan import Plan
 from scaleot_core.compression.quantization import QuantizedMatrix
-from scaleot_core.exchange import adapter
 from scaleot_core.exchange.package import Package, save
 from scaleot_core.exchange.returned import check_adapter, check_base
-from scaleot_core.exchange.scale import emulator_effect
 from scaleot_core.models.families import family
 from scaleot_core.settings import LoraForm
-from scaleot_core.tuning.adapters import tuned_emulator
 
 FORM = LoraForm(rank=3, alpha=5.0)
 COMPRESSED = "compressed.safetensors"
@@ -43,7 +39,7 @@ def write_int8(folder, model, tokenizer, plan=PLAN):
     """`write_package` of int8."""
     folder.mkdir()
     make_emulator(model, plan)
-    save(folder, model.config, tokenizer, plan, package_tensors(model, plan), frozen="int8")
+    save(folder, model.config, tokenizer, plan, package_tensors(model, plan), quantized="int8")
     return folder
 
 
@@ -52,8 +48,8 @@ def test_package_of_int8_is_near_to_the_whole_one_and_exact_where_the_real_model
     whole = Package(write_package(tmp_path / "whole", tiny_model(name), tokenizer))
     small = Package(write_int8(tmp_path / "small", tiny_model(name), tokenizer))
     small.check()
-    assert small.manifest.frozen == "int8" and whole.manifest.frozen is None
-    assert "frozen" not in read_json(whole.folder / "manifest.json")
+    assert small.manifest.quantized == "int8" and whole.manifest.quantized is None
+    assert "quantized" not in read_json(whole.folder / "manifest.json")
     parts, path = ("base", "adapter", "harmonizer", "compressed"), family(small.config).layers
     given, expected = dict(small.stream(*parts)), dict(whole.stream(*parts))
     assert given.keys() == expected.keys()
@@ -74,15 +70,6 @@ def test_package_of_int8_is_the_same_whether_it_stays_so_or_not(tmp_path, tokeni
     kinds = [any(isinstance(p, QuantizedMatrix) for p in model.parameters()) for model in loaded]
     assert kinds == [False, True, True]
     assert torch.equal(logits(loaded[0]), logits(loaded[1])) and torch.equal(logits(loaded[1]), logits(loaded[2]))
-
-
-@pytest.mark.parametrize("lora", [None, FORM], ids=["layers", "lora"])
-def test_effect_of_an_adapter_is_measured_a_layer_at_a_time_too(tmp_path, tokenizer, blocks, lora):
-    small = Package(write_int8(tmp_path / "small", tiny_model("llama"), tokenizer))
-    tuned = adapter.read(write_adapter(tmp_path / "adapter", small.load(CPU), lora, small), small)
-    emulator = small.load(CPU)
-    expected = effect(emulator, tuned_emulator(emulator, small.plan, tuned), blocks)
-    assert emulator_effect(small, tuned, blocks, CPU) == pytest.approx(expected, rel=1e-3) and expected > 0
 
 
 def test_shared_layers_of_int8(tmp_path, tokenizer):
@@ -126,7 +113,7 @@ def tuning(sound, out, *options, package="whole"):
 def test_tune_beside_quantized_matrices(sound, tmp_path, form, options):
     if form == "int4":
         pytest.importorskip("bitsandbytes")
-    ended = scaleot(*tuning(sound, tmp_path / "out", "--epochs", 2, "--frozen", form, *options), "--json")
+    ended = scaleot(*tuning(sound, tmp_path / "out", "--epochs", 2, "--quantize", form, *options), "--json")
     assert ended.code == 0, ended.said
     assert json.loads(ended.out)["steps"] > 0
     assert scaleot("check", tmp_path / "out", "--package", sound / "whole").code == 0
@@ -134,8 +121,8 @@ def test_tune_beside_quantized_matrices(sound, tmp_path, form, options):
         assert {tensor.dtype for tensor in read_tensors(file).values()} == {torch.float32}
 
 
-def test_package_of_int8_is_tuned_alike_with_and_without_frozen(sound, tmp_path):
-    for name, options in (("one", ()), ("two", ("--frozen", "int8"))):
+def test_package_of_int8_is_tuned_alike_whether_it_stays_so_or_not(sound, tmp_path):
+    for name, options in (("one", ()), ("two", ("--quantize", "int8"))):
         command = tuning(sound, tmp_path / name, "--epochs", 1, "--lora-rank", 3, *options, package="small")
         assert scaleot(*command).code == 0
     one, two = (read_tensors(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
@@ -143,19 +130,19 @@ def test_package_of_int8_is_tuned_alike_with_and_without_frozen(sound, tmp_path)
         torch.testing.assert_close(two[key], tensor, rtol=1e-4, atol=1e-6)
 
 
-def test_frozen_that_cannot_be_kept_here_is_told_before_anything_is_written(sound, tmp_path, monkeypatch):
+def test_quantization_that_is_not_possible_here_is_told_before_anything_is_written(sound, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     command = tuning(sound, tmp_path / "out")
-    said = refused(*command, "--frozen", "int4")
-    assert said == "error: --frozen = 'int4': it needs bitsandbytes: pip install '.[int4]'"
-    assert "--frozen = int2: it is not one of 'int8', 'int4'" in refused(*command, "--frozen", "int2")
+    said = refused(*command, "--quantize", "int4")
+    assert said == "error: --quantize = 'int4': it needs bitsandbytes: pip install '.[int4]'"
+    assert "--quantize = int2: it is not one of 'int8', 'int4'" in refused(*command, "--quantize", "int2")
     assert not list(tmp_path.iterdir())
 
 
 def test_inspect_says_that_a_package_is_of_int8(sound):
     found = scaleot("inspect", sound / "small", "--json")
-    assert json.loads(found.out)["frozen matrices"] == "int8"
-    assert "frozen matrices" not in json.loads(scaleot("inspect", sound / "whole", "--json").out)
+    assert json.loads(found.out)["quantized"] == "int8"
+    assert "quantized" not in json.loads(scaleot("inspect", sound / "whole", "--json").out)
 
 
 def holds(change):
@@ -192,24 +179,24 @@ MALFORMED = {
     "matrix that is whole": holds(
         lambda tensors, name: tensors.update({name.removesuffix(".scales"): torch.ones(16, 32)})
     ),
-    "int8 denied": lambda folder: change_manifest(folder, frozen=None),
-    "another form": lambda folder: change_manifest(folder, frozen="int4"),
-    "form that is none": lambda folder: change_manifest(folder, frozen=8),
+    "int8 denied": lambda folder: change_manifest(folder, quantized=None),
+    "another form": lambda folder: change_manifest(folder, quantized="int4"),
+    "form that is none": lambda folder: change_manifest(folder, quantized=8),
 }
 
 
-@pytest.mark.parametrize("frozen", [(), ("--frozen", "int8")])
+@pytest.mark.parametrize("quantize", [(), ("--quantize", "int8")])
 @pytest.mark.parametrize("case", MALFORMED)
-def test_malformed_package_of_int8_is_refused(sound, tmp_path, tokenizer, case, frozen):
+def test_malformed_package_of_int8_is_refused(sound, tmp_path, tokenizer, case, quantize):
     folder = write_int8(tmp_path / "given", tiny_model("llama"), tokenizer)
     MALFORMED[case](folder)
     before = snapshot(tmp_path)
     command = ("tune", folder, "--data", sound / "records.jsonl", "--out", tmp_path / "out", "--lora-rank", 3)
-    said = refused(*command, "--threads", 1, *frozen)
+    said = refused(*command, "--threads", 1, *quantize)
     assert str(folder) in said and len(said) < 600 and snapshot(tmp_path) == before
 
 
 def test_whole_package_that_says_it_is_of_int8_is_refused(sound, tmp_path, tokenizer):
     folder = write_package(tmp_path / "given", tiny_model("llama"), tokenizer)
-    change_manifest(folder, frozen="int8")
+    change_manifest(folder, quantized="int8")
     assert "missing, foreign or of the wrong shape or dtype" in refused("inspect", folder)

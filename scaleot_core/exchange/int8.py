@@ -1,4 +1,4 @@
-"""Packages that have their frozen matrices as int8: codes of the matrix's name and shape, and one scale a row."""
+"""Packages of int8: matrices of harmonizers and compressed layers as codes (out, in) with one scale a row."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,13 +12,15 @@ from scaleot_core.common.tensors import Shapes
 from scaleot_core.compression.plan import LayerKind
 from scaleot_core.compression.quantization import LEVELS, QuantizedMatrix, quantize
 
-FROZEN_PARTS: tuple[LayerKind, ...] = ("harmonizer", "compressed")  # of which no adapter replaces a weight
+QUANTIZED_PARTS: tuple[LayerKind, ...] = ("harmonizer", "compressed")  # of which no adapter replaces a weight
 SCALES = ".scales"  # behind the name of a matrix
 
 
-def stored_shapes(parts: Mapping[str, Shapes], frozen: Literal["int8"] | None) -> dict[str, Shapes]:
+def stored_shapes(parts: Mapping[str, Shapes], quantized: Literal["int8"] | None) -> dict[str, Shapes]:
     """Give the names, shapes and dtypes of what a package stores, from those of the emulator's tensors by part."""
-    return {part: _stored(shapes) if frozen and part in FROZEN_PARTS else shapes for part, shapes in parts.items()}
+    return {
+        part: _stored(shapes) if quantized and part in QUANTIZED_PARTS else shapes for part, shapes in parts.items()
+    }
 
 
 def _stored(shapes: Shapes) -> Shapes:

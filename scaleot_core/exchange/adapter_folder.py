@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from scaleot_core.common.errors import UserError
@@ -24,13 +24,12 @@ from scaleot_core.exchange.package import Package
 from scaleot_core.exchange.untrusted import read_untrusted_json, read_untrusted_tensors
 from scaleot_core.models.families import family
 from scaleot_core.settings import LoraForm, OffsiteTuning, Positive
-from scaleot_core.tuning.adapters import TunedAdapter, TunedLayers, TunedLora
+from scaleot_core.tuning.adapters import TunedAdapter, TunedLayers, TunedLora, tuned_layers
 from scaleot_core.tuning.selection import TuningResult
 
 FORMAT: Final = "scaleot-adapter"
 FORMAT_VERSION: Final = 2
 LAYERS, LORA, LORA_CONFIG = "adapter.safetensors", "adapter_model.safetensors", "adapter_config.json"
-PEFT_PREFIX = "base_model.model."  # of every tensor in a PEFT adapter's file
 
 
 class Privacy(BaseModel):
@@ -67,26 +66,6 @@ class AdapterManifest(Manifest):
     tuning: TuningSummary
 
 
-def trainable(model: PreTrainedModel, plan: Plan, lora: LoraForm | None, seed: int) -> dict[str, nn.Parameter]:
-    """Give what offsite tuning trains of an emulator, by name: the adapter layers, or LoRA that is put in here.
-
-    UserError where the emulator has nothing of the kind.
-    """
-    if lora is None:
-        if not plan.layers("adapter"):
-            raise UserError("adapters `layers`: the package has no adapter layer; tune it with `lora`")
-        return layer_parameters(model, plan, "adapter")
-    from scaleot_core.tuning.lora import insert_lora
-
-    return insert_lora(model, plan, lora, seed)
-
-
-def _tuned_layers(plan: Plan, lora: LoraForm | None) -> list[int]:
-    from scaleot_core.tuning.lora import lora_layers
-
-    return plan.layers("adapter") if lora is None else lora_layers(plan, lora)
-
-
 def save(
     folder: Path,
     package: Package,
@@ -96,14 +75,12 @@ def save(
     tuning: OffsiteTuning,
     tuned: TuningResult,
 ) -> None:
-    """Write an adapter into an existing, empty folder: `parameters` as `trainable` gave them, after tuning."""
-    layers = _tuned_layers(package.plan, lora)
+    """Write an adapter into an existing, empty folder; `parameters` are what `trainable` returned, after tuning."""
+    layers = tuned_layers(package.plan, lora)
     if lora is None:
         write_tensors(folder / LAYERS, parameters)
     else:
-        named = {f"{PEFT_PREFIX}{name.replace('.default.', '.')}": tensor for name, tensor in parameters.items()}
-        write_tensors(folder / LORA, named)
-        write_json(folder / LORA_CONFIG, _lora_config(package.config, layers, lora))
+        save_peft(folder, package.config, TunedLora.from_peft(lora, parameters, package.config), layers=layers)
     manifest = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -120,20 +97,14 @@ def save(
     write_manifest(folder, manifest)
 
 
-def save_peft(folder: Path, config: PretrainedConfig, adapter: TunedLora, *, layers: list[int], scale: float) -> None:
-    """Write LoRA at the real model's shapes as a plain PEFT adapter into an existing, empty folder."""
-    tensors = {
-        f"{PEFT_PREFIX}{name}.lora_{part}.weight": factor
-        for name, factors in adapter.factors.items()
-        for part, factor in zip("AB", factors, strict=True)
-    }
-    write_tensors(folder / LORA, tensors)
-    form = adapter.form.model_copy(update={"alpha": adapter.form.alpha * scale})
-    write_json(folder / LORA_CONFIG, _lora_config(config, layers, form))
+def save_peft(folder: Path, config: PretrainedConfig, adapter: TunedLora, *, layers: list[int]) -> None:
+    """Write LoRA as a plain PEFT adapter into an existing, empty folder."""
+    write_tensors(folder / LORA, adapter.to_peft())
+    write_json(folder / LORA_CONFIG, _lora_config(config, layers, adapter.form))
 
 
 def _lora_config(config: PretrainedConfig, layers: list[int], form: LoraForm) -> dict[str, Any]:
-    """Give PEFT's configuration as JSON has it, the same bytes each time."""
+    """Return PEFT's configuration as JSON has it, the same bytes each time."""
     from scaleot_core.tuning.lora import peft_config
 
     fields = peft_config(config, layers, form).to_dict()
@@ -159,7 +130,7 @@ def read(folder: Path, package: Package, *, links: bool = False) -> TunedAdapter
     if manifest.package != identity:
         raise UserError(f"{folder}: it was tuned on another package ({manifest.package[:12]}…, not {identity[:12]}…)")
     try:
-        layers = _tuned_layers(plan, manifest.lora)
+        layers = tuned_layers(plan, manifest.lora)
         if list(manifest.layers) != layers:
             raise UserError(f"its layers are {list(manifest.layers)}, those of such an adapter {layers}")
         if manifest.lora is None:
@@ -176,15 +147,18 @@ def _read_lora(folder: Path, model: PreTrainedModel, plan: Plan, form: LoraForm,
 
     _check_lora_config(folder / LORA_CONFIG, _lora_config(model.config, lora_layers(plan, form), form), links=links)
     dtype = next(model.parameters()).dtype
-    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    found = lora_features(model, plan, form)
-    for name, (into, out) in found.items():
-        shapes[f"{PEFT_PREFIX}{name}.lora_A.weight"] = ((form.rank, into), dtype)
-        shapes[f"{PEFT_PREFIX}{name}.lora_B.weight"] = ((out, form.rank), dtype)
-    given = read_untrusted_tensors({folder / LORA: shapes})
-    a, b = ({name: given[f"{PEFT_PREFIX}{name}.lora_{part}.weight"] for name in found} for part in "AB")
-    adapter = TunedLora(form, {name: (a[name], b[name]) for name in found}, family(model.config).transposed)
-    for name in found:
+    with torch.device("meta"):
+        empty = TunedLora(
+            form,
+            {
+                name: (torch.empty(form.rank, into), torch.empty(out, form.rank))
+                for name, (into, out) in lora_features(model, plan, form).items()
+            },
+            family(model.config).transposed,
+        )
+    expected = {name: (tuple(factor.shape), dtype) for name, factor in empty.to_peft().items()}
+    adapter = TunedLora.from_peft(form, read_untrusted_tensors({folder / LORA: expected}), model.config)
+    for name in adapter.factors:
         if not adapter.change(name).to(dtype).isfinite().all():
             raise UserError(f"what it changes in {name!r} has numbers that are not finite; it is of no use")
     return adapter
