@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import CPU, each_family, emulator_of, plan_of, plan_of_kinds, tiny_model
+from helpers import CPU, WHOLE, each_shape, emulator_of, plan_of, tiny_model
 
 from scaleot_core.attacks import exposure
 from scaleot_core.common.files import write_json
@@ -15,7 +15,7 @@ from scaleot_core.params import changed
 from scaleot_core.training.checkpoint import Checkpoint
 
 
-@each_family
+@each_shape
 def test_exposure_tells_every_tensor_of_the_model_once(name):
     model = tiny_model(name)
     rows = exposure.exposure(model, emulator_of(name), plan_of(model))
@@ -41,7 +41,10 @@ def test_dense_product_of_low_rank_is_at_that_rank(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "given"),
-    [({"method": "gradot", "max_bytes_ratio": 0.8}, "exact"), ({"channel_pruning.ratio": 0.25, "beta": 0.0}, "rank")],
+    [
+        ({"method": "gradot", "max_bytes_ratio": 0.8}, "exact"),
+        ({"method": "channels", "channels.ratio": 0.25}, "rank"),
+    ],
 )
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_kept_channels_count_as_given(name, method, given, params, blocks, tmp_path):
@@ -73,5 +76,4 @@ def test_kept_channels_count_as_given(name, method, given, params, blocks, tmp_p
 
 
 def test_everything_is_given_where_nothing_is_cut():
-    plan = plan_of_kinds(("adapter", *["compressed"] * 3))
-    assert exposure.shares(exposure.exposure(tiny_model("llama"), emulator_of("llama", plan), plan))["exact"] == 1
+    assert exposure.shares(exposure.exposure(tiny_model("llama"), emulator_of("llama", WHOLE), WHOLE))["exact"] == 1
