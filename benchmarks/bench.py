@@ -36,10 +36,10 @@ from scaleot_core.models.loading import load_model, load_tokenizer
 from scaleot_core.params import Params, load_params
 from scaleot_core.tuning import examples
 from scaleot_core.tuning.tuner import train
-from studies.columns import EMULATOR_STAGES
 
 ARTIFACTS, COSTS, LOG = Artifacts(), Path("costs"), Path("docs/benchmarks.md")
 ROUNDS = 3
+EMULATOR_STAGES = ("layer_importance", "train_harmonizers", "compress")
 CHANNELS_ALONE = {"method": "channels", "channels.ratio": 0.51}  # the default's bytes
 
 Row = dict[str, str]

@@ -8,7 +8,7 @@ import yaml
 from helpers import ROOT
 
 # What can't change a figure: how errors, progress and results are shown, how files are written and read, how a stage
-# finds its parameters, whose values DVC watches, and what reads the data owner's own records, which no stage is given.
+# finds its parameters, whose values DVC watches.
 NEUTRAL = {
     *(
         f"scaleot_core/common/{name}.py"
@@ -20,7 +20,6 @@ NEUTRAL = {
     ),
     "scaleot_core/training/cost.py",
     "scaleot_core/data/rows.py",
-    "scaleot_core/records",
 }
 RUNTIME = "scaleot_core/common/runtime.py"  # seeds and kernels, of every stage
 
