@@ -93,8 +93,6 @@ def test_entry_of_an_item_has_its_own_paths(project: Path) -> None:
     assert Path("artifacts/tasks/piqa/train.jsonl") in entry.deps and Path("artifacts/adapters/piqa/lora") in entry.outs
     assert entry.cost == Path("costs/offsite_tune-piqa-lora.json")
     assert read_entry("evaluate").cost == Path("costs/evaluate.json")
-        "costs/evaluate.json"
-    )
 
 
 @pytest.mark.parametrize("arguments", [[], ["piqa"], ["nosuch", "lora"], ["piqa", "piqa"]])

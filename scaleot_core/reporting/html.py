@@ -155,18 +155,11 @@ def sections(
     layers: Mapping[str, Any],
     histories: Mapping[str, Sequence[Mapping[str, Any]]],
     *,
-<<<<<<< HEAD
     costs: Mapping[str, Mapping[str, Any]] | None = None,
-    sweep: Sequence[Row] = (),
-    compared: Sequence[Row] = (),
-    attacks: Sequence[Row] = (),
-    attack: tuple[Mapping[str, Any], Sequence[Row]] | None = None,
-=======
     sweep: Sequence[Mapping[str, Any]] = (),
     compared: Sequence[Mapping[str, Any]] = (),
     attacks: Sequence[Mapping[str, Any]] = (),
     attack: tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]] | None = None,
->>>>>>> w-attacks
 ) -> list[Section]:
     """Put the page's sections together.
 
@@ -174,20 +167,11 @@ def sections(
     `make compare` and `make attack-study`, where they exist; `attack` is what `make attack` left: attack.json and its
     curves.
     """
-<<<<<<< HEAD
-    found = [_measurements(metrics["tasks"])]
+    parts = [_measurements(metrics["tasks"])]
     if costs:
         rows = [{"stage": stage, **cost} for stage, cost in costs.items()]
         names = list(dict.fromkeys(name for row in rows for name in row))
-        found.append(Section("What it cost", tables=[table({name: row.get(name) for name in names} for row in rows)]))
-=======
-    parts = [_measurements(metrics["tasks"])]
-    costs = [{"stage": stage, **cost} for stage, cost in metrics["cost"].items()]
-    names = list(dict.fromkeys(name for cost in costs for name in cost))
-    parts.append(
-        Section("What it cost", tables=[table({name: cost.get(name) for name in names} for cost in costs)]),
-    )
->>>>>>> w-attacks
+        parts.append(Section("What it cost", tables=[table({name: row.get(name) for name in names} for row in rows)]))
     if attack:
         parts.append(_attack(*attack, metrics["tasks"]))
     if sweep:

@@ -391,33 +391,13 @@ def test_attack_tells_recovery_weights_and_membership(project: Path) -> None:
     assert len({attack["restoration"][name]["perplexity"] for name in attackers}) == 3  # each by its own way
     model, floor = attack["before"]["model"]["above_floor"], attack["restoration"]["without_weights"]["above_floor"]
     assert model["corpus"] == model["piqa"]["text"] == 1 and floor["corpus"] == floor["piqa"]["text"] == 0
-<<<<<<< HEAD
     assert sum(attack["weights"].values()) == pytest.approx(1) and all(attack["weights"].values())
     for kind in load_params(project / "params.yaml").adapters:
         member = attack["membership"]["piqa"][kind]
         assert all(0 <= member[name]["auc"] <= 1 for name in ("loss", "calibrated"))
     after = files(project / "artifacts")
     assert before.items() <= after.items()
-    written = {f"attack/{name}" for name in ("restoration.csv", "weights.csv", "membership.json")}
-    assert after.keys() - before.keys() == written
-=======
-    difficulty, known = told["recovery_difficulty"], math.log(told["before"]["model"]["perplexity"])
-    assert 0 < abs(difficulty["loss"] - known) < 0.1 < known  # weights that were random are drawn anew
-    assert sum(told["weights"].values()) == pytest.approx(1) and all(told["weights"].values())
-    assert told["membership"]["piqa"].keys() == {*load_params(project / "params.yaml").adapters}
-    for member in told["membership"]["piqa"].values():
-        assert all(0 <= member[name]["auc"] <= 1 for name in ("loss", "calibrated"))
-    after = files(project / "artifacts")
-    assert before.items() <= after.items()
-    assert {name for name in after if name not in before} == {
-        *(f"attack/{name}" for name in ("restoration.csv", "weights.csv", "cost.json")),
-    }
-    assert len((project / "artifacts/attack/restoration.csv").read_text().splitlines()) == 1 + 6 * 3
-    succeed(project, "attack")
-    again = files(project / "artifacts")
-    assert json.loads((project / "attack.json").read_text()) == told
-    assert {name for name in again if again[name] != after[name]} <= {"attack/cost.json"}
->>>>>>> w-attacks
+    assert after.keys() - before.keys() == {f"attack/{name}" for name in ("restoration.csv", "weights.csv")}
     change(project, attack={"attackers": [], "references": ["uniform"]})
     assert not any("the model" in line for line in succeed(project, "attack"))  # it is as it was
     fewer = json.loads((project / "attack.json").read_text())["restoration"]

@@ -1,4 +1,4 @@
-"""`make compare`: means, errors, costs, the best of each column; what is run, kept and run anew."""
+"""`make compare`: means, errors, the best of each column; what is run, kept and run anew."""
 
 import shutil
 from collections.abc import Callable, Mapping
