@@ -7,7 +7,6 @@ import torch
 from helpers import CPU, IDS, each_family, form, refusal, tiny_model
 from torch import nn
 
-from scaleot_core import memory
 from scaleot_core.common.files import folder_bytes, write_json
 from scaleot_core.common.runtime import Runtime
 from scaleot_core.common.tensors import write_tensors
@@ -186,18 +185,6 @@ def test_distillation_moves_the_kept_layers_alone_and_towards_the_model(owner, b
     square = teacher.square().mean()
     before, now = (distilled.loss(m, blocks, teacher, square, middle, 30.0).item() for m in (start, done))
     assert now < 0.9 * before
-
-
-def test_distillation_is_refused_before_the_model_is_read_where_there_is_no_room_for_it(owner, monkeypatch):
-    """It trains copies of the layers between: each weight takes 16 bytes, its master among them."""
-    who = owner(method="distilled")
-    copied = sum(p.numel() for p in layer_parameters(who.outline, uniform.plan(who), "compressed").values())
-    need = 4 * sum(p.numel() for p in who.outline.parameters()) + 16 * copied
-    monkeypatch.setattr(memory, "device_memory", lambda device: need)
-    assert METHODS["distilled"](who).plan == uniform.plan(who)
-    monkeypatch.setattr(memory, "device_memory", lambda device: need - 1)
-    monkeypatch.setattr(ModelOwner, "load", lambda self: pytest.fail("the model was read"))
-    assert "compress, method distilled: it takes at least" in refusal(METHODS["distilled"], who)
 
 
 def test_distillation_loss_is_the_sources(owner, blocks):
