@@ -1,7 +1,7 @@
 # `make help` lists what there is.
 PYTHON ?= python3
-# Tests of one file share what they build; the longest files go first.
-PARALLEL := --numprocesses=2 --dist=loadscope --no-loadscope-reorder
+# Tests of one file share what they build; the files with most tests go first.
+PARALLEL := --numprocesses=2 --dist=loadscope
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 
@@ -33,7 +33,6 @@ test-quick: .venv/ready  ## what to run after an edit: no whole pipeline, and tw
 	python -m pytest $(PARALLEL) -m "not slow"
 
 test test-quick: export OMP_NUM_THREADS := 1
-test test-quick: export PYTHONDONTWRITEBYTECODE :=  # else each of hundreds of processes compiles our modules anew
 
 lint: .venv/ready  ## format check, linter, type checker and spelling
 	ruff format --check .

@@ -497,7 +497,6 @@ def test_tune_needs_something_to_tune_on(tmp_path, package):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("task_index")
 def test_parameter_is_told_as_the_option_that_sets_it(tmp_path, package, base, adapter, records):
     out = ("--out", tmp_path / "out", *FEW)
     assert refused("tune", package, "--task", "piqaa", *out).startswith("error: --task: 'piqaa' is no task of lm-eval")

@@ -2,7 +2,6 @@
 
 import copy
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ TEMPLATE = (
 def test_demo_packs_tunes_plugs_in_and_asks(
     tmp_path: Path,
     tokenizer: PreTrainedTokenizerFast,
-    warm_bin: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -30,7 +28,6 @@ def test_demo_packs_tunes_plugs_in_and_asks(
     shutil.copy(ROOT / "presets.yaml", tmp_path)
     succeed(tmp_path, "sources", "prepare_data")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "executable", str(warm_bin / "python"))
     monkeypatch.setattr(demo, "TUNING", ("--lora-rank", "4", "--epochs", "1", "--patience", "0", "--batch-size", "16"))
     monkeypatch.setattr(demo, "LONGEST_ANSWER", 4)
     demo.main()

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,11 +92,11 @@ def letters_outside_ascii(base: Path) -> Path:
 
 
 @pytest.fixture
-def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm_bin: Path) -> Callable[[Callable[[Path], Path]], None]:
+def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Path], Path]], None]:
     """Go into a project of a shape, with no patience to poll and nothing of this machine's DVC."""
     for name in [name for name in os.environ if name.startswith("DVC_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("PATH", f"{warm_bin}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
     monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
     monkeypatch.setattr(experiments, "POLL_SECONDS", 0.5)
