@@ -98,9 +98,8 @@ def test_marks_of_the_template_say_what_is_learnt(tmp_path, kind, template):
 
 
 def test_marks_may_leave_out_the_end_of_a_turn_or_take_in_more(tmp_path, bos):
-    bos.chat_template = (
-        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>{% endfor %}"
-    )
+    message = "{{ m.role + '\n' }}{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>"
+    bos.chat_template = "{% for m in messages %}" + message + "{% endfor %}"
     (example,) = read(tmp_path, bos, {"messages": turns("hi", "hello")})
     assert bos.decode(learnt(example)) == "hihello"  # the template says so of the user too
 
