@@ -17,11 +17,6 @@ CONVERSATIONS = {
 }
 
 
-def in_use(tokenizer, messages, **options):
-    """What a model is given when it is asked for an answer."""
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **options)
-
-
 def mask_of(example):
     """Which tokens of a conversation are learnt."""
     return [False, *(target != IGNORED for target in example[1])]
@@ -35,13 +30,9 @@ def reference(tokenizer, template, messages):
     """
     marked = without_post_processor(tokenizer)
     marked.chat_template = template
-    error = marked.apply_chat_template(
-        messages,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"return_offsets_mapping": True},
-    )
-    mask, offsets = [bool(mark) for mark in error["assistant_masks"]], error["offset_mapping"]
+    options = {"return_assistant_tokens_mask": True, "tokenizer_kwargs": {"return_offsets_mapping": True}}
+    encoded = marked.apply_chat_template(messages, return_dict=True, **options)
+    mask, offsets = [bool(mark) for mark in encoded["assistant_masks"]], encoded["offset_mapping"]
     for k in range(1, len(mask)):
         mask[k] = mask[k] or (mask[k - 1] and offsets[k][0] < offsets[k - 1][1])
     return mask
@@ -61,9 +52,9 @@ def test_each_answer_stands_behind_exactly_what_the_model_is_given(tmp_path, kin
     kind.chat_template, messages = STABLE[template], CONVERSATIONS["system"]
     (example,) = read(tmp_path, kind, {"messages": messages})
     for i in (2, 4):
-        given = in_use(kind, messages[:i])
-        assert tokens_of(example)[: len(given)] == given
-        assert example[1][len(given) - 2] == IGNORED != example[1][len(given) - 1]
+        asked = kind.apply_chat_template(messages[:i], add_generation_prompt=True, return_dict=False)
+        assert tokens_of(example)[: len(asked)] == asked
+        assert example[1][len(asked) - 2] == IGNORED != example[1][len(asked) - 1]
 
 
 def test_no_bos_is_learnt_and_none_stands_twice(tmp_path, kind):
@@ -77,22 +68,16 @@ def test_no_bos_is_learnt_and_none_stands_twice(tmp_path, kind):
 
 def test_every_answer_is_learnt_with_the_end_of_its_turn(tmp_path, bos):
     bos.chat_template = STABLE["llama 3"]
-    (example,) = read(tmp_path, bos, {"messages": CONVERSATIONS["several"]})
-    assert bos.decode(learnt(example)) == "hello<|im_end|>see you<|im_end|>capital<|im_end|>"
-
-
-def test_what_is_said_after_the_last_answer_is_left_out(tmp_path, bos):
-    bos.chat_template, messages = STABLE["llama 3"], turns("hi", "hello", "bye")
-    (example,) = read(tmp_path, bos, {"messages": messages})
-    assert tokens_of(example) == bos.apply_chat_template(messages[:2], return_dict=False)
+    for more in ([], turns("bye")):  # what is said after the last answer is left out
+        (example,) = read(tmp_path, bos, {"messages": CONVERSATIONS["several"] + more})
+        assert tokens_of(example) == bos.apply_chat_template(CONVERSATIONS["several"], return_dict=False)
+        assert bos.decode(learnt(example)) == "hello<|im_end|>see you<|im_end|>capital<|im_end|>"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("folder", ["gpt2"])
-def test_a_real_tokenizer(tmp_path, folder):
-    if not (TEST_DATA / "tokenizers" / folder).exists():
-        pytest.skip(f"{TEST_DATA / 'tokenizers' / folder} is not there")
-    tokenizer = AutoTokenizer.from_pretrained(TEST_DATA / "tokenizers" / folder)
+@pytest.mark.skipif(not (TEST_DATA / "tokenizers/gpt2").exists(), reason="GPT-2's tokenizer is not there")
+def test_a_real_tokenizer(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(TEST_DATA / "tokenizers/gpt2")
     for template, text in STABLE.items():
         tokenizer.chat_template = text
         for messages in CONVERSATIONS.values():
@@ -106,18 +91,15 @@ def test_marks_of_the_template_say_what_is_learnt(tmp_path, kind, template):
     kind.chat_template = MARKED[template]
     for messages in CONVERSATIONS.values():
         (example,) = read(tmp_path, kind, {"messages": messages})
-        error = without_post_processor(kind).apply_chat_template(
-            messages, return_dict=True, return_assistant_tokens_mask=True
-        )
-        assert example[0] == error["input_ids"][:-1] and sum(error["assistant_masks"]) > 0
-        assert mask_of(example) == [mark == 1 for mark in error["assistant_masks"]]
+        bare, options = without_post_processor(kind), {"return_assistant_tokens_mask": True}
+        encoded = bare.apply_chat_template(messages, return_dict=True, **options)
+        assert example[0] == encoded["input_ids"][:-1] and sum(encoded["assistant_masks"]) > 0
+        assert mask_of(example) == [mark == 1 for mark in encoded["assistant_masks"]]
 
 
 def test_marks_may_leave_out_the_end_of_a_turn_or_take_in_more(tmp_path, bos):
-    bos.chat_template = (
-        "{% for m in messages %}{{ m.role + '\n' }}{% generation %}{{ m.content }}{% endgeneration %}"
-        "<|im_end|>{% endfor %}"
-    )
+    message = "{{ m.role + '\n' }}{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>"
+    bos.chat_template = "{% for m in messages %}" + message + "{% endfor %}"
     (example,) = read(tmp_path, bos, {"messages": turns("hi", "hello")})
     assert bos.decode(learnt(example)) == "hihello"  # the template says so of the user too
 
@@ -129,17 +111,12 @@ def test_answers_that_a_template_rewrites_are_learnt_as_in_use(tmp_path, kind, t
     assert list(examples.origins) == [0, 0] and examples.tally.records == 1
     for i, example in zip((2, 4), examples, strict=True):
         assert tokens_of(example) == kind.apply_chat_template(messages[: i + 1], return_dict=False)
-        text, asked = (
-            kind.apply_chat_template(messages[: i + 1], tokenize=False),
-            kind.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True),
-        )
-        assert kind.decode(learnt(example)).strip() == kind.decode(_tail(kind, text, len(asked))).strip()
-
-
-def _tail(tokenizer, text, start):
-    """Tokens of a text from a character on, one that it shares with what is before included."""
-    error = without_post_processor(tokenizer)(text, return_offsets_mapping=True)
-    return [t for t, (_, end) in zip(error["input_ids"], error["offset_mapping"], strict=True) if end > start]
+        asked = kind.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
+        text = kind.apply_chat_template(messages[: i + 1], tokenize=False)
+        encoded = without_post_processor(kind)(text, return_offsets_mapping=True)
+        ends = [end for _, end in encoded["offset_mapping"]]
+        answer = [t for t, end in zip(encoded["input_ids"], ends, strict=True) if end > len(asked)]
+        assert kind.decode(learnt(example)).strip() == kind.decode(answer).strip()
 
 
 def test_thinking_is_learnt_where_the_model_will_think(tmp_path, bos):
@@ -154,12 +131,8 @@ def test_thinking_is_learnt_where_the_model_will_think(tmp_path, bos):
 
 def test_answers_after_the_last_question_are_one_example(tmp_path, bos):
     bos.chat_template = REWRITING["thinking"]
-    messages = [
-        *turns("hi", "hello", "bye", "see"),
-        {"role": "tool", "content": "2"},
-        {"role": "assistant", "content": "you"},
-    ]
-    first, second = read(tmp_path, bos, {"messages": messages})
+    more = [{"role": "tool", "content": "2"}, {"role": "assistant", "content": "you"}]
+    first, second = read(tmp_path, bos, {"messages": turns("hi", "hello", "bye", "see") + more})
     end = "<|im_end|>\n"
     assert bos.decode(learnt(first)) == f"<think>\n\n</think>\n\nhello{end}"
     assert bos.decode(learnt(second)) == f"<think>\n\n</think>\n\nsee{end}<think>\n\n</think>\n\nyou{end}"
@@ -168,10 +141,8 @@ def test_answers_after_the_last_question_are_one_example(tmp_path, bos):
 def test_template_that_asks_otherwise_than_it_renders_is_refused(tmp_path, bos):
     bos.chat_template = STABLE["chatml"].replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
     error = refusal(read, tmp_path, bos, {"messages": turns("hi", "hello")})
-    assert (
-        "line 1: message 2 (assistant): the model's chat template doesn't keep" in error
-        and r"'<think>\n' goes" in error
-    )
+    assert "line 1: message 2 (assistant): the model's chat template doesn't keep" in error
+    assert r"'<think>\n' goes" in error
 
 
 @pytest.mark.parametrize("templates", [STABLE, MARKED], ids=["", "marked"])

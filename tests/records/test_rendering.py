@@ -37,22 +37,21 @@ def test_the_template_for_tools_is_taken_where_there_are_several(tmp_path, bos):
 
 @pytest.mark.parametrize("field", ["tools", "documents"])
 def test_what_the_template_makes_no_use_of_is_refused(tmp_path, bos, field):
-    given = {"tools": [ADD], "documents": [{"title": "a", "text": "b"}]}[field]
-    error = refusal(read, tmp_path, bos, {"messages": turns("hi", "hello"), field: given})
+    values = {"tools": [ADD], "documents": [{"title": "a", "text": "b"}]}[field]
+    row = {"messages": HI, field: values}
+    error = refusal(read, tmp_path, bos, row, row, {"messages": HI}, row)
     assert f"line 1: the model's chat template leaves `{field}` out; write them" in error
-    row = {"messages": turns("hi", "hello")}
-    error = refusal(read, tmp_path, bos, *[{**row, field: given}] * 2, row, {**row, field: given})
     assert error.endswith("(so have line 2, line 4)")
-    if field == "tools":
-        error = refusal(read, tmp_path, bos, {"messages": calls("{}"), field: given})
-        assert "leaves `tools` out, and calls of tools too; write them" in error
+
+
+def test_calls_that_are_left_out_with_the_tools_are_told(tmp_path, bos):
+    error = refusal(read, tmp_path, bos, {"messages": calls("{}"), "tools": [ADD]})
+    assert "leaves `tools` out, and calls of tools too; write them" in error
 
 
 def test_documents_and_variables_reach_the_template(tmp_path, bos):
-    bos.chat_template = (
-        "{% for d in documents or [] %}{{ d.text }}<|im_end|>{% endfor %}{% if loud %}LOUD{% endif %}"
-        + STABLE["chatml"]
-    )
+    documents = "{% for d in documents or [] %}{{ d.text }}<|im_end|>{% endfor %}"
+    bos.chat_template = documents + "{% if loud %}LOUD{% endif %}" + STABLE["chatml"]
     row = {"messages": turns("hi", "hello"), "documents": [{"text": "b"}], "chat_template_kwargs": {"loud": True}}
     (example,) = read(tmp_path, bos, row)
     assert bos.decode(example[0]).startswith("b<|im_end|>LOUD<|im_start|>user")
@@ -100,9 +99,8 @@ def test_message_that_the_template_leaves_out_is_refused(tmp_path, bos):
         "{% for m in messages if m.role != 'developer' %}{{ m.role + m.content }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}assistant{% endif %}"
     )
-    error = refusal(
-        read, tmp_path, bos, {"messages": [{"role": "developer", "content": "be kind"}, *turns("hi", "hello")]}
-    )
+    messages = [{"role": "developer", "content": "be kind"}, *HI]
+    error = refusal(read, tmp_path, bos, {"messages": messages})
     assert "message 1 (developer): the model's chat template leaves it out" in error
 
 
@@ -113,12 +111,8 @@ def test_what_the_template_says_in_its_own_words_is_not_left_out(tmp_path, bos):
 
 
 def test_answer_that_the_template_rewords_is_told(tmp_path, bos):
-    bos.chat_template = STABLE["chatml"].replace(
-        "{{ m.content }}<|im_end|>\n{% else %}", "{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% else %}"
-    )
-    examples = read(
-        tmp_path, bos, {"messages": turns("hi", "<think>hm</think>hello")}, {"messages": turns("hi", "hello")}
-    )
+    bos.chat_template = STABLE["chatml"].replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+    examples = read(tmp_path, bos, {"messages": turns("hi", "<think>hm</think>hello")}, {"messages": HI})
     assert bos.decode(learnt(examples[0])) == "hello<|im_end|>\n" and examples.tally.reworded == 1
 
 
