@@ -5,6 +5,7 @@ entry, so that a checkpoint is resumed if, and only if, DVC would take the stage
 """
 
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 import yaml
 
 from scaleot_core.artifacts import Artifacts
+from scaleot_core.common import distributed
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import fingerprint, write_json
 from scaleot_core.common.runtime import Runtime, setup
@@ -23,7 +25,7 @@ from scaleot_core.params import Params, load_params
 from scaleot_core.training.checkpoint import Checkpoint, scratch_dir
 from scaleot_core.training.cost import Meter
 
-DVC_YAML = Path("dvc.yaml")
+DVC_YAML, COSTS = Path("dvc.yaml"), Path("costs")
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,14 @@ class Entry:
         return {name: reduce(lambda block, key: block[key], name.split("."), values) for name in self.params}
 
     @property
-    def cost(self) -> Path | None:
-        """The output that the stage's cost goes to, if it has one."""
-        return next((out for out in self.outs if out.parts[0] == "costs"), None)
+    def code(self) -> tuple[Path, ...]:
+        """The dependencies that are code, and not what an earlier stage wrote."""
+        return tuple(dep for dep in self.deps if dep.parts[0] != "artifacts")
+
+    @property
+    def cost(self) -> Path:
+        """The file of what the stage's last run here cost, which is no output: no two runs take the same time."""
+        return COSTS / f"{self.name.replace('@', '-')}.json"
 
 
 def matrix_of(stage: str, file: Path = DVC_YAML) -> tuple[str, ...]:
@@ -88,6 +95,17 @@ class Stage:
         """The stage's name for progress lines."""
         return self.entry.name
 
+    def kept(self, name: str) -> Path:
+        """Return the scratch folder for what later runs use again, keyed by all code that the stage depends on.
+
+        Folders that other code made are removed.
+        """
+        folder = scratch_dir(f"{name}-{fingerprint(*(path for path in self.entry.code if path.exists()))}")
+        for other in folder.parent.glob(f"{name}-*"):
+            if other != folder and distributed.is_main_process():
+                shutil.rmtree(other, ignore_errors=True)
+        return folder
+
 
 @contextmanager
 def run_stage(stage: str, item: Mapping[str, str] | None = None, file: Path = DVC_YAML) -> Iterator[Stage]:
@@ -101,8 +119,7 @@ def run_stage(stage: str, item: Mapping[str, str] | None = None, file: Path = DV
     checkpoint = Checkpoint(scratch_dir(f"{entry.name.replace('@', '-')}-{key}"), params.checkpoint_seconds)
     meter = Meter(runtime)
     yield Stage(params, runtime, entry, checkpoint, meter)
-    if entry.cost:
-        write_json(entry.cost, meter.read())
+    write_json(entry.cost, meter.read())
     checkpoint.remove()
 
 

@@ -32,7 +32,6 @@ def main() -> None:
             write_csv(out / "restoration.csv", found.curves)
             write_csv(out / "weights.csv", found.weights)
             write_json(out / "membership.json", found.membership)
-            write_json(out / "cost.json", stage.meter.read())
         write_json(Path("attack.json"), found.summary)
 
 

@@ -7,11 +7,12 @@ adapter, which is all that goes back. `python stages/offsite_tune.py TASK layers
 from scaleot_core.common import distributed
 from scaleot_core.common.entrypoint import run_command
 from scaleot_core.common.files import atomic_folder, write_json
-from scaleot_core.exchange import adapter
+from scaleot_core.exchange import adapter_folder
 from scaleot_core.exchange.package import Package
 from scaleot_core.models.families import decoder_layers
 from scaleot_core.pipeline import item_from_arguments, run_stage
 from scaleot_core.tuning import examples
+from scaleot_core.tuning.adapters import trainable
 from scaleot_core.tuning.selection import tune
 
 
@@ -30,11 +31,11 @@ def main() -> None:
         data = examples.from_task(model, package.tokenizer(), task, rows, block_size=block_size, packed=packed)
         if not tuning.epsilon:  # which has every process take all records one by one
             distributed.shard_layers(decoder_layers(model))
-        parameters = adapter.trainable(model, package.plan, lora, seed)
+        parameters = trainable(model, package.plan, lora, seed)
         tuned = tune(model, parameters, data, tuning, seed=seed, label=stage.label, checkpoint=stage.checkpoint)
         with atomic_folder(artifacts.adapter(task, kind)) as out:
             (out / "adapter").mkdir()
-            adapter.save(out / "adapter", package, parameters, lora=lora, tuning=tuning, tuned=tuned)
+            adapter_folder.save(out / "adapter", package, parameters, lora=lora, tuning=tuning, tuned=tuned)
             write_json(out / "tuning.json", {"lr": tuned.lr, "validation_loss": tuned.validation_loss})
             write_json(out / "history.json", tuned.history)
 

@@ -1,5 +1,6 @@
 """What several test files use: tiny models and packages, a tiny project, commands run in this process, damage."""
 
+import copy
 import errno
 import hashlib
 import json
@@ -7,8 +8,9 @@ import os
 import runpy
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, chdir, contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
+from functools import cache
 from io import StringIO
 from itertools import count
 from pathlib import Path
@@ -18,7 +20,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
-from copies import Copied
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
@@ -50,20 +51,21 @@ from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import read_json, sha256
 from scaleot_core.common.random import generator
 from scaleot_core.common.tensors import read_tensors
-from scaleot_core.compression.channels import channels_of
+from scaleot_core.compression.channels import channels_of, prune_channels
 from scaleot_core.compression.emulator import apply_plan, package_tensors
+from scaleot_core.compression.layer_choice import ranks_left
 from scaleot_core.compression.layer_importance import new_harmonizers
-from scaleot_core.compression.plan import Cut, LayerKind, Plan
-from scaleot_core.compression.rank_compression import target_ranks
+from scaleot_core.compression.plan import COMPRESSED, Layer, LayerKind, Plan, layers_of
+from scaleot_core.compression.shapes import layer_shapes
 from scaleot_core.compression.svd import svd_factors
-from scaleot_core.exchange import adapter
+from scaleot_core.exchange import adapter_folder
 from scaleot_core.exchange.package import save
 from scaleot_core.models.families import decoder_layers, family, projection_name
 from scaleot_core.models.loading import read_config
 from scaleot_core.models.streaming import StreamedModel
 from scaleot_core.reporting import measurements
-from scaleot_core.settings import HarmonizerForm, LoraForm, OffsiteTuning
-from scaleot_core.tuning.adapters import TunedLora
+from scaleot_core.settings import LoraForm, OffsiteTuning
+from scaleot_core.tuning.adapters import TunedLora, trainable
 from scaleot_core.tuning.lora import insert_lora
 from scaleot_core.tuning.selection import TuningResult
 
@@ -140,6 +142,9 @@ CONFIGS: dict[str, PretrainedConfig] = {
 }
 IDS = torch.tensor([[5, 80, 200, 41, 17, 222, 9, 133]])
 each_family = pytest.mark.parametrize("name", sorted(CONFIGS))
+# One of each shape of decoder layer: what holds for these holds for the others, which differ in their attention alone.
+EIGHT = ("bloom", "falcon-alibi", "gemma3_text", "gpt2", "gpt_neox", "llama", "opt-350m", "phi3")
+each_shape = pytest.mark.parametrize("name", EIGHT)
 each_head = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
 _SQUARE = (32, 32)
@@ -168,21 +173,16 @@ SHAPES: dict[str, dict[str, list[tuple[int, int]]]] = {  # of every attention ma
 }
 
 
-KEPT_PARAMETERS = 10**6  # at most, of a model that is kept to be copied
-_KEPT: dict[tuple[str, str], tuple[Copied, torch.Tensor]] = {}  # with the state of the random draws after it
-
-
 def tiny_model(name: str, **changes: object) -> PreTrainedModel:
     """Make a seeded random model of one family: 4 layers of width 32, float32, frozen; or with a changed config."""
-    key = (name, repr(sorted(changes.items())))
-    if key not in _KEPT:
-        model = _initialised(name, **changes)
-        if model.num_parameters() > KEPT_PARAMETERS:
-            return model
-        _KEPT[key] = (Copied(model), torch.get_rng_state())
-    kept, draws = _KEPT[key]
-    torch.set_rng_state(draws)
-    return kept.copy()
+    model = _initialised(name, **changes) if changes else copy.deepcopy(_tiny_model(name))
+    torch.manual_seed(0)
+    return model
+
+
+@cache
+def _tiny_model(name: str) -> PreTrainedModel:
+    return _initialised(name)
 
 
 def _initialised(name: str, **changes: object) -> PreTrainedModel:
@@ -233,18 +233,33 @@ def weights_hash(model: nn.Module) -> str:
 # --- tiny emulators, packages and adapters ---------------------------------------------------------------
 
 
-def form(rank: int) -> HarmonizerForm:
-    """Give the form of harmonizers in tests."""
-    return HarmonizerForm(rank=rank)
+HARMONIZER_RANK = 8
+KINDS: tuple[LayerKind, ...] = ("harmonizer", "adapter", "compressed", "compressed")
 
 
-PLAN = Plan(("harmonizer", "adapter", "compressed", "compressed"), beta=0.8, harmonizer=form(8))
-WHOLE = Plan(("adapter", "compressed", "compressed", "compressed"), beta=0.0, harmonizer=form(8))
+def plan_of_kinds(kinds: Sequence[LayerKind], sources: Mapping[int, int] | None = None) -> Plan:
+    """Plan layers of these kinds of which none is cut; `sources` are those of shared layers."""
+    return tuple(
+        Layer(
+            kind=kind, harmonizer_rank=HARMONIZER_RANK if kind == "harmonizer" else None, source=(sources or {}).get(i)
+        )
+        for i, kind in enumerate(kinds)
+    )
+
+
+PLAN = plan_of_kinds(KINDS)
+WHOLE = plan_of_kinds(("adapter", "compressed", "compressed", "compressed"))
+
+
+def plan_of(model: PreTrainedModel, plan: Plan = PLAN, beta: float = 0.8) -> Plan:
+    """Give a plan's compressed layers the ranks that β leaves in a model."""
+    cut = COMPRESSED.model_copy(update={"ranks": ranks_left(layer_shapes(model), beta)})
+    return tuple(cut if layer == COMPRESSED else layer for layer in plan)
 
 
 def trained_harmonizers(model: PreTrainedModel) -> nn.ModuleList:
     """Make harmonizers with something in them, as if they were trained."""
-    harmonizers = new_harmonizers(model.config, form(8), seed=0)
+    harmonizers = new_harmonizers(model.config, HARMONIZER_RANK, seed=0)
     for parameter in harmonizers.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return harmonizers
@@ -253,26 +268,30 @@ def trained_harmonizers(model: PreTrainedModel) -> nn.ModuleList:
 def give_harmonizers(model: PreTrainedModel, plan: Plan, harmonizers: nn.ModuleList) -> None:
     """Make a model the emulator with these harmonizers."""
     apply_plan(model, plan, svd_factors)
-    for i in plan.layers("harmonizer"):
+    for i in layers_of(plan, "harmonizer"):
         decoder_layers(model)[i].load_state_dict(harmonizers[i].state_dict())
 
 
-def make_emulator(model: PreTrainedModel, plan: Plan = PLAN) -> None:
-    """Make a model the emulator."""
+def make_emulator(model: PreTrainedModel, plan: Plan | None = None) -> Plan:
+    """Make a model the emulator of a plan, or of PLAN with β = 0.8; return the plan."""
+    plan = plan or plan_of(model)
     give_harmonizers(model, plan, trained_harmonizers(model))
+    return plan
 
 
-def emulator_of(name: str, plan: Plan = PLAN, **changes: object) -> PreTrainedModel:
+def emulator_of(name: str, plan: Plan | None = None, **changes: object) -> PreTrainedModel:
     """Make the emulator of a family's tiny model."""
     model = tiny_model(name, **changes)
     make_emulator(model, plan)
     return model
 
 
-def write_package(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, plan: Plan = PLAN) -> Path:
+def write_package(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, plan: Plan | None = None
+) -> Path:
     """Turn a model into the emulator and write its package."""
     folder.mkdir()
-    make_emulator(model, plan)
+    plan = make_emulator(model, plan)
     save(folder, model.config, tokenizer, plan, package_tensors(model, plan))
     return folder
 
@@ -295,14 +314,14 @@ LORA = LoraForm(rank=3, alpha=5.0, layers="all", modules="all")
 def write_adapter(folder: Path, model: PreTrainedModel, lora: LoraForm | None, package: Any = None) -> Path:
     """Write an adapter of an emulator whose trained parameters have moved at random, as `trainable` names them."""
     package = package or Shipped(model)
-    parameters = adapter.trainable(model, package.plan, lora, seed=0)
+    parameters = trainable(model, package.plan, lora, seed=0)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in parameters.values():
             parameter.add_(0.1 * torch.randn(parameter.shape))
     folder.mkdir()
     tuned = TuningResult([], 1e-3, 7, {})
-    adapter.save(folder, package, parameters, lora=lora, tuning=OffsiteTuning(), tuned=tuned)
+    adapter_folder.save(folder, package, parameters, lora=lora, tuning=OffsiteTuning(), tuned=tuned)
     return folder
 
 
@@ -313,12 +332,8 @@ def move_lora(model: PreTrainedModel, plan: Plan = PLAN, lora: LoraForm = LORA) 
     with torch.no_grad():
         for name in sorted(parameters):
             parameters[name].add_(0.1 * torch.randn(parameters[name].shape, generator=draw))
-    factors = {
-        name.partition(".lora_A.")[0]: (p.detach().clone(), parameters[name.replace("lora_A", "lora_B")].detach())
-        for name, p in parameters.items()
-        if ".lora_A." in name
-    }
-    return TunedLora(lora, factors, family(model.config).transposed)
+    tensors = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    return TunedLora.from_peft(lora, tensors, model.config)
 
 
 class Pruned(NamedTuple):
@@ -334,12 +349,13 @@ def pruned_emulator(name: str, beta: float = 0.0, adapter_layer: bool = True) ->
     """Make an emulator of a family's tiny model without harmonizers that has 40 channels a compressed layer."""
     emulator, real = tiny_model(name), tiny_model(name)
     second: LayerKind = "adapter" if adapter_layer else "compressed"
-    kinds: tuple[LayerKind, ...] = ("compressed", second, "compressed", "compressed")
-    count, draw, cut = channels_of(real, 0), generator(2), [i for i, kind in enumerate(kinds) if kind == "compressed"]
-    kept = {i: torch.randperm(count, generator=draw)[:40].sort().values for i in cut}
-    cuts = {i: Cut(ranks={k: tuple(r) for k, r in target_ranks(real, i, beta=beta).items()}, channels=40) for i in cut}
-    plan = Plan(kinds, beta, form(8), cuts=cuts)
-    apply_plan(emulator, plan, svd_factors, kept)
+    plan = plan_of(real, plan_of_kinds(("compressed", second, "compressed", "compressed")), beta)
+    count, draw, pruned = channels_of(real, 0), generator(2), layers_of(plan, "compressed")
+    kept = {i: torch.randperm(count, generator=draw)[:40].sort().values for i in pruned}
+    apply_plan(emulator, plan, svd_factors)
+    for i, channels in kept.items():
+        prune_channels(emulator, i, channels)
+    plan = tuple(layer.model_copy(update={"channels": 40}) if i in kept else layer for i, layer in enumerate(plan))
     return Pruned(emulator, plan, kept, real)
 
 
@@ -348,16 +364,6 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = model.eval()(input_ids=IDS).logits
     return found
-
-
-@torch.no_grad()
-def effect(model: PreTrainedModel, change: AbstractContextManager[None], blocks: torch.Tensor) -> float:
-    """The root mean square change of what a model's head gives for blocks, by a change for the length of a block."""
-    with torch.no_grad():
-        before = model(blocks.long()).logits
-    with torch.no_grad(), change:
-        moved = model(blocks.long()).logits - before
-    return float(moved.square().mean().sqrt()) * getattr(model.config, "logits_scaling", 1.0)
 
 
 def close(one: torch.Tensor, two: torch.Tensor) -> None:
@@ -480,7 +486,6 @@ def write_project(folder: Path, tokenizer: PreTrainedTokenizerFast, family: str 
         "harmonizer.rank": 8,
         "layer_importance.calibration_blocks": 8,
         "layer_importance.steps": 20,
-        "layer_importance.batch_tokens": 64,
         "layer_importance.sensitivity_blocks": 2,
         "dlr.steps": 10,
         "dlr.score_interval": 5,

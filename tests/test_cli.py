@@ -35,7 +35,6 @@ from scaleot_core.common.files import write_json
 from scaleot_core.common.tensors import read_tensors, write_tensors
 from scaleot_core.common.validation import Block
 from scaleot_core.compression.emulator import package_tensors
-from scaleot_core.exchange import scale as scales
 from scaleot_core.exchange.manifest import manifest_sha256
 from scaleot_core.exchange.package import save
 from scaleot_core.params import Params, load_params
@@ -118,14 +117,6 @@ def pruned_lora(tmp_path_factory, pruned_package, records):
     return out
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """Public text."""
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text("\n\n".join(f"passage {i} of public text" for i in range(40)))
-    return file
-
-
 # --- what an outsider sees -------------------------------------------------------------------------------
 
 
@@ -189,7 +180,7 @@ SETTINGS = {  # of `tune`, each with the class that describes it
     **{name: OffsiteTuning for name in ("max_grad_norm", "epsilon", "delta")},
     **{name: LoraForm for name in ("rank", "alpha", "modules")},
     **{name: Params for name in ("seed", "device", "threads")},
-    "frozen": Machine,
+    "quantize": Machine,
 }
 
 
@@ -210,7 +201,9 @@ def test_option_that_is_a_setting_is_described_and_limited_as_its_field(name: st
 
 def test_no_option_of_a_setting_goes_unheld() -> None:
     """An option that is new has to be among those above."""
-    fields = OffsiteTuning.model_fields.keys() | LoraForm.model_fields.keys() | {"seed", "device", "threads", "frozen"}
+    fields = (
+        OffsiteTuning.model_fields.keys() | LoraForm.model_fields.keys() | {"seed", "device", "threads", "quantize"}
+    )
     assert {name for name in fields if option_name(name) in options_of_tune()} == SETTINGS.keys()
 
 
@@ -249,12 +242,12 @@ def test_pack_of_int8_is_smaller_and_goes_all_the_way(tmp_path, project, base, r
     """Packed, tuned, checked, plugged in."""
     shipped = project / "small.zip"
     gives("pack", "--project", project, "--out", project / "whole.zip", "--license", "for tests alone")
-    found = gives("pack", "--project", project, "--out", shipped, "--dtype", "int8", "--license", "for tests alone")
+    found = gives("pack", "--project", project, "--out", shipped, "--quantize", "int8", "--license", "for tests alone")
     shown = gives("inspect", shipped)
-    assert (shown["license"], shown["frozen matrices"], shown["id"]) == ("for tests alone", "int8", found["id"])
+    assert (shown["license"], shown["quantized"], shown["id"]) == ("for tests alone", "int8", found["id"])
     assert shown["bytes"] < gives("inspect", project / "whole.zip")["bytes"]
     assert json.loads((project / "small.zip.private.json").read_text())["package"] == found["id"]
-    gives("tune", shipped, "--data", records, "--out", tmp_path / "lora", *RANK, *FEW, "--frozen", "int8")
+    gives("tune", shipped, "--data", records, "--out", tmp_path / "lora", *RANK, *FEW, "--quantize", "int8")
     gives("plug", base, tmp_path / "lora", "--package", shipped, "--out", tmp_path / "plugged")
     with torch.no_grad():
         tuned, real = (AutoModelForCausalLM.from_pretrained(f) for f in (tmp_path / "plugged", base))
@@ -504,7 +497,6 @@ def test_tune_needs_something_to_tune_on(tmp_path, package):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("task_index")
 def test_parameter_is_told_as_the_option_that_sets_it(tmp_path, package, base, adapter, records):
     out = ("--out", tmp_path / "out", *FEW)
     assert refused("tune", package, "--task", "piqaa", *out).startswith("error: --task: 'piqaa' is no task of lm-eval")
@@ -565,7 +557,7 @@ def test_plug_in_is_a_plain_transformers_folder(tmp_path, base, adapter, package
 
 def test_plugged_in_lora_is_what_peft_loads(tmp_path, base, package, lora):
     options = ("--package", package, "--out", tmp_path / "plugged", "--as-lora", tmp_path / "lora")
-    assert gives("plug", base, lora, *options)["scale"] == 1.0
+    gives("plug", base, lora, *options)
     plugged = AutoModelForCausalLM.from_pretrained(tmp_path / "plugged", dtype="auto", local_files_only=True)
     for folder in (lora, tmp_path / "lora"):
         real = AutoModelForCausalLM.from_pretrained(base, dtype="auto", local_files_only=True)
@@ -596,44 +588,6 @@ def test_folders_of_which_one_would_replace_the_other_are_refused(tmp_path, base
     for out, as_lora in (("a", "a"), ("a", "a/b"), ("a/b", "a"), ("a", "c/../a/b")):
         said = refused(*command, "--out", tmp_path / out, "--as-lora", tmp_path / as_lora)
         assert "--out and --as-lora: one is the other, or lies in it" in said
-
-
-@pytest.mark.slow
-def test_plug_measures_the_scale_on_public_text(tmp_path, base, pruned_package, pruned_lora, text, monkeypatch):
-    measure = scales.emulator_effect
-    larger = lambda *args: 1.7 * measure(*args)  # noqa: E731  # tiny models have none to see
-    monkeypatch.setattr(scales, "emulator_effect", larger)
-    command = ("plug", base, pruned_lora, "--package", pruned_package)
-    found = gives(*command, "--out", tmp_path / "out", "--public", text)
-    assert found["scale"] != 1
-    assert found["effect on the model"] == pytest.approx(found["effect on the package"], rel=0.1)
-    gives(*command, "--out", tmp_path / "same", "--scale", found["scale"])
-    gives(*command, "--out", tmp_path / "plain")
-    one, two, three = (read_tensors(tmp_path / name / "model.safetensors") for name in ("out", "same", "plain"))
-    assert all(torch.equal(one[key], two[key]) for key in one) and any(
-        not torch.equal(one[key], three[key]) for key in one
-    )
-
-
-@pytest.mark.parametrize("kind", ["adapter", "lora"])
-def test_scale_is_that_of_the_change(tmp_path, base, package, request, kind):
-    command = ("plug", base, request.getfixturevalue(kind), "--package", package)
-    for scale in (1, 2):
-        gives(*command, "--out", tmp_path / f"{scale}", "--scale", scale)
-    real, one, two = (read_tensors(folder / "model.safetensors") for folder in (base, tmp_path / "1", tmp_path / "2"))
-    for key, tensor in real.items():
-        torch.testing.assert_close(two[key] - tensor, 2 * (one[key] - tensor), rtol=1e-3, atol=1e-6)
-
-
-def test_scale_beyond_what_was_measured(tmp_path, base, lora, package, text):
-    command = ("plug", base, lora, "--package", package, "--out", tmp_path / "out")
-    for scale in ("0.4", "3.1", "nan", "inf"):
-        assert "the range is 0.5 to 3" in refused(*command, "--scale", scale)
-    assert "one of them" in refused(*command, "--scale", 1, "--public", text)
-    assert "no such file" in refused(*command, "--public", tmp_path / "gone.txt")
-    (tmp_path / "short.txt").write_text("short")
-    assert "5 tokens" in refused(*command, "--public", tmp_path / "short.txt")
-    assert os.listdir(tmp_path) == ["short.txt"]
 
 
 def test_plug_needs_something_to_write(tmp_path, base, adapter, package):

@@ -16,7 +16,7 @@ from scaleot_core.attacks.targets import Target, targets
 from scaleot_core.common import distributed
 from scaleot_core.common.files import cached_json
 from scaleot_core.common.runtime import Runtime
-from scaleot_core.exchange import adapter
+from scaleot_core.exchange import adapter_folder
 from scaleot_core.exchange.package import Package
 from scaleot_core.exchange.returned import fitted, kept_channels
 from scaleot_core.methods import ModelOwner
@@ -96,7 +96,11 @@ class Attacks:
         model, shipped = self.owner.load(), load()
         weights = exposure.exposure(model, shipped, package.plan)
         told: dict[str, dict[str, Figures]] = {task: self._membership(model, task) for task in params.tasks}
-        channels = kept_channels(self.artifacts.emulator_private, package.sha256) if package.plan.cuts else {}
+        channels = (
+            kept_channels(self.artifacts.emulator_private, package.sha256)
+            if any(layer.channels for layer in package.plan)
+            else {}
+        )
         difficulty = hidden.recovery_difficulty(  # last, since it changes the model
             model, shipped, package.plan, channels, self.heldout, params.seed
         )
@@ -123,7 +127,7 @@ class Attacks:
 
     def _returned(self, task: str, kind: str) -> TunedAdapter:
         """Read what came back for a task, at the real model's shapes."""
-        tuned = adapter.read(self.artifacts.adapter(task, kind) / "adapter", self.package, links=True)
+        tuned = adapter_folder.read(self.artifacts.adapter(task, kind) / "adapter", self.package, links=True)
         return fitted(tuned, self.package, self.owner.outline, self.artifacts.emulator_private)
 
     def _served(self) -> PreTrainedModel:

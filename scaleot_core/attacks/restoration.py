@@ -22,7 +22,7 @@ from scaleot_core.common.random import generator
 from scaleot_core.compression.emulator import number_attention
 from scaleot_core.compression.harmonizer import Harmonizer
 from scaleot_core.compression.low_rank import FusedProjection, LowRankLinear, dense
-from scaleot_core.compression.plan import DECODER_KINDS, Plan
+from scaleot_core.compression.plan import DECODER_KINDS, Plan, layers_of
 from scaleot_core.models.families import attention, decoder_layers, family
 from scaleot_core.models.forward import Removed, hidden_of, mean_loss, next_token_loss
 from scaleot_core.settings import Attack
@@ -52,8 +52,8 @@ def widen(model: PreTrainedModel, plan: Plan) -> None:
     the start (where norms come before, as they do in all but OPT-350m).
     """
     layers, names = decoder_layers(model), family(model.config)
-    there = [i for i, kind in enumerate(plan.kinds) if kind in DECODER_KINDS]
-    for i in plan.layers("compressed"):
+    there = layers_of(plan, *DECODER_KINDS)
+    for i in layers_of(plan, "compressed"):
         block = attention(model.config, layers[i])
         for name in names.projections:
             module = block.get_submodule(name)
@@ -61,7 +61,7 @@ def widen(model: PreTrainedModel, plan: Plan) -> None:
                 setattr(block, name, dense(module))
             elif isinstance(module, FusedProjection):
                 module.parts = nn.ModuleList(dense(p) if isinstance(p, LowRankLinear) else p for p in module.parts)
-    for i in plan.layers("harmonizer"):
+    for i in layers_of(plan, "harmonizer"):
         layer = copy.deepcopy(layers[min(there, key=lambda k: abs(k - i))])
         for written in (f"{names.attention}.{list(names.projections)[-1]}", names.feed_forward_out):
             for parameter in layer.get_submodule(written).parameters():
@@ -74,8 +74,8 @@ def widen(model: PreTrainedModel, plan: Plan) -> None:
 @torch.no_grad()
 def forget(model: PreTrainedModel, plan: Plan, seed: int) -> None:
     """Draw the weights of all but the adapter layers anew, in place, as a fresh model's; embeddings and head stay."""
-    for i, kind in enumerate(plan.kinds):
-        if kind != "adapter":
+    for i, layer in enumerate(plan):
+        if layer.kind != "adapter":
             draw_layer(decoder_layers(model)[i], partial(fresh_matrix, model, seed, "forget", i))
 
 

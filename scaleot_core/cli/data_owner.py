@@ -13,12 +13,13 @@ from scaleot_core.common.errors import UserError
 from scaleot_core.common.progress import say
 from scaleot_core.common.validation import validate_block
 from scaleot_core.params import Params
-from scaleot_core.settings import Frozen, Lora, LoraForm, Machine, OffsiteTuning
+from scaleot_core.settings import Lora, LoraForm, Machine, OffsiteTuning, Quantization
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from scaleot_core.tuning.examples import Examples
+    from scaleot_core.tuning.selection import TuningResult
 
 PROGRESS_SECONDS = 60.0  # between two checkpoints
 DEFAULT_LR = {"lora": Lora().lr[0], "layers": OffsiteTuning().lr[0]}  # by --adapters
@@ -65,7 +66,7 @@ def tune(
     epsilon: Annotated[float, setting(OffsiteTuning, "epsilon", "With it each record is one example.")] = 0.0,
     delta: Annotated[float, setting(OffsiteTuning, "delta")] = 1e-5,
     seed: Annotated[int, setting(Params, "seed", "Exceptions are the draws that protect privacy.")] = 0,
-    frozen: Annotated[Frozen | None, setting(Machine, "frozen", "Without it in the package's dtype.")] = None,
+    quantize: Annotated[Quantization | None, setting(Machine, "quantize", "Without it the package's dtype.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], setting(Params, "device")] = "auto",
     threads: Annotated[int, setting(Params, "threads")] = 0,
     as_json: AsJson = False,
@@ -78,12 +79,14 @@ def tune(
     from scaleot_core.common.files import fingerprint, write_json
     from scaleot_core.common.runtime import setup
     from scaleot_core.compression.quantization import check_kernels
-    from scaleot_core.exchange import adapter
+    from scaleot_core.exchange import adapter_folder
     from scaleot_core.exchange.archive import new_output, unpacked
     from scaleot_core.exchange.package import Package
     from scaleot_core.memory import check_tuning
     from scaleot_core.models.loading import check_tokenizer
     from scaleot_core.training.checkpoint import Checkpoint
+    from scaleot_core.tuning.adapters import trainable
+    from scaleot_core.tuning.selection import TooFewRecords
     from scaleot_core.tuning.selection import tune as tune_parameters
 
     if data is None and task is None:
@@ -103,46 +106,40 @@ def tune(
     )
     form = {"rank": lora_rank, "alpha": lora_alpha, "modules": lora_modules}
     lora = validate_block(LoraForm, form) if adapters == "lora" else None
-    machine = validate_block(Machine, {"device": device, "threads": threads, "frozen": frozen})
+    machine = validate_block(Machine, {"device": device, "threads": threads, "quantize": quantize})
     with unpacked(package) as folder, new_output(out, private_file(out)) as target:
         shipped = Package(folder)
         runtime = setup(machine.model_copy(update={"dtype": shipped.manifest.dtype}), "tune")
-        if frozen:
-            check_kernels(frozen, runtime.device)
-        check_tuning(shipped, runtime, whole_layers=lora is None, frozen=frozen)
-        model, tokenizer = shipped.load(runtime.device, frozen), shipped.tokenizer()
+        if quantize:
+            check_kernels(quantize, runtime.device)
+        check_tuning(shipped, runtime, whole_layers=lora is None, quantize=quantize)
+        model, tokenizer = shipped.load(runtime.device, quantize), shipped.tokenizer()
         check_tokenizer(tokenizer, model.config)
         examples = _read_examples(model, tokenizer, task, data, block_size=block_size, packed=not epsilon)
-        _check_enough(f"{data or task}", examples, settings, min(block_size, examples.tally.context_length))
-        key = fingerprint(settings.model_dump(), lora and lora.model_dump(), frozen, seed, shipped.sha256, examples)
+        key = fingerprint(settings.model_dump(), lora and lora.model_dump(), quantize, seed, shipped.sha256, examples)
         progress = out.with_name(f".{out.name}.progress")
         checkpoint = Checkpoint(progress / key, PROGRESS_SECONDS)
         if progress.is_dir() and not checkpoint.folder.exists():
             say("other options, package or records than before: starting anew", style="yellow")
-        parameters = adapter.trainable(model, shipped.plan, lora, seed)
+        parameters = trainable(model, shipped.plan, lora, seed)
         seed = secrets.randbits(256) if epsilon else seed  # whoever could guess it could take the noise off
         try:
             result = tune_parameters(
-                model,
-                parameters,
-                examples,
-                settings,
-                seed=seed,
-                label="tune",
-                checkpoint=checkpoint,
-                origins=examples.origins,
+                model, parameters, examples, settings, seed=seed, label="tune", checkpoint=checkpoint
             )
+        except TooFewRecords:
+            raise _too_few(f"{data or task}", examples, settings) from None
         except KeyboardInterrupt:
             say("interrupted; the same command goes on from here", style="yellow")
             raise
-        adapter.save(target, shipped, parameters, lora=lora, tuning=settings, tuned=result)
+        adapter_folder.save(target, shipped, parameters, lora=lora, tuning=settings, tuned=result)
     losses = {"validation_loss": result.validation_loss, "history": result.history}
     write_json(private_file(out), losses, private=True)
     rmtree(progress, ignore_errors=True)  # with what was begun with other options
     show(
         {
             "adapter": str(out),
-            **_count_examples(examples, settings),
+            **_count_examples(examples, result),
             "learning rate": result.lr,
             "steps": result.steps,
             "held-out loss": result.validation_loss,
@@ -181,38 +178,27 @@ def _read_examples(
     return from_task(model, tokenizer, task, rows, block_size=block_size, packed=packed)
 
 
-def _check_enough(source: str, examples: "Examples", settings: OffsiteTuning, block_size: int) -> None:
-    """Raise UserError, in terms of the options, where no record is left to tune on beside those that are held out."""
-    from scaleot_core.tuning.selection import held_out
-
-    count = len(set(examples.origins))
-    if settings.epsilon or held_out(settings, count) < count:
-        return
-    unit = f"block{'s' * (count > 1)} of {block_size} tokens" if examples.are_blocks else f"record{'s' * (count > 1)}"
-    remedies = ["lower --validation"] * (count > 1) + ["lower --block-size"] * examples.are_blocks
+def _too_few(source: str, examples: "Examples", settings: OffsiteTuning) -> UserError:
+    """Say, in terms of the options, that no record is left to tune on beside those that are held out."""
+    count, size = len(set(examples.origins)), examples.block_size
+    unit = f"block{'s' * (count > 1)} of {size} tokens" if size else f"record{'s' * (count > 1)}"
+    remedies = ["lower --validation"] * (count > 1) + ["lower --block-size"] * bool(size)
     one_rate = " and one --lr alone" * (len(settings.lr) > 1)
     remedies += [f"add --patience 0{one_rate}, and all epochs run on all of it"]
-    raise UserError(
+    return UserError(
         f"{source}: {count:,} {unit} can't be parted into some to tune on and some to hold out; "
         f"{', or '.join(remedies)}, or give more"
     )
 
 
-def _count_examples(examples: "Examples", settings: OffsiteTuning) -> dict[str, Any]:
-    """Count the records, the examples made of them, those held out, and what of the records isn't learnt.
-
-    What is held out are whole records, or blocks of texts.
-    """
-    from scaleot_core.tuning.selection import held_out
-
-    tally, parts = examples.tally, len(set(examples.origins))
-    held = 0 if settings.epsilon else held_out(settings, parts)
-    unit = "blocks" if examples.are_blocks else "records"
+def _count_examples(examples: "Examples", result: "TuningResult") -> dict[str, Any]:
+    """Count the records, the examples made of them, those held out, and what of the records isn't learnt."""
+    tally, unit = examples.tally, "blocks" if examples.block_size else "records"
     return {
         "records": tally.records,
         "examples": len(examples),
-        f"{unit} tuned on": parts - held if settings.patience else parts,  # rates are compared before all are tuned on
-        f"{unit} held out": held,
+        f"{unit} tuned on": result.tuned_on,
+        f"{unit} held out": result.held_out,
         "records cut": tally.cut,
         "tokens cut": tally.tokens_cut,
         "answers left out": tally.answers_left_out.total(),

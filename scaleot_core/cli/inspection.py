@@ -9,7 +9,7 @@ from scaleot_core.cli.options import AsJson
 from scaleot_core.cli.output import describe_adapters, show
 
 if TYPE_CHECKING:
-    from scaleot_core.exchange.adapter import AdapterManifest
+    from scaleot_core.exchange.adapter_folder import AdapterManifest
     from scaleot_core.exchange.description import PackageManifest
     from scaleot_core.exchange.manifest import Manifest
     from scaleot_core.exchange.package import Package
@@ -23,15 +23,15 @@ def inspect(
 
     A package is checked to the last shape; an adapter by `scaleot check`, which knows the package it belongs to.
     """
-    from scaleot_core.exchange import adapter
+    from scaleot_core.exchange import adapter_folder
     from scaleot_core.exchange.archive import unpacked
     from scaleot_core.exchange.manifest import manifest_format, manifest_sha256
     from scaleot_core.exchange.package import Package
 
     with unpacked(path) as folder:
         manifest: Manifest
-        if manifest_format(folder) == adapter.FORMAT:
-            manifest = adapter_manifest = adapter.read_manifest(folder)
+        if manifest_format(folder) == adapter_folder.FORMAT:
+            manifest = adapter_manifest = adapter_folder.read_manifest(folder)
             properties = _adapter_properties(adapter_manifest)
         else:
             package = Package(folder)
@@ -74,10 +74,8 @@ def _package_properties(package: "Package") -> dict[str, Any]:
         "chat template": bool(rendered),
         "chat template renders": rendered,
         "dtype": manifest.dtype,
-        **({"frozen matrices": manifest.frozen} if manifest.frozen else {}),
-        "layers": list(manifest.layers),
-        "beta": manifest.beta,
-        "harmonizer rank": manifest.harmonizer.rank,
+        **({"quantized": manifest.quantized} if manifest.quantized else {}),
+        "layers": [layer.model_dump(mode="json") for layer in manifest.layers],
         "sound": True,
         **_measured_recovery(manifest),
     }

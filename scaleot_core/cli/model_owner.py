@@ -9,7 +9,6 @@ import typer
 from scaleot_core.cli.options import AdapterArgument, AsJson, PackageOption
 from scaleot_core.cli.output import describe_adapters, private_file, show, show_changes
 from scaleot_core.common.errors import UserError
-from scaleot_core.settings import Machine
 
 if TYPE_CHECKING:
     from scaleot_core.exchange.returned import LayerChange
@@ -25,7 +24,7 @@ def pack(
         Path | None,
         typer.Option(help="metrics.json: tell the data owner the recovery that you measured with this package."),
     ] = None,
-    dtype: Annotated[
+    quantize: Annotated[
         Literal["int8"] | None,
         typer.Option(
             help="int8: ship the matrices of compressed layers and harmonizers as whole numbers with one scale a row. "
@@ -63,9 +62,9 @@ def pack(
     package = Package(artifacts.emulator, links=True)
     recovery = {"figures": measured_recovery(figures, package.sha256)} if figures else {}
     with new_output(out, private_file(out)) as folder:
-        if dtype:
+        if quantize:
             config, plan, tensors = package.config, package.plan, package.stream(*PARTS)
-            save(folder, config, package.tokenizer(), plan, tensors, license, frozen=dtype, **recovery)
+            save(folder, config, package.tokenizer(), plan, tensors, license, quantized=quantize, **recovery)
         else:
             copy_files(artifacts.emulator, folder, package.manifest, license=license, **recovery)
         identity = manifest_sha256(folder)
@@ -111,14 +110,6 @@ def plug(
         Path | None,
         typer.Option(help="What `scaleot pack` wrote for you beside the package; PACKAGE.private.json if not named."),
     ] = None,
-    public: Annotated[
-        Path | None,
-        typer.Option(help="A file of public text (.txt, .jsonl …), to measure the scale on."),
-    ] = None,
-    scale: Annotated[
-        float | None,
-        typer.Option(help="How strongly to plug the adapter in, 0.5 to 3; without this and --public 1, as it came."),
-    ] = None,
     max_change: Annotated[
         float | None, typer.Option(min=0, help="Refuse an adapter that changes a layer by more (relative norm).")
     ] = None,
@@ -129,26 +120,19 @@ def plug(
 ) -> None:
     """Model owner: check an adapter and plug it into the real model. OUT loads with transformers alone.
 
-    With --public the scale is chosen at which the change of the real model's logits on that text is as large as the
-    change of the package's was. With --as-lora the adapter is written for the real model, for whoever serves LoRA.
+    With --as-lora the adapter is written for the real model, for whoever serves LoRA.
     """
     from scaleot_core.common.files import atomic_folder
-    from scaleot_core.common.runtime import setup
-    from scaleot_core.exchange.adapter import save_peft
+    from scaleot_core.exchange.adapter_folder import save_peft
     from scaleot_core.exchange.archive import check_new, unpacked
     from scaleot_core.exchange.package import Package
     from scaleot_core.exchange.plugging import write_plugged
-    from scaleot_core.exchange.public_text import public_blocks
     from scaleot_core.exchange.returned import check_adapter, check_base, fitted
-    from scaleot_core.exchange.scale import check_scale, measure_scale
-    from scaleot_core.models.families import context_length
     from scaleot_core.models.opened import open_model
     from scaleot_core.tuning.adapters import TunedLora
 
     if out is None and as_lora is None:
         raise UserError("nothing to write: name a folder with --out, or with --as-lora")
-    if public and scale is not None:
-        raise UserError("--scale and --public: one of them says the scale; leave the other out")
     written = [new for new in (out, as_lora) if new is not None]
     if out and as_lora:
         one, two = out.resolve(), as_lora.resolve()
@@ -156,7 +140,6 @@ def plug(
             raise UserError("--out and --as-lora: one is the other, or lies in it; name two folders apart")
     for new in written:
         check_new(new)
-    strength, measured = 1.0 if scale is None else check_scale(scale), None
     with ExitStack() as opened:
         folder, unpacked_package = (opened.enter_context(unpacked(path)) for path in (adapter, package))
         shipped = Package(unpacked_package)
@@ -165,24 +148,17 @@ def plug(
             raise UserError(f"{adapter}: it has whole layers, which are no LoRA; name --out alone")
         _check_limits(adapter, checked.layer_changes, max_change, max_outlier)
         source = opened.enter_context(open_model(base, scratch=written[0].parent))
-        blocks = public_blocks(public, source.tokenizer, context_length(source.config)) if public else None
         model = source.streamed()
         check_base(base, model.read_stored, shipped)
         tuned = fitted(checked.adapter, shipped, model.model, private or private_file(package))
-        if blocks is not None:
-            runtime = setup(Machine(dtype=shipped.manifest.dtype), "plug")
-            measured = measure_scale(source.streamed(runtime.device), shipped, checked.adapter, tuned, blocks)
-            strength = measured.scale
         if as_lora and isinstance(tuned, TunedLora):
             layers = [change.layer for change in checked.layer_changes]
             with atomic_folder(as_lora) as target:
-                save_peft(target, source.config, tuned, layers=layers, scale=strength)
+                save_peft(target, source.config, tuned, layers=layers)
         if out:
             with atomic_folder(out) as target:
-                write_plugged(target, source, model, tuned, strength)
-    summary: dict[str, Any] = {"model": out and str(out), "lora": as_lora and str(as_lora), "scale": strength}
-    if measured is not None:
-        summary |= {"effect on the package": measured.emulator, "effect on the model": measured.model[strength]}
+                write_plugged(target, source, model, tuned)
+    summary = {"model": out and str(out), "lora": as_lora and str(as_lora)}
     show_changes(summary, checked.layer_changes, as_json)
 
 

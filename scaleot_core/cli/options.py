@@ -10,7 +10,6 @@ from scaleot_core.common.validation import Block
 OPTIONS = {  # by the parameter, where names differ
     "tasks": "--task",
     "data.questions": "--data",
-    "data.corpus": "--public",
     "model": "BASE",
     "validation_fraction": "--validation",
     "rank": "--lora-rank",

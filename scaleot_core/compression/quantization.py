@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from scaleot_core.common.errors import UserError, one_line
-from scaleot_core.settings import Frozen
+from scaleot_core.settings import Quantization
 
 LEVELS = 127  # of int8 on either side of zero
 BLOCK = 64  # numbers to a scale in int4
@@ -117,7 +117,7 @@ class _Product(torch.autograd.Function):
         return gradient @ (weight.T if ctx.into_rows else weight), None, None, None
 
 
-def quantize(matrix: Tensor, form: Frozen) -> QuantizedMatrix:
+def quantize(matrix: Tensor, form: Quantization) -> QuantizedMatrix:
     """Quantize a matrix, from its dtype or from another form, where it is."""
     if isinstance(matrix, QuantizedMatrix) and form == "int8" and matrix.codes.dtype == torch.int8:
         return matrix
@@ -137,7 +137,7 @@ def dequantized(matrix: Tensor) -> Tensor:
     return matrix.dequantized() if isinstance(matrix, QuantizedMatrix) else matrix
 
 
-def check_kernels(form: Frozen, device: torch.device) -> None:
+def check_kernels(form: Quantization, device: torch.device) -> None:
     """Raise UserError unless matrices can be kept in such a form here: told before a package is read."""
     if form == "int8":
         return
@@ -148,13 +148,13 @@ def check_kernels(form: Frozen, device: torch.device) -> None:
     except Exception as failure:  # whatever a library without its native part ends in
         raise UserError(
             f"bitsandbytes has no kernels for {device.type} here ({one_line(failure)}); use int8",
-            parameter="frozen",
+            parameter="quantize",
             value=form,
         ) from None
     if not error < WORST:
         raise UserError(
             f"bitsandbytes' kernels are wrong on {device.type} here (error {error:.2g}); use int8",
-            parameter="frozen",
+            parameter="quantize",
             value=form,
         )
 
@@ -163,5 +163,5 @@ def _bitsandbytes() -> Any:
     try:
         import bitsandbytes.functional
     except ImportError:
-        raise UserError("it needs bitsandbytes: pip install '.[int4]'", parameter="frozen", value="int4") from None
+        raise UserError("it needs bitsandbytes: pip install '.[int4]'", parameter="quantize", value="int4") from None
     return bitsandbytes.functional

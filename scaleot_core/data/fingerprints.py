@@ -4,10 +4,12 @@ A local file or folder is told by its content, a large file by its size and time
 its commit. Imports nothing heavy: this runs at every `dvc repro`.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
 from scaleot_core.common.files import sha256
+from scaleot_core.params import Params
 
 LARGE = 2**30  # bytes: reading more than this at every `dvc repro` would take seconds
 
@@ -55,3 +57,23 @@ def source_fingerprint(source: str, revision: str, kind: str, root: Path) -> dic
     if path.exists():
         return {"local": local_fingerprint(path)}
     return {"hub": hub_fingerprint(source, revision, kind)}
+
+
+def source_fingerprints(params: Params) -> dict[str, Any]:
+    """Fingerprint the model, the questions and the corpus that the parameters name.
+
+    Relative paths lie below the project's folder, also in the folder of an experiment.
+    """
+    data, root = params.data, Path(os.environ.get("DVC_ROOT", "."))
+    if data.questions == "hub":
+        from scaleot_core.evaluation.definitions import task_config  # takes seconds
+
+        names = {task: task_config(task)["dataset_path"] for task in params.tasks}
+        questions = {task: hub_fingerprint(name, data.questions_revision, "dataset") for task, name in names.items()}
+    else:
+        questions = source_fingerprint(data.questions, "", "dataset", root)
+    return {
+        "model": source_fingerprint(params.model, params.model_revision, "model", root),
+        "questions": questions,
+        "corpus": source_fingerprint(data.corpus, data.corpus_revision, "dataset", root),
+    }

@@ -19,7 +19,7 @@ from scaleot_core.common.progress import Moved, byte_progress
 from scaleot_core.common.runtime import DTYPES
 from scaleot_core.common.tensors import Shapes, TensorWriter
 from scaleot_core.compression.emulator import PARTS, assemble, meta_emulator, part_of, tensor_shapes
-from scaleot_core.compression.plan import DECODER_KINDS, Plan
+from scaleot_core.compression.plan import Plan, check_plan
 from scaleot_core.compression.quantization import dequantized, quantize
 from scaleot_core.exchange.description import (
     FORMAT,
@@ -29,6 +29,7 @@ from scaleot_core.exchange.description import (
     config_fields,
     stated_config,
 )
+from scaleot_core.exchange.int8 import QUANTIZED_PARTS, join_scales, stored_shapes, stored_tensors
 from scaleot_core.exchange.manifest import (
     MANIFEST,
     TOKENIZER_FILES,
@@ -36,13 +37,12 @@ from scaleot_core.exchange.manifest import (
     read_checked,
     write_manifest,
 )
-from scaleot_core.exchange.quantized import FROZEN_PARTS, join_scales, stored_shapes, stored_tensors
 from scaleot_core.exchange.shards import TENSOR_FILE, part_files
 from scaleot_core.exchange.tokenizer import load_untrusted_tokenizer, save_tokenizer
 from scaleot_core.exchange.untrusted import check_tensors, stream_untrusted_tensors
 from scaleot_core.models.families import family
 from scaleot_core.models.forward import last_hidden_state
-from scaleot_core.settings import Frozen
+from scaleot_core.settings import Quantization
 
 LARGEST_BUFFERS = 2**24  # numbers: those that a model computes for itself, as rotary frequencies
 
@@ -55,16 +55,16 @@ def save(
     tensors: Iterable[tuple[str, Tensor]],
     license: str = UNSTATED,
     *,
-    frozen: Literal["int8"] | None = None,
+    quantized: Literal["int8"] | None = None,
     **fields: Any,
 ) -> None:
     """Write an emulator as a package into an existing, empty folder, one tensor after the other.
 
-    `config` is the model's, in the package's dtype; with `frozen` the frozen matrices are quantized. `fields` go into
-    the manifest. ValueError for a tensor that is missing or doesn't belong there.
+    `config` is the model's, in the package's dtype; with `quantized` the matrices of harmonizers and compressed layers
+    are quantized. `fields` go into the manifest. ValueError for a tensor that is missing or doesn't belong there.
     """
     path = family(config).layers
-    expected = stored_shapes(tensor_shapes(meta_emulator(config, plan, buffers_too=True), plan), frozen)
+    expected = stored_shapes(tensor_shapes(meta_emulator(config, plan, buffers_too=True), plan), quantized)
     files, writers = dict[str, TensorWriter](), list[TensorWriter]()
     for part, shapes in expected.items():
         for file, those in part_files(part, shapes).items():
@@ -85,12 +85,8 @@ def save(
         "license": license,
         "architecture": {key: value for key, value in config.to_dict().items() if key in known},
         "dtype": str(config.dtype).removeprefix("torch."),
-        "layers": list(plan.kinds),
-        "beta": plan.beta,
-        "harmonizer": plan.harmonizer.model_dump(),
-        "like": {str(i): other for i, other in plan.like.items()},
-        "cuts": {str(i): cut.model_dump(mode="json") for i, cut in plan.cuts.items()},
-        **({"frozen": frozen} if frozen else {}),
+        "layers": [layer.model_dump(mode="json") for layer in plan],
+        **({"quantized": quantized} if quantized else {}),
         **fields,
     }
     write_manifest(folder, manifest)
@@ -116,11 +112,9 @@ class Package:
     @cached_property
     def plan(self) -> Plan:
         """The layer plan that the manifest states."""
-        manifest = self.manifest
         with self._describing():
-            if not set(manifest.layers) & set(DECODER_KINDS):
-                raise ValueError("no decoder layer is left to tune")
-            return Plan(manifest.layers, manifest.beta, manifest.harmonizer, manifest.like, manifest.cuts)
+            check_plan(self.manifest.layers)
+        return self.manifest.layers
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -142,7 +136,7 @@ class Package:
     @cached_property
     def expected(self) -> dict[str, dict[str, Shapes]]:
         """The files of each part, and the tensors that each file must have, by name, shape and dtype."""
-        shapes = stored_shapes(tensor_shapes(self.meta_model, self.plan), self.manifest.frozen)
+        shapes = stored_shapes(tensor_shapes(self.meta_model, self.plan), self.manifest.quantized)
         parts = {part: part_files(part, those) for part, those in shapes.items()}
         wanted = {name for files in parts.values() for name in files}
         for name in sorted({name for name in self.manifest.files if TENSOR_FILE.fullmatch(name)} ^ wanted):
@@ -180,18 +174,19 @@ class Package:
         """Load the tokenizer."""
         return load_untrusted_tokenizer(self.folder, links=self.links)
 
-    def load(self, device: torch.device, frozen: Frozen | None = None) -> PreTrainedModel:
+    def load(self, device: torch.device, quantization: Quantization | None = None) -> PreTrainedModel:
         """Load the emulator, frozen: built from the configuration and the plan, then filled with the tensors.
 
-        With `frozen` the matrices of harmonizers and compressed layers stay quantized. It is run once, on two tokens.
+        With `quantization` the matrices of harmonizers and compressed layers stay quantized. The model is run once, on
+        two tokens. UserError where it doesn't run.
         """
         path = family(self.config).layers
 
         def held(name: str, tensor: Tensor) -> Tensor:
             tensor = tensor.to(device)
-            if not frozen or tensor.dim() != 2 or part_of(name, path, self.plan) not in FROZEN_PARTS:
+            if not quantization or tensor.dim() != 2 or part_of(name, path, self.plan) not in QUANTIZED_PARTS:
                 return dequantized(tensor)
-            return quantize(tensor, frozen)
+            return quantize(tensor, quantization)
 
         tensors = {name: held(name, tensor) for name, tensor in self._stream_as_shipped(*PARTS)}
         model = assemble(self.config, self.plan, tensors.items(), device=device)

@@ -14,9 +14,7 @@ from scaleot_core.models.streaming import StreamedModel
 from scaleot_core.tuning.adapters import TunedAdapter
 
 
-def write_plugged(
-    folder: Path, source: ModelSource, model: StreamedModel, adapter: TunedAdapter, scale: float = 1.0
-) -> None:
+def write_plugged(folder: Path, source: ModelSource, model: StreamedModel, adapter: TunedAdapter) -> None:
     """Write a model with an adapter plugged in into an existing, empty folder of transformers' format.
 
     One tensor at a time is in memory. What the adapter doesn't change is copied byte by byte; `model` is the source's,
@@ -27,7 +25,7 @@ def write_plugged(
     def plugged(file: Path, stored: str) -> Tensor | None:
         name = names.get((file, stored), "")
         base = model.read_stored(name)
-        return None if base is None else adapter.plugged(name, base, scale)
+        return None if base is None else adapter.plugged(name, base)
 
     with byte_progress("writing the plug-in", sum(file.stat().st_size for file in source.files)) as moved:
         for file in source.files:

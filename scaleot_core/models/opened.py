@@ -25,10 +25,10 @@ class ModelSource:
     tokenizer: PreTrainedTokenizerBase
     files: list[Path]
 
-    def streamed(self, device: torch.device = CPU) -> StreamedModel:
-        """Read it on a device in one dtype: the narrowest that any of its tensors has."""
+    def streamed(self) -> StreamedModel:
+        """Open it to be read in one dtype: the narrowest that any of its tensors has."""
         dtype = min(self._dtypes() or {torch.float32}, key=lambda dtype: dtype.itemsize)
-        return StreamedModel(self.files[0].parent, self.config, device=device, dtype=dtype, files=self.files)
+        return StreamedModel(self.files[0].parent, self.config, device=CPU, dtype=dtype, files=self.files)
 
     def _dtypes(self) -> set[torch.dtype]:
         known = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items() if dtype.is_floating_point}

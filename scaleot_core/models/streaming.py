@@ -38,9 +38,9 @@ class Place(NamedTuple):
 class StreamedModel:
     """A causal language model in safetensors files, read part by part: those of a folder, or those that are named.
 
-    Tensors have the model's own names there, or these without the base model's prefix. `model` has no weights but those
-    that a block here put in: all of them are on the meta device. It is the one given, or that of the configuration.
-    UserError for a tensor that is missing, of another shape, or in a damaged file.
+    Tensors have the model's own names there, or these without the base model's prefix. `model` is on the meta device,
+    but for the weights that a block here puts in. UserError for a tensor that is missing, of another shape, or in a
+    damaged file.
     """
 
     def __init__(
@@ -51,12 +51,9 @@ class StreamedModel:
         device: torch.device,
         dtype: torch.dtype,
         files: Iterable[Path] = (),
-        model: PreTrainedModel | None = None,
     ) -> None:
         self.folder, self.device, self.dtype = folder, device, dtype
-        if model is None:
-            model = empty_model(config, dtype, buffers_too=False)
-        self.model: PreTrainedModel = model.eval().requires_grad_(False)
+        self.model = empty_model(config, dtype, buffers_too=False).eval().requires_grad_(False)
         for name, buffer in self.model.named_buffers():  # what a model computes for itself
             owner, _, last = name.rpartition(".")
             setattr(self.model.get_submodule(owner), last, buffer.to(device))
@@ -121,12 +118,6 @@ class StreamedModel:
         """Yield the tensors of what is in a decoder layer's place, by their names in the model."""
         return ((f"{self.path}.{index}.{name}", tensor) for name, tensor in layer.state_dict().items())
 
-    def read_head(self) -> Tensor:
-        """Read the weights (V, D) of the output embeddings."""
-        head = self.model.get_output_embeddings().weight
-        name = next(name for name, parameter in self.model.named_parameters() if parameter is head)
-        return self.read(self.model.all_tied_weights_keys.get(name, name))
-
     def _fill(self, module: nn.Module, prefix: str, names: list[str]) -> None:
         module.load_state_dict({n.removeprefix(prefix): self.read(n) for n in names}, strict=False, assign=True)
         module.requires_grad_(False)
@@ -167,13 +158,12 @@ class StreamedModel:
         return self.model
 
     @torch.no_grad()
-    def run(self, blocks: Tensor, around: LayerHook, batch_blocks: int = 8, *, states: bool = False) -> Tensor:
+    def run(self, blocks: Tensor, around: LayerHook, batch_blocks: int = 8) -> None:
         """Run blocks (N, T) through the stack: all, `batch_blocks` at once, through a layer before the next.
 
-        With `states` it gives the last hidden states (N, T, D), otherwise those of one sequence, of no use. Memory:
-        embeddings and twice the N · T · D numbers of the hidden states, beside a layer.
+        Memory: embeddings and twice the N · T · D numbers of the hidden states, beside a layer.
         """
-        last, in_tuple = -1 if states else len(self._layers) - 1, family(self.model.config).in_tuple
+        last, in_tuple = len(self._layers) - 1, family(self.model.config).in_tuple
         passing = {
             i: StreamedLayer(
                 partial(self.layer, i), partial(around, i), batch_blocks, last=i == last, in_tuple=in_tuple
@@ -185,7 +175,7 @@ class StreamedModel:
             self._filled(self.model, "", [name for name in self.outside if name.startswith(stack)]),
             swapped_layers(self.model, passing),
         ):
-            return last_hidden_state(self.model, blocks)
+            last_hidden_state(self.model, blocks)
 
 
 def load_sharded(folder: Path, *, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

@@ -2,14 +2,56 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, TypedDict
 
-MEASUREMENTS = ("zero_shot", "full_finetune", "emulator_zero_shot", "emulator_finetune", "plug_in")
-Measured = Mapping[str, Any]
-"""One task in metrics.json: its measurements, those of every kind of adapters below `adapters`, and what their figures
-are: `metrics` and `lower_is_better`."""
+SHARED: tuple[Literal["zero_shot", "full_finetune", "emulator_zero_shot"], ...]
+SHARED = ("zero_shot", "full_finetune", "emulator_zero_shot")  # by all kinds of adapters
+TUNED: tuple[Literal["emulator_finetune", "plug_in"], ...] = ("emulator_finetune", "plug_in")
+MEASUREMENTS: tuple[str, ...] = (*SHARED, *TUNED)
+Figures = Mapping[str, float]
+"""One measurement on one task: every metric, its `_stderr`, and the number of `questions`."""
 Five = Mapping[str, Any]
-"""The same with one kind's measurements beside the others."""
+"""A task's figures with those of one kind of adapters beside the others."""
+
+
+class Utility(TypedDict):
+    """Gap and recovery, by metric."""
+
+    gap: dict[str, float | None]
+    recovery: dict[str, float | None]
+
+
+class AdapterFigures(Utility):
+    """What one kind of adapters came to on one task."""
+
+    emulator_finetune: Figures
+    plug_in: Figures
+    lr: float
+
+
+class Measured(TypedDict):
+    """One task in metrics.json."""
+
+    metrics: list[str]
+    lower_is_better: list[str]
+    zero_shot: Figures
+    full_finetune: Figures
+    emulator_zero_shot: Figures
+    lr: float
+    """Of full fine-tuning."""
+    adapters: dict[str, AdapterFigures]
+    """By kind."""
+
+
+class Metrics(TypedDict):
+    """metrics.json."""
+
+    tasks: dict[str, Measured]
+    splits: str
+    emulator: dict[str, Any]
+    """The package's hash, its sizes, and how many layers became what."""
+    corpus_perplexity: dict[str, float]
+    versions: dict[str, str]
 
 
 def five(measured: Measured, kind: str) -> Five:
@@ -22,11 +64,11 @@ def of_kind(metrics: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return {**metrics, "tasks": {task: five(measured, kind) for task, measured in metrics["tasks"].items()}}
 
 
-def by_row(measured: Measured) -> dict[str, Mapping[str, Any]]:
+def by_row(measured: Measured) -> dict[str, Figures]:
     """Order a task's measurements for a table or a picture: those that all adapters share, then each kind's two."""
-    rows = {name: measured[name] for name in MEASUREMENTS if name in measured}
-    for kind, own in measured["adapters"].items():
-        rows |= {f"{name}, {kind}": own[name] for name in MEASUREMENTS if name in own}
+    rows: dict[str, Figures] = {name: measured[name] for name in SHARED}
+    for kind, figures in measured["adapters"].items():
+        rows |= {f"{name}, {kind}": figures[name] for name in TUNED}
     return rows
 
 
@@ -36,19 +78,19 @@ def _values(measured: Five, metric: str) -> dict[str, float]:
     return {name: sign * measured[name][metric] for name in MEASUREMENTS}
 
 
-def utility(measured: Five) -> dict[str, dict[str, float | None]]:
+def utility(measured: Five) -> Utility:
     """Compute gap and recovery of one task (method, "The two parties"), in each of its `metrics`.
 
     Gap = plug_in − emulator_finetune; recovery = (plug_in − zero_shot) / (full_finetune − zero_shot), None where full
     fine-tuning gained nothing. More is better in both, whatever the metric.
     """
-    found: dict[str, dict[str, float | None]] = {"gap": {}, "recovery": {}}
+    utility: Utility = {"gap": {}, "recovery": {}}
     for metric in measured["metrics"]:
         value = _values(measured, metric)
         ceiling = value["full_finetune"] - value["zero_shot"]
-        found["gap"][metric] = value["plug_in"] - value["emulator_finetune"]
-        found["recovery"][metric] = (value["plug_in"] - value["zero_shot"]) / ceiling if ceiling > 0 else None
-    return found
+        utility["gap"][metric] = value["plug_in"] - value["emulator_finetune"]
+        utility["recovery"][metric] = (value["plug_in"] - value["zero_shot"]) / ceiling if ceiling > 0 else None
+    return utility
 
 
 def mean(values: Sequence[float | None]) -> float | None:
@@ -65,7 +107,7 @@ def over_seeds(values: Sequence[float | None]) -> tuple[float, float | None] | N
     return middle, statistics.stdev(known) / len(known) ** 0.5 if len(known) > 1 else None
 
 
-def judged_by(measured: Measured) -> list[str]:
+def judged_by(measured: Measured | Five) -> list[str]:
     """Name the metrics that a task is judged by: its first, and its last, which is the least noisy."""
     return list(dict.fromkeys([measured["metrics"][0], measured["metrics"][-1]]))
 

@@ -18,7 +18,7 @@ WARMUP = 0.1  # share of the steps until the peak rate
 
 
 class BlockSettings(Protocol):
-    """How long, on how much and how fast: `Dlr`, `AfterSrc`, `Distill`, `Attack`."""
+    """How long, on how much and how fast: `Dlr`, `Distill`, `Attack`."""
 
     @property
     def steps(self) -> int: ...

@@ -1,20 +1,24 @@
-"""What tuning gives, whole adapter layers or LoRA: in the emulator that it was tuned in, and in the real model."""
+"""What is tuned, whole adapter layers or LoRA: in the emulator, and plugged into the real model."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from scaleot_core.common.errors import UserError
 from scaleot_core.compression.channels import channel_rows
 from scaleot_core.compression.emulator import layer_parameters
 from scaleot_core.compression.low_rank import features
-from scaleot_core.compression.plan import Plan
+from scaleot_core.compression.plan import Plan, layers_of
 from scaleot_core.models.families import family, feed_forward_paths
 from scaleot_core.settings import LoraForm
+
+PEFT_FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<matrix>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight")
 
 
 @dataclass(frozen=True)
@@ -28,17 +32,17 @@ class TunedLayers:
         """Name the real model's weights that the adapter changes."""
         return list(self.weights)
 
-    def plugged(self, name: str, base: Tensor, scale: float = 1.0) -> Tensor:
-        """Compute one weight of the plug-in from the real model's, in its dtype: base + scale · (tuned − shipped).
+    def plugged(self, name: str, base: Tensor) -> Tensor:
+        """Compute one weight of the plug-in from the real model's, in its dtype: base + tuned − shipped.
 
-        What was shipped is the base in the package's dtype. So a number that tuning left alone stays as it is, also
-        where the base has more digits than the package.
+        What was shipped is the base in the package's dtype, so a number that tuning left alone stays as it is even
+        where the base has more digits than the package. UserError for numbers that are not finite.
         """
         tuned = self.weights[name].to(base.device)
-        if scale == 1 and tuned.dtype == base.dtype:
+        if tuned.dtype == base.dtype:
             return _finite(name, tuned)
         change = tuned.float() - base.to(tuned.dtype).float()
-        return _finite(name, (base.float() + scale * change).to(base.dtype))
+        return _finite(name, (base.float() + change).to(base.dtype))
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,23 @@ class TunedLora:
     transposed: bool
     """Whether the real model's matrices are stored as (in, out)."""
 
+    @classmethod
+    def from_peft(cls, form: LoraForm, tensors: Mapping[str, Tensor], config: PretrainedConfig) -> Self:
+        """Pair the tensors A and B that PEFT names, in a model (`x.lora_A.default.weight`) or as `to_peft` does."""
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if match := PEFT_FACTOR.fullmatch(name):
+                parts.setdefault(match["matrix"], {})[match["part"]] = tensor
+        return cls(form, {name: (pair["A"], pair["B"]) for name, pair in parts.items()}, family(config).transposed)
+
+    def to_peft(self) -> dict[str, Tensor]:
+        """Name the factors as the file of a PEFT adapter does: `base_model.model.x.lora_A.weight`."""
+        return {
+            f"base_model.model.{name}.lora_{part}.weight": factor
+            for name, factors in self.factors.items()
+            for part, factor in zip("AB", factors, strict=True)
+        }
+
     @property
     def changes(self) -> list[str]:
         """Name the real model's weights that the adapter changes."""
@@ -60,13 +81,37 @@ class TunedLora:
         a, b = (factor.float() for factor in self.factors[name])
         return self.form.alpha / self.form.rank * (b @ a)
 
-    def plugged(self, name: str, base: Tensor, scale: float = 1.0) -> Tensor:
-        """Compute one weight of the plug-in from the real model's, in its dtype: base + scale · alpha / r · B A."""
+    def plugged(self, name: str, base: Tensor) -> Tensor:
+        """Compute one weight of the plug-in from the real model's, in its dtype: base + alpha / r · B A.
+
+        UserError for numbers that are not finite.
+        """
         change = self.change(name.removesuffix(".weight")).to(base.device)
-        return _finite(name, (base.float() + scale * (change.T if self.transposed else change)).to(base.dtype))
+        return _finite(name, (base.float() + (change.T if self.transposed else change)).to(base.dtype))
 
 
 TunedAdapter = TunedLayers | TunedLora
+
+
+def trainable(model: PreTrainedModel, plan: Plan, lora: LoraForm | None, seed: int) -> dict[str, nn.Parameter]:
+    """Return what offsite tuning trains of an emulator, by name: the adapter layers, or LoRA, which is inserted here.
+
+    UserError where the emulator has nothing of the kind.
+    """
+    if lora is None:
+        if not layers_of(plan, "adapter"):
+            raise UserError("adapters `layers`: the package has no adapter layer; tune it with `lora`")
+        return layer_parameters(model, plan, "adapter")
+    from scaleot_core.tuning.lora import insert_lora
+
+    return insert_lora(model, plan, lora, seed)
+
+
+def tuned_layers(plan: Plan, lora: LoraForm | None) -> list[int]:
+    """List the decoder layers that `trainable` trains; UserError where LoRA finds none."""
+    from scaleot_core.tuning.lora import lora_layers
+
+    return layers_of(plan, "adapter") if lora is None else lora_layers(plan, lora)
 
 
 def _finite(name: str, weight: Tensor) -> Tensor:
@@ -113,7 +158,7 @@ def _spread(rows: Tensor, at: Tensor, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def plug_in(model: PreTrainedModel, plan: Plan, adapter: TunedAdapter, scale: float = 1.0) -> None:
+def plug_in(model: PreTrainedModel, plan: Plan, adapter: TunedAdapter) -> None:
     """Plug an adapter into the real model, in place.
 
     UserError where it has other weights than the adapter layers have, or one would have numbers that are not finite.
@@ -122,7 +167,7 @@ def plug_in(model: PreTrainedModel, plan: Plan, adapter: TunedAdapter, scale: fl
         _check_layers(model, plan, adapter)
     for name in adapter.changes:
         weight = model.get_parameter(name)
-        weight.copy_(adapter.plugged(name, weight, scale))
+        weight.copy_(adapter.plugged(name, weight))
 
 
 def _check_layers(model: PreTrainedModel, plan: Plan, adapter: TunedLayers) -> None:
@@ -137,14 +182,14 @@ def _check_layers(model: PreTrainedModel, plan: Plan, adapter: TunedLayers) -> N
 
 
 @contextmanager
-def plugged_in(model: PreTrainedModel, plan: Plan, adapter: TunedAdapter, scale: float = 1.0) -> Iterator[None]:
+def plugged_in(model: PreTrainedModel, plan: Plan, adapter: TunedAdapter) -> Iterator[None]:
     """Have an adapter plugged into the real model for the length of a block; then it is what it was.
 
     What the changed weights were is in memory meanwhile: of LoRA in every layer nearly the whole model.
     """
     parameters = dict(model.named_parameters())
     before = {name: parameters[name].detach().clone() for name in adapter.changes if name in parameters}
-    plug_in(model, plan, adapter, scale)
+    plug_in(model, plan, adapter)
     try:
         yield
     finally:
@@ -160,14 +205,14 @@ def tuned_emulator(model: PreTrainedModel, plan: Plan, adapter: TunedAdapter) ->
         with plugged_in(model, plan, adapter):
             yield
         return
-    from scaleot_core.tuning.lora import ADAPTER_NAME, insert_lora, remove_lora
+    from scaleot_core.tuning.lora import insert_lora, remove_lora
 
-    inserted = insert_lora(model, plan, adapter.form, seed=0)
+    inserted = TunedLora.from_peft(adapter.form, insert_lora(model, plan, adapter.form, seed=0), model.config)
     try:
         with torch.no_grad():
-            for name, factors in adapter.factors.items():
-                for part, factor in zip("AB", factors, strict=True):
-                    inserted[f"{name}.lora_{part}.{ADAPTER_NAME}.weight"].copy_(factor)
+            for name, factors in inserted.factors.items():
+                for parameter, factor in zip(factors, adapter.factors[name], strict=True):
+                    parameter.copy_(factor)
         yield
     finally:
         remove_lora(model)

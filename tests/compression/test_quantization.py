@@ -124,7 +124,7 @@ def test_lora_is_tuned_beside_quantized_matrices_of_every_family(tmp_path, token
 def test_machine_without_the_library_or_its_kernels_is_told_what_to_do(monkeypatch):
     check_kernels("int8", CPU)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    assert refusal(check_kernels, "int4", CPU) == "frozen = 'int4': it needs bitsandbytes: pip install '.[int4]'"
+    assert refusal(check_kernels, "int4", CPU) == "quantize = 'int4': it needs bitsandbytes: pip install '.[int4]'"
 
 
 def fails(matrix, form):

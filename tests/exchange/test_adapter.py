@@ -25,11 +25,11 @@ from transformers import AutoModelForCausalLM
 from scaleot_core.common.tensors import read_tensors
 from scaleot_core.compression.emulator import layer_parameters
 from scaleot_core.compression.plan import Plan
-from scaleot_core.exchange import adapter
+from scaleot_core.exchange import adapter_folder
 from scaleot_core.exchange.package import Package
 from scaleot_core.exchange.returned import check_adapter, check_base, kept_channels, layer_changes
 from scaleot_core.models.families import family
-from scaleot_core.tuning.adapters import TunedLayers, plug_in, plugged_in, tuned_emulator
+from scaleot_core.tuning.adapters import TunedLayers, plug_in, trainable, tuned_emulator
 from scaleot_core.tuning.lora import lora_features
 
 LORAS = {
@@ -42,7 +42,7 @@ each_kind = pytest.mark.parametrize("lora", [None, LORA], ids=["layers", "lora"]
 
 
 def read(folder, name, sha256="0" * 64):
-    return adapter.read(folder, Shipped(emulator_of(name), sha256))
+    return adapter_folder.read(folder, Shipped(emulator_of(name), sha256))
 
 
 @each_family
@@ -72,30 +72,14 @@ def test_tuned_emulator_is_what_the_adapter_says(name, lora, tmp_path):
 
 
 @each_family
-@each_kind
-def test_scale_stretches_what_the_adapter_changes(name, lora, tmp_path):
-    tuned = read(write_adapter(tmp_path / "adapter", emulator_of(name), lora), name)
-    real = tiny_model(name)
-    before = {key: p.clone() for key, p in real.named_parameters()}
-    changes = {}
-    for scale in (1.0, 1.5):
-        with plugged_in(real, PLAN, tuned, scale):
-            changes[scale] = {key: p - before[key] for key, p in real.named_parameters()}
-    for key, change in changes[1.0].items():
-        assert change.any() == (key in tuned.changes)
-        torch.testing.assert_close(changes[1.5][key], 1.5 * change, rtol=1e-3, atol=1e-5)
-    assert all(torch.equal(p, before[key]) for key, p in real.named_parameters())
-
-
-@each_family
 @each_lora
 def test_lora_trains_only_its_own_matrices_and_starts_at_nothing(name, lora):
     model = emulator_of(name)
-    parameters = adapter.trainable(model, PLAN, lora, seed=0)
+    parameters = trainable(model, PLAN, lora, seed=0)
     assert torch.equal(logits(model), logits(emulator_of(name)))
     assert parameters and all(".lora_" in key for key in parameters)
-    again = adapter.trainable(emulator_of(name), PLAN, lora, seed=0)
-    other = adapter.trainable(emulator_of(name), PLAN, lora, seed=1)
+    again = trainable(emulator_of(name), PLAN, lora, seed=0)
+    other = trainable(emulator_of(name), PLAN, lora, seed=1)
     assert all(torch.equal(parameters[key], again[key]) for key in parameters)
     assert any(not torch.equal(parameters[key], other[key]) for key in parameters)
 
@@ -129,8 +113,8 @@ def test_adapter_of_another_package_or_other_layers(tmp_path):
 
 def test_package_without_adapter_layers_takes_lora_alone():
     plan = Plan(("harmonizer", "compressed", "compressed", "compressed"), 0.8, form(8))
-    assert "tune it with `lora`" in refusal(adapter.trainable, emulator_of("llama", plan), plan, None, 0)
-    assert len(adapter.trainable(emulator_of("llama", plan), plan, LORA, 0)) == 3 * 7 * 2
+    assert "tune it with `lora`" in refusal(trainable, emulator_of("llama", plan), plan, None, 0)
+    assert len(trainable(emulator_of("llama", plan), plan, LORA, 0)) == 3 * 7 * 2
 
 
 @each_kind

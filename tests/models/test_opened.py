@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU, DAMAGES, each_family, refusal, tiny_model
+from helpers import DAMAGES, each_family, refusal, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
@@ -45,7 +45,7 @@ def test_tensors_may_lack_the_base_models_prefix_as_on_the_hub(tmp_path, tokeniz
     save_file({key.removeprefix(prefix): t for key, t in load_file(file).items()}, file, {"format": "pt"})
     with open_model(str(tmp_path), tmp_path) as source:
         assert (source.files == [file]) == (name != "gpt_neox")  # no copy but of that, whose head has another name
-        found = source.streamed(CPU)
+        found = source.streamed()
         assert all(torch.equal(found.read_stored(key), tensor) for key, tensor in expected.items())
 
 

@@ -52,7 +52,7 @@ def launch(python: str | Path, folder: Path, *command: str, **changes: str) -> s
 @pytest.fixture
 def launched(warm_bin: Path) -> Callable[..., str]:
     """Run a script in two processes and give what they said."""
-    return partial(launch, warm_bin / "python")
+    return partial(launch, sys.executable)
 
 
 def close(one: Path, two: Path) -> None:

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from scaleot_core.compression.channels import channels_of
 from scaleot_core.compression.low_rank import FusedProjection, LowRankLinear, features, weight_of
 from scaleot_core.compression.plan import Plan
-from scaleot_core.exchange.adapter import save_peft
+from scaleot_core.exchange.adapter_folder import save_peft
 from scaleot_core.models.families import decoder_layers, family
 from scaleot_core.tuning.adapters import fit_to_model, plugged_in, tuned_emulator
 from scaleot_core.tuning.lora import insert_lora, lora_features, lora_layers, remove_lora, target_modules
@@ -162,20 +162,19 @@ def test_channels_that_were_cut_get_nothing(name):
 
 
 @each_family
-@pytest.mark.parametrize("scale", [1.0, 1.5])
-def test_peft_gives_the_plug_ins_logits(name, scale, tmp_path):
+def test_peft_gives_the_plug_ins_logits(name, tmp_path):
     emulator, plan, kept, real = pruned_emulator(name, beta=0.8)
     fitted = fit_to_model(move_lora(emulator, plan), real, kept)
     (tmp_path / "lora").mkdir()
-    save_peft(tmp_path / "lora", real.config, fitted, layers=lora_layers(plan, LORA), scale=scale)
+    save_peft(tmp_path / "lora", real.config, fitted, layers=lora_layers(plan, LORA))
     real.save_pretrained(tmp_path / "base")
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "lora")
     untuned = logits(real)
-    with plugged_in(real, plan, fitted, scale):
+    with plugged_in(real, plan, fitted):
         close(logits(loaded), logits(real))
         assert (logits(real) - untuned).abs().max() > 1e-3
         close(logits(loaded.merge_and_unload()), logits(real))
-    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["lora_alpha"] == 5.0 * scale
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["lora_alpha"] == 5.0
 
 
 # --- what is refused -------------------------------------------------------------------------------------
