@@ -5,8 +5,8 @@ PARALLEL := --numprocesses=2 --dist=loadscope
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: ablations attack attack-study bench bench-gpu budgets check-default choose compare demo help lint pictures private-study report \
-	repro sweep table test test-quick
+.PHONY: ablations attack attack-study bench bench-gpu budgets check-default choose compare demo help lint pictures private-study \
+	report repro sweep table test test-quick
 .DEFAULT_GOAL := help
 
 help:  ## list the targets

@@ -38,7 +38,6 @@ from scaleot_core.params import Params, load_params
 from scaleot_core.settings import Tuning
 from scaleot_core.tuning import examples
 from scaleot_core.tuning.tuner import train
-from studies.columns import EMULATOR_STAGES
 
 ARTIFACTS, COSTS, LOG = Artifacts(), Path("costs"), Path("docs/benchmarks.md")
 ROUNDS = 3
@@ -124,7 +123,7 @@ def _tuning(
         steps = losses["baseline"] = []
         for at in range(0, len(order), settings.batch_size):
             inputs, targets = examples.collate([data[i] for i in order[at : at + settings.batch_size]])
-            logits = model(input_ids=ARTIFACTS.to(device), use_cache=False).logits.float()
+            logits = model(input_ids=inputs.to(device), use_cache=False).logits.float()
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten().to(device))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
@@ -189,7 +188,9 @@ def prepare(params: Params, device: torch.device) -> list[Row]:
         say(f"{changes}: {seconds_taken:.0f} s, held-out loss {loss:.2f}")
         return seconds_taken, loss
 
-    stages = sum(read_json(COSTS / f"{stage}.json")["seconds"] for stage in EMULATOR_STAGES)
+    stages = sum(
+        read_json(COSTS / f"{stage}.json")["seconds"] for stage in ("layer_importance", "train_harmonizers", "compress")
+    )
     shipped = mean_loss(Package(ARTIFACTS.emulator, links=True).load(device), heldout)
     ours = {"the default run's stages": (stages, shipped), "feed-forward channels alone": make(CHANNELS_ALONE)}
     reached: dict[str, float] = {}

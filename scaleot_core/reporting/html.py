@@ -155,6 +155,7 @@ def sections(
     layers: Mapping[str, Any],
     histories: Mapping[str, Sequence[Mapping[str, Any]]],
     *,
+    costs: Mapping[str, Mapping[str, Any]] | None = None,
     sweep: Sequence[Mapping[str, Any]] = (),
     compared: Sequence[Mapping[str, Any]] = (),
     attacks: Sequence[Mapping[str, Any]] = (),
@@ -162,15 +163,15 @@ def sections(
 ) -> list[Section]:
     """Put the page's sections together.
 
-    `sweep`, `compared` and `attacks` are the tables of `make sweep`, `make compare` and `make attack-study`, where they
-    exist; `attack` is what `make attack` left: attack.json and its curves.
+    `costs` are what each stage's last run here took; `sweep`, `compared` and `attacks` the tables of `make sweep`,
+    `make compare` and `make attack-study`, where they exist; `attack` is what `make attack` left: attack.json and its
+    curves.
     """
     parts = [_measurements(metrics["tasks"])]
-    costs = [{"stage": stage, **cost} for stage, cost in metrics["cost"].items()]
-    names = list(dict.fromkeys(name for cost in costs for name in cost))
-    parts.append(
-        Section("What it cost", tables=[table({name: cost.get(name) for name in names} for cost in costs)]),
-    )
+    if costs:
+        rows = [{"stage": stage, **cost} for stage, cost in costs.items()]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        parts.append(Section("What it cost", tables=[table({name: row.get(name) for name in names} for row in rows)]))
     if attack:
         parts.append(_attack(*attack, metrics["tasks"]))
     if sweep:
@@ -178,7 +179,7 @@ def sections(
         parts.append(_frontier("The dial", text, figures.by_beta(sweep)))
     if attacks:
         text = (
-            "ScaleOT over α, β and channel_pruning.ratio (the number beside a point), and variants of the default: "
+            "ScaleOT over α, β and channels.ratio (the number beside a point), and variants of the default: "
             "what an attacker is left without, and the paper's gap."
         )
         panels = [figures.REMAINING_GAP, figures.GAP_NLL]

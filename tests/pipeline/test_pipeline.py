@@ -18,7 +18,6 @@ from helpers import CPU, ROOT, write_project
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import read_csv, read_jsonl
 from scaleot_core.evaluation.harness import evaluate
 from scaleot_core.exchange.package import Package
@@ -291,78 +290,22 @@ def inside(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in sweep.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(sweep.folder)
-    monkeypatch.setattr(experiments, "POLL_SECONDS", 1.0)
 
 
 @pytest.mark.usefixtures("inside")
 def test_experiments_are_made_once_and_leave_the_project_as_it_is(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It adds an experiment to the repository, as those do that follow."""
+    """It adds experiments to the repository, as those do that follow."""
+    changes = {"half-of-beta": {"beta": 0.4}, "more-alpha": {"alpha": 0.9}}
     before = {name: (sweep.folder / name).read_bytes() for name in ("params.yaml", "dvc.lock", "metrics.json")}
-    row = experiments.run("half-of-beta", {"beta": 0.4})
+    monkeypatch.setattr(experiments, "workers", lambda: 2)
+    runs = experiments.run_all(changes, "test")
     assert before == {name: (sweep.folder / name).read_bytes() for name in before}
-    assert (row["alpha"], row["beta"]) == (0.25, 0.4)
-    assert row["emulator.bytes"] > read_metrics(sweep.at_first)["emulator"]["bytes"]
-    call = subprocess.run
-
-    def git_alone(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        assert command[0] == "git", "it ran again"
-        return call(command, **options)
-
-    monkeypatch.setattr("subprocess.run", git_alone)
-    assert experiments.run("half-of-beta", {"beta": 0.4}) == row
-
-
-@pytest.mark.usefixtures("inside")
-def test_experiment_that_fails_is_told_and_is_not_there() -> None:
-    with pytest.raises(UserError, match="experiment too-much: it failed"):
-        experiments.run("too-much", {"adapter_layers": 99})
-    done = experiments.finished(experiments._commit())
-    assert "half-of-beta" in done and "too-much" not in done
-
-
-@pytest.mark.usefixtures("inside")
-def test_queued_experiments_are_worked_off_and_made_once(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = {"half-of-beta": {"beta": 0.4}, "queued-one": {"alpha": 0.6}, "queued-two": {"alpha": 0.9}}
-    before = (sweep.folder / "params.yaml").read_bytes()
-    monkeypatch.setattr(experiments, "workers", lambda: 1)
-    stopped = experiments.run_all(wanted, "test")
-    assert next(stopped)[0] == "half-of-beta"  # it was there
-    assert next(stopped)[0].startswith("queued-")
-    assert len(wanted.keys() & experiments.finished(experiments._commit())) == 2  # each is told as it ends
-    del stopped  # the queue goes on
-    rows = dict(experiments.run_all(wanted, "test"))
-    assert (sweep.folder / "params.yaml").read_bytes() == before
-    assert [rows[name]["alpha"] for name in wanted] == [0.25, 0.6, 0.9]
-    assert rows["queued-two"]["emulator.bytes"] < rows["half-of-beta"]["emulator.bytes"]
-    monkeypatch.setattr(experiments, "_dvc", lambda *arguments: pytest.fail("it ran again"))
-    assert dict(experiments.run_all(wanted, "test")) == rows
-
-
-@pytest.mark.usefixtures("inside")
-def test_experiment_of_other_parameters_or_code_is_not_taken_for_the_one_that_is_asked_for() -> None:
-    with pytest.raises(UserError, match=r"half-of-beta: it is there with beta = 0\.4, and would now have 0\.3"):
-        experiments.run("half-of-beta", {"beta": 0.3})
-    stage = Path("stages/compress.py")
-    before = stage.read_text()
-    stage.write_text(before + "# edited\n")
-    try:
-        with pytest.raises(UserError, match=r"half-of-beta: it is there, made before stages/compress\.py was changed"):
-            experiments.run("half-of-beta", {"beta": 0.4})
-    finally:
-        stage.write_text(before)
-
-
-@pytest.mark.usefixtures("inside")
-def test_queued_experiment_that_fails_is_told_and_made_once_it_is_mended() -> None:
-    with pytest.raises(UserError, match="experiment much-too-much: it failed; `dvc queue logs much-too-much`"):
-        dict(experiments.run_all({"much-too-much": {"adapter_layers": 99}}, "test"))
-    assert dict(experiments.run_all({"much-too-much": {"beta": 0.7}}, "test"))["much-too-much"]["beta"] == 0.7
-    with pytest.raises(UserError, match=r"no-block\.no-key is no parameter"):
-        dict(experiments.run_all({"half-of-beta": {"beta": 0.4}, "no-parameter": {"no-block.no-key": 1}}, "test"))
-    with pytest.raises(UserError, match=r"dvc exp run: exit code 255; .*no such name"):
-        dict(experiments.run_all({"no such name": {"beta": 0.2}}, "test"))
+    sizes = [runs[name].metrics["emulator"]["bytes"] for name in ("more-alpha", "half-of-beta")]
+    assert sizes[0] < read_metrics(sweep.at_first)["emulator"]["bytes"] < sizes[1]
+    monkeypatch.setattr(experiments, "_Pool", lambda jobs: pytest.fail("it ran again"))
+    assert experiments.run_all(changes, "test") == runs
 
 
 def test_two_clones_share_finished_stages_and_experiments(sweep: Sweep, tmp_path: Path) -> None:
@@ -435,9 +378,15 @@ def test_attacks_over_the_dial(sweep: Sweep) -> None:
         ROOT / "studies", sweep.folder / "studies", ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True
     )
     settings = yaml.safe_load((sweep.folder / "studies/attacks.yaml").read_text())
-    small = {"tasks": ["piqa"], "attack.steps": 4, "attack.eval_points": 1, "attack.membership_records": 10}
+    small = {
+        "tasks": ["piqa"],
+        "adapter_layers": 1,
+        "attack.steps": 4,
+        "attack.eval_points": 1,
+        "attack.membership_records": 10,
+    }
     settings |= {"alphas": [0.5], "betas": [0.8], "channels": [], "variants": {}, "seeds": [0, 1]}
-    settings["changes"] |= small
+    settings["changes"] |= small | {"attack.membership_records": 10}
     (sweep.folder / "studies/attacks.yaml").write_text(yaml.safe_dump(settings))
     for command in (("add", "studies"), ("commit", "--quiet", "--message", "studies")):
         subprocess.run(["git", *command], check=True)
