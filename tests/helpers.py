@@ -140,6 +140,9 @@ CONFIGS: dict[str, PretrainedConfig] = {
 }
 IDS = torch.tensor([[5, 80, 200, 41, 17, 222, 9, 133]])
 each_family = pytest.mark.parametrize("name", sorted(CONFIGS))
+# One of each shape of decoder layer: what holds for these holds for the others, which differ in their attention alone.
+EIGHT = ("bloom", "falcon-alibi", "gemma3_text", "gpt2", "gpt_neox", "llama", "opt-350m", "phi3")
+each_shape = pytest.mark.parametrize("name", EIGHT)
 each_head = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
 _SQUARE = (32, 32)
