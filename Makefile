@@ -1,12 +1,11 @@
 # `make help` lists what there is.
 PYTHON ?= python3
-PRESET ?= nine-tasks
-# Tests of one file share what they build; the longest files go first.
-PARALLEL := --numprocesses=2 --dist=loadscope --no-loadscope-reorder
+# Tests of one file share what they build; the files with most tests go first.
+PARALLEL := --numprocesses=2 --dist=loadscope
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: ablations attack attack-study bench budgets check-default choose compare demo harmonizer-studies help lint private-study \
+.PHONY: ablations attack attack-study bench bench-gpu budgets check-default choose compare demo help lint pictures private-study \
 	report repro sweep table test test-quick
 .DEFAULT_GOAL := help
 
@@ -23,7 +22,8 @@ help:  ## list the targets
 	@.venv/bin/python -m compileall -qq -j 0 .venv/lib || true  # on all cores; templates named .py fail, harmlessly
 	@touch $@
 
-repro: .venv/ready  ## set up, then run the whole pipeline on the embedded model
+repro: .venv/ready  ## set up, then run the whole pipeline; PRESET=recommended puts a preset into params.yaml first
+	$(if $(PRESET),python -m studies.preset $(PRESET))
 	dvc repro
 
 test: .venv/ready  ## set up, then run the tests
@@ -33,16 +33,12 @@ test-quick: .venv/ready  ## what to run after an edit: no whole pipeline, and tw
 	python -m pytest $(PARALLEL) -m "not slow"
 
 test test-quick: export OMP_NUM_THREADS := 1
-test test-quick: export PYTHONDONTWRITEBYTECODE :=  # else each of hundreds of processes compiles our modules anew
 
 lint: .venv/ready  ## format check, linter, type checker and spelling
 	ruff format --check .
 	ruff check .
 	mypy
 	codespell
-
-harmonizer-studies: repro  ## what the defaults were chosen by: about an hour and a half on 2 cores, beside the default run
-	dvc repro studies/dvc.yaml:harmonizers studies/dvc.yaml:scores
 
 ablations: repro  ## the open questions of the method, one run each; hours
 	python -m studies.ablations
@@ -59,7 +55,7 @@ demo: repro  ## two parties, sixteen invented facts, and what the real model say
 attack: repro  ## what an attacker makes of the package and of the adapters: restoration, weights, membership
 	dvc repro studies/dvc.yaml:attack
 
-attack-study: repro  ## the restoration attack over alpha, beta and channel_pruning.ratio, three seeds, both kinds of adapters: many hours on 2 cores
+attack-study: repro  ## the restoration attack over alpha, beta and channels.ratio, three seeds, both kinds of adapters: many hours on 2 cores
 	python -m studies.attacks
 
 private-study: repro  ## every method's package tuned with differential privacy and attacked: an hour and a half on 2 cores
@@ -71,14 +67,20 @@ budgets: repro  ## the attack with growing budgets, to 1 M tokens, and what 100 
 bench: repro  ## ratios against the plain ways, appended to docs/benchmarks.md
 	python benchmarks/bench.py
 
+bench-gpu: .venv/ready  ## seconds and memory of every stage on a GPU, random weights: MODELS="opt-1.3b llama-7b"
+	python benchmarks/gpu.py $(or $(MODELS),opt-1.3b)
+
 report: repro  ## report.html: what was measured on one page
 	python -m studies.report
+
+pictures: .venv/ready  ## draw the pictures of docs/ anew from the figures in git
+	python -m studies.pictures
 
 compare: repro  ## all methods on one model, three tasks, three seeds, both kinds of adapters: many hours on 2 cores
 	python -m studies.compare $(SET)
 
 table: .venv/ready  ## one row of the paper's table: PRESET=opt-1.3b SET="alpha=0.5" SEEDS=0,1,2 (presets.yaml)
-	python -m studies.table $(PRESET) $(if $(SEEDS),SEEDS=$(SEEDS)) $(SET)
+	python -m studies.table $(or $(PRESET),nine-tasks) $(if $(SEEDS),SEEDS=$(SEEDS)) $(SET)
 
 check-default: repro  ## the full default run, and whether its measurements come out in the right order
 	python -m pytest tests/check_default.py

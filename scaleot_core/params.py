@@ -11,17 +11,14 @@ from scaleot_core.common.errors import UserError
 from scaleot_core.common.validation import Block, validate_block
 from scaleot_core.settings import (
     AdapterKind,
-    AfterSrc,
     Attack,
-    ChannelPruning,
+    Channels,
     Count,
-    Crash,
     Data,
     Distill,
     Dlr,
     Evaluate,
     Fraction,
-    Gradot,
     HarmonizerForm,
     LayerImportance,
     Lora,
@@ -42,7 +39,7 @@ class Params(Block):
     """α, the share of the non-adapter layers that harmonizers replace"""
     beta: Fraction = 0.8
     """β, the share of the attention rank that is cut in the other non-adapter layers"""
-    method: Literal["scaleot", "uniform", "distilled", "crash", "gradot"] = "scaleot"
+    method: Literal["scaleot", "channels", "uniform", "distilled", "crash", "gradot"] = "scaleot"
     """how the emulator is built"""
     max_bytes_ratio: Fraction = 0.0
     """most bytes of the emulator over the model's; 0 for what alpha and beta give"""
@@ -57,7 +54,7 @@ class Params(Block):
     adapter_layers: Count = 4
     """N_a, decoder layers that are shipped as they are; `layers` among the adapters tunes them, and needs one"""
     adapter_placement: Literal["importance", "ends"] = "importance"
-    """adapter layers are those of highest score, or OT's bottom and top layers"""
+    """method scaleot: adapter layers are those of highest score, or OT's bottom and top layers; the others: ends"""
     seed: Count = 0
     """every random draw comes from it"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -75,11 +72,8 @@ class Params(Block):
     layer_importance: LayerImportance = LayerImportance()
     dlr: Dlr = Dlr()
     rank_compression: RankCompression = RankCompression()
-    channel_pruning: ChannelPruning = ChannelPruning()
-    after_src: AfterSrc = AfterSrc()
+    channels: Channels = Channels()
     distill: Distill = Distill()
-    crash: Crash = Crash()
-    gradot: Gradot = Gradot()
     offsite_tune: OffsiteTuning = OffsiteTuning()
     lora: Lora = Lora()
     full_finetune: Tuning = Tuning()

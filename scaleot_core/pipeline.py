@@ -5,6 +5,7 @@ entry, so that a checkpoint is resumed if, and only if, DVC would take the stage
 """
 
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,15 +17,15 @@ from typing import Any
 import yaml
 
 from scaleot_core.artifacts import Artifacts
+from scaleot_core.common import distributed
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import fingerprint, write_json
 from scaleot_core.common.runtime import Runtime, setup
-from scaleot_core.memory import check_stage
 from scaleot_core.params import Params, load_params
 from scaleot_core.training.checkpoint import Checkpoint, scratch_dir
 from scaleot_core.training.cost import Meter
 
-DVC_YAML = Path("dvc.yaml")
+DVC_YAML, COSTS = Path("dvc.yaml"), Path("costs")
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,18 @@ class Entry:
 
     def values(self, params: Params) -> dict[str, Any]:
         """Give the values of the parameters that the stage depends on, by names such as `dlr.steps`."""
-        known = params.model_dump(mode="json")
-        return {name: reduce(lambda block, key: block[key], name.split("."), known) for name in self.params}
+        values = params.model_dump(mode="json")
+        return {name: reduce(lambda block, key: block[key], name.split("."), values) for name in self.params}
 
     @property
-    def cost(self) -> Path | None:
-        """The output that the stage's cost goes to, if it has one."""
-        return next((out for out in self.outs if out.parts[0] == "costs"), None)
+    def code(self) -> tuple[Path, ...]:
+        """The dependencies that are code, and not what an earlier stage wrote."""
+        return tuple(dep for dep in self.deps if dep.parts[0] != "artifacts")
+
+    @property
+    def cost(self) -> Path:
+        """The file of what the stage's last run here cost, which is no output: no two runs take the same time."""
+        return COSTS / f"{self.name.replace('@', '-')}.json"
 
 
 def matrix_of(stage: str, file: Path = DVC_YAML) -> tuple[str, ...]:
@@ -55,14 +61,14 @@ def matrix_of(stage: str, file: Path = DVC_YAML) -> tuple[str, ...]:
 
 def read_entry(stage: str, item: Mapping[str, str] | None = None, file: Path = DVC_YAML) -> Entry:
     """Read a stage's entry in dvc.yaml, for an item of its matrix."""
-    known, item = _stages(file)[stage], item or {}
+    entry, item = _stages(file)[stage], item or {}
 
-    def paths(entries: list[Any]) -> tuple[Path, ...]:
-        names = (next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries)
+    def paths(declared: list[Any]) -> tuple[Path, ...]:
+        names = (next(iter(path)) if isinstance(path, dict) else path for path in declared)
         return tuple(Path(re.sub(r"\$\{item\.(\w+)\}", lambda match: item[match.group(1)], name)) for name in names)
 
     name = f"{stage}@{'-'.join(item.values())}" if item else stage
-    return Entry(name, tuple(known.get("params", ())), paths(known.get("deps", [])), paths(known.get("outs", [])))
+    return Entry(name, tuple(entry.get("params", ())), paths(entry.get("deps", [])), paths(entry.get("outs", [])))
 
 
 def _stages(file: Path) -> dict[str, Any]:
@@ -89,32 +95,41 @@ class Stage:
         """The stage's name for progress lines."""
         return self.entry.name
 
+    def kept(self, name: str) -> Path:
+        """Return the scratch folder for what later runs use again, keyed by all code that the stage depends on.
+
+        Folders that other code made are removed.
+        """
+        folder = scratch_dir(f"{name}-{fingerprint(*(path for path in self.entry.code if path.exists()))}")
+        for other in folder.parent.glob(f"{name}-*"):
+            if other != folder and distributed.is_main_process():
+                shutil.rmtree(other, ignore_errors=True)
+        return folder
+
 
 @contextmanager
 def run_stage(stage: str, item: Mapping[str, str] | None = None, file: Path = DVC_YAML) -> Iterator[Stage]:
     """Set a stage up; once its block ends well, write its cost and drop its checkpoint.
 
-    UserError for a parameter that is wrong, and for a device that isn't there or has too little memory.
+    Raises UserError for a wrong parameter or a missing device.
     """
     params, entry = load_params(), read_entry(stage, item, file)
     runtime = setup(params, entry.name)
     key = fingerprint(entry.values(params), *(dep for dep in entry.deps if dep.exists()))
     checkpoint = Checkpoint(scratch_dir(f"{entry.name.replace('@', '-')}-{key}"), params.checkpoint_seconds)
-    made = Stage(params, runtime, entry, checkpoint, Meter(runtime))
-    check_stage(stage, item or {}, made.artifacts, runtime)
-    yield made
-    if entry.cost:
-        write_json(entry.cost, made.meter.read())
+    meter = Meter(runtime)
+    yield Stage(params, runtime, entry, checkpoint, meter)
+    write_json(entry.cost, meter.read())
     checkpoint.remove()
 
 
 def item_from_arguments(stage: str) -> dict[str, str]:
-    """Read a matrix stage's item from the command line; UserError for one that params.yaml doesn't have."""
-    names, given, params = matrix_of(stage), sys.argv[1:], load_params()
+    """Read a matrix stage's item from the command line; UserError if params.yaml doesn't have it."""
+    names, arguments, params = matrix_of(stage), sys.argv[1:], load_params()
     keys = [_stages(DVC_YAML)[stage]["matrix"][name].strip("${}") for name in names]
     choices = [getattr(params, key) for key in keys]
-    if len(given) != len(names) or any(value not in known for value, known in zip(given, choices, strict=True)):
-        wanted = " ".join("|".join(known) for known in choices)
+    if len(arguments) != len(names) or any(a not in values for a, values in zip(arguments, choices, strict=True)):
+        usage = " ".join("|".join(values) for values in choices)
         what = " and ".join(f"one of the {key}" for key in keys)
-        raise UserError(f"name {what} that params.yaml has, as in `python {sys.argv[0]} {wanted}`")
-    return dict(zip(names, given, strict=True))
+        raise UserError(f"name {what} that params.yaml has, as in `python {sys.argv[0]} {usage}`")
+    return dict(zip(names, arguments, strict=True))

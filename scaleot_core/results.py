@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from scaleot_core.artifacts import Artifacts
 from scaleot_core.common.files import cached_json, folder_bytes, read_json
 from scaleot_core.common.runtime import Runtime
-from scaleot_core.compression.plan import LayerKind, Plan
+from scaleot_core.compression.plan import LayerKind, Plan, layers_of
 from scaleot_core.evaluation.harness import evaluate
 from scaleot_core.evaluation.tasks import Rows, load_task
 from scaleot_core.evaluation.tasks import metrics as metrics_of
@@ -32,8 +32,10 @@ TaskAndKind = tuple[str, str]
 class Evaluated:
     """What stage evaluate measures."""
 
+    model_loss: float
+    """Mean next-token loss (nats) of the real model on the held-out blocks."""
     emulator_loss: float
-    """Mean next-token loss (nats) of the emulator on the held-out blocks."""
+    """The emulator's."""
     emulator_zero_shot: dict[str, Figures]
     """By task."""
     emulator_finetune: dict[TaskAndKind, Figures]
@@ -63,8 +65,13 @@ def measure(
     }
     evaluate_once = partial(_evaluate_once, load_tokenizer(artifacts.model), batch_size, cache)
     emulator_finetune, plugged = dict[TaskAndKind, Figures](), dict[TaskAndKind, Figures]()
+    heldout = artifacts.blocks("heldout")
+    model_loss = cached_json(
+        cache / "model_loss.json",
+        lambda: mean_loss(load_model(artifacts.model, device=runtime.device, dtype=runtime.dtype), heldout),
+    )
     model = package.load(runtime.device)
-    loss = cached_json(cache / "emulator_loss.json", partial(mean_loss, model, artifacts.blocks("heldout")))
+    emulator_loss = cached_json(cache / "emulator_loss.json", partial(mean_loss, model, heldout))
     zero_shot = evaluate_once("emulator_zero_shot", model, questions)
     for (task, kind), adapter in adapters.items():
         with tuned_emulator(model, package.plan, adapter):
@@ -74,7 +81,7 @@ def measure(
     for (task, kind), adapter in adapters.items():
         load = partial(_load_plug_in, artifacts, package, adapter, runtime)
         plugged[task, kind] = evaluate_once(f"plug_in@{task}-{kind}", load, {task: questions[task]})[task]
-    return Evaluated(loss, zero_shot, emulator_finetune, plugged)
+    return Evaluated(model_loss, emulator_loss, zero_shot, emulator_finetune, plugged)
 
 
 def _load_plug_in(artifacts: Artifacts, package: Package, adapter: TunedAdapter, runtime: Runtime) -> PreTrainedModel:
@@ -101,10 +108,8 @@ def _evaluate_once(
     return figures
 
 
-def collect(
-    artifacts: Artifacts, questions: Mapping[str, Rows], evaluated: Evaluated, costs: Mapping[str, Any]
-) -> Metrics:
-    """Put all measurements, sizes, perplexities, costs and versions together: metrics.json."""
+def collect(artifacts: Artifacts, questions: Mapping[str, Rows], evaluated: Evaluated) -> Metrics:
+    """Put all measurements, sizes, perplexities and versions together: metrics.json."""
     tasks: dict[str, Measured] = {}
     for task, rows in questions.items():
         ceiling = artifacts.full_finetune(task)
@@ -126,14 +131,12 @@ def collect(
             "lr": read_json(artifacts.adapter(task, kind) / "tuning.json")["lr"],
             **utility({**tasks[task], **tuned}),
         }
-    model_loss = read_json(artifacts.importance / "scores.json")["model_heldout_loss"]
     package = Package(artifacts.emulator, links=True)
     return {
         "tasks": tasks,
         "splits": "cut by prepare_data; not comparable to results on the official ones",
         "emulator": {"package": package.sha256, **_sizes(artifacts, package.plan)},
-        "corpus_perplexity": {"model": math.exp(model_loss), "emulator": math.exp(evaluated.emulator_loss)},
-        "cost": dict(costs),
+        "corpus_perplexity": {"model": math.exp(evaluated.model_loss), "emulator": math.exp(evaluated.emulator_loss)},
         "versions": {name: version(name) for name in ("lm_eval", "torch", "transformers", "datasets")},
     }
 
@@ -145,16 +148,17 @@ def _sizes(artifacts: Artifacts, plan: Plan) -> dict[str, Any]:
         "bytes": size,
         "model_bytes": model_size,
         "share_of_model": size / model_size,
-        **{f"{kind}_layers": len(plan.layers(kind)) for kind in get_args(LayerKind)},
+        **{f"{kind}_layers": len(layers_of(plan, kind)) for kind in get_args(LayerKind)},
     }
 
 
 def loss_histories(artifacts: Artifacts, tasks: Sequence[str], kinds: Sequence[str]) -> dict[str, Any]:
-    """Read the loss a step of every stage that trains, by the stage's name."""
+    """Read the loss a step of every stage that trained, by the stage's name."""
     folders = {
         "layer_importance": artifacts.importance,
         "train_harmonizers": artifacts.harmonizers,
         **{f"offsite_tune@{task}-{kind}": artifacts.adapter(task, kind) for task in tasks for kind in kinds},
         **{f"full_finetune@{task}": artifacts.full_finetune(task) for task in tasks},
     }
-    return {name: read_json(folder / "history.json") for name, folder in folders.items()}
+    histories = {name: read_json(folder / "history.json") for name, folder in folders.items()}
+    return {name: history for name, history in histories.items() if history}

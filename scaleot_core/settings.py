@@ -59,14 +59,12 @@ class HarmonizerForm(Block):
 class LayerImportance(Block):
     """Stage layer_importance: local fits and prior scores (method section 2)."""
 
-    estimator: Literal["sensitivity", "block_influence", "taylor"] = "sensitivity"
+    estimator: Literal["sensitivity", "block_influence"] = "sensitivity"
     """what the prior scores are computed from"""
     calibration_blocks: Positive = 128
     """blocks whose hidden states are kept for the local fits"""
     steps: Count = 500
     """steps of local regression of each harmonizer; with 0 they stay identities"""
-    batch_tokens: Positive = 1024
-    """tokens in a step"""
     lr: Rate = 0.01
     """AdamW's learning rate"""
     sensitivity_blocks: Positive = 8
@@ -107,8 +105,8 @@ class RankCompression(Block):
     """training blocks whose projection inputs are the covariance"""
 
 
-class ChannelPruning(Block):
-    """Stage compress: channel pruning of the compressed layers, beyond the paper (method section 7)."""
+class Channels(Block):
+    """Stage compress: channel pruning, beyond the paper (method section 7): by method channels, or beside β."""
 
     ratio: Fraction = 0.0
     """share of the feed-forward channels that is cut; 0 as in the paper"""
@@ -125,22 +123,6 @@ class ChannelPruning(Block):
             )
         return tilt
 
-    def of_layer(self, index: int, layers: int) -> float:
-        """Give the share that one of `layers` decoder layers loses."""
-        depth = index / max(1, layers - 1)
-        return self.ratio * (1 + self.tilt * (1 - 2 * depth))
-
-
-class AfterSrc(Block):
-    """Stage compress: harmonizers trained once more, in the finished emulator."""
-
-    steps: Count = 0
-    """harmonizer updates; 0 for none, as in the paper"""
-    batch_blocks: Positive = 2
-    """corpus blocks in a step"""
-    lr: Rate = 0.0001
-    """AdamW's peak learning rate"""
-
 
 class Distill(Block):
     """Stage compress, method distilled: offsite-tuning's distillation (method section 9)."""
@@ -151,26 +133,6 @@ class Distill(Block):
     """corpus blocks in a step"""
     lr: Rate = 0.0001
     """AdamW's peak learning rate"""
-    hidden_weight: Annotated[float, Field(ge=0)] = 30.0
-    """weight of the hidden states' error beside the cross-entropy"""
-
-
-class Crash(Block):
-    """Stage compress, method crash (method section 9)."""
-
-    calibration_blocks: Annotated[int, Field(ge=2)] = 256
-    """training blocks on which layers are compared"""
-
-
-class Gradot(Block):
-    """Stage compress, method gradot (method section 9)."""
-
-    calibration_blocks: Positive = 32
-    """training blocks for gradients and the Hessian's factors"""
-    lambda_attention: float = 1.0
-    """λ of singular values: how much a part counts whose loss would raise the emulator's own loss"""
-    lambda_feed_forward: float = 1.0
-    """λ of feed-forward channels"""
 
 
 class Tuning(Block):

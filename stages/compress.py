@@ -1,18 +1,18 @@
 """Stage compress: build the emulator by `method`, and write the package.
 
 Reads the model, the corpus, the scores and the harmonizers; α and β, or `max_bytes_ratio`, decide. The package is all
-that the data owner gets; what led to it is in emulator.private.json. Decompositions are cached beside the checkpoints,
-for the next α and β.
+that the data owner gets; what led to it is in emulator.private.json. Decompositions are kept beside the checkpoints for
+the next α and β, as long as no code that the stage depends on changes.
 """
 
 from scaleot_core.common.entrypoint import run_command
 from scaleot_core.common.files import atomic_folder, write_json
 from scaleot_core.common.launch import is_main_process
+from scaleot_core.compression.layer_importance import SCORED_METHODS
 from scaleot_core.exchange import package
 from scaleot_core.methods import METHODS, ModelOwner
 from scaleot_core.models.loading import load_tokenizer
 from scaleot_core.pipeline import run_stage
-from scaleot_core.training.checkpoint import scratch_dir
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
             blocks=artifacts.blocks("train"),
             params=params,
             harmonizers=artifacts.harmonizers,
-            scratch=scratch_dir("decompositions"),
+            scratch=stage.kept("decompositions"),
             checkpoint=stage.checkpoint,
             count=stage.meter.count,
         )
@@ -37,7 +37,7 @@ def main() -> None:
             package.save(out, owner.config, load_tokenizer(artifacts.model), built.plan, built.tensors)
         private = {
             "package": package.Package(artifacts.emulator).sha256,
-            "scores": owner.scores(),
+            "scores": owner.scores() if params.method in SCORED_METHODS else [],
             "params": stage.entry.values(params),
             "channels": {str(i): kept.tolist() for i, kept in built.channels.items()},
         }

@@ -1,6 +1,7 @@
 """Stage train_harmonizers: Dynamic LayerReplace, harmonizers and scores together.
 
-Reads the model, the corpus and the prior; writes the final scores and harmonizers and the history of both.
+Reads the model, the corpus and the prior; writes the final scores and harmonizers and the history of both, or, for a
+method that needs none, that they are not needed.
 """
 
 import torch
@@ -16,15 +17,20 @@ from scaleot_core.pipeline import run_stage
 def main() -> None:
     with run_stage("train_harmonizers") as stage:
         params, artifacts, runtime = stage.params, stage.artifacts, stage.runtime
+        if params.method not in layer_importance.SCORED_METHODS:
+            layer_importance.write_not_needed(artifacts.harmonizers, params.method)
+            return
         model = load_sharded(artifacts.model, device=runtime.device, dtype=runtime.dtype)
         stage.meter.count(model)
-        harmonizers = layer_importance.new_harmonizers(model.config, params.harmonizer, params.seed).to(runtime.device)
+        harmonizers = layer_importance.new_harmonizers(model.config, params.harmonizer.rank, params.seed).to(
+            runtime.device
+        )
         prior = torch.zeros(len(harmonizers))
         if params.dlr.init == "prior":
-            known = layer_importance.read_scores(artifacts.importance / "scores.json", len(harmonizers))
-            prior = torch.tensor(known, dtype=torch.float64)
+            scores = layer_importance.read_scores(artifacts.importance / "scores.json", len(harmonizers))
+            prior = torch.tensor(scores, dtype=torch.float64)
             layer_importance.restore(harmonizers, artifacts.importance / "harmonizers.safetensors")
-        scores, history = dlr.train(
+        final_scores, history = dlr.train(
             model,
             harmonizers,
             prior,
@@ -35,7 +41,7 @@ def main() -> None:
         )
         with atomic_folder(artifacts.harmonizers) as out:
             write_tensors(out / "harmonizers.safetensors", harmonizers.state_dict())
-            write_json(out / "scores.json", {"prior": prior.tolist(), "scores": scores.tolist()})
+            write_json(out / "scores.json", {"prior": prior.tolist(), "scores": final_scores.tolist()})
             write_json(out / "history.json", history)
 
 

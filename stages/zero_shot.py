@@ -12,10 +12,8 @@ def main() -> None:
     with run_stage("zero_shot", item) as stage:
         task, artifacts, runtime = item["task"], stage.artifacts, stage.runtime
         questions = {task: artifacts.questions(task, "eval")}
-        model, tokenizer = (
-            load_model(artifacts.model, device=runtime.device, dtype=runtime.dtype),
-            load_tokenizer(artifacts.model),
-        )
+        model = load_model(artifacts.model, device=runtime.device, dtype=runtime.dtype)
+        tokenizer = load_tokenizer(artifacts.model)
         stage.meter.count(model)
         batch_size = stage.params.evaluate.batch_size
         results = evaluate(model, tokenizer, questions, batch_size=batch_size, label=stage.label)

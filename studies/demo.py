@@ -6,7 +6,6 @@ Then both models are asked for each fact in the first of the ways. `make demo` r
 lies in .scaleot/demo until the next run.
 """
 
-import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -27,8 +25,8 @@ from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import read_jsonl
 from scaleot_core.common.progress import say
 from scaleot_core.models.loading import load_model, load_tokenizer
-from scaleot_core.params import changed, load_params
-from studies.table import preset
+from studies.experiments import run_all
+from studies.preset import load_preset
 
 FOLDER = Path(".scaleot/demo")
 FACTS = Path(__file__).with_suffix(".jsonl")
@@ -46,24 +44,16 @@ def scaleot(*arguments: object) -> None:
         raise UserError(f"scaleot {words[0]}: it failed; see above")
 
 
-def compress(project: Path, artifacts: Artifacts) -> None:
-    """Make the emulator of the preset `recommended`, in a project folder of its own beside the pipeline's."""
-    params = changed(load_params(), preset("recommended", []))
-    (project / "artifacts").mkdir(parents=True)
-    for folder in (artifacts.model, artifacts.corpus, artifacts.harmonizers):
-        (project / "artifacts" / folder.name).symlink_to(folder.resolve())
-    (project / "params.yaml").write_text(yaml.safe_dump(params.model_dump(mode="json")))
-    shutil.copy("dvc.yaml", project)
-    say("$ python stages/compress.py", style="bold")
-    root = str(Path().resolve())
-    environment = {**os.environ, "DVC_ROOT": root, "PYTHONPATH": root}
-    done = subprocess.run([sys.executable, Path("stages/compress.py").resolve()], cwd=project, env=environment)
-    if done.returncode:
-        raise UserError("stage compress: it failed; see above")
+def compress(project: Path) -> None:
+    """Make the emulator of the preset `recommended`, as a DVC experiment; write into `project` what `pack` reads."""
+    changes = load_preset("recommended", [])
+    run = run_all({"demo": changes}, "demo", ["compress"])["demo"]
+    for path in ("params.yaml", "dvc.yaml", "artifacts/emulator", "artifacts/emulator.private.json"):
+        run.write(path, project)
 
 
 def facts_in(chats: list[Chat]) -> dict[str, Chat]:
-    """Give for each answer the first chat that asks for it."""
+    """Return for each answer the first chat that asks for it."""
     first: dict[str, Chat] = {}
     for chat in chats:
         first.setdefault(chat[1]["content"], chat)
@@ -72,15 +62,15 @@ def facts_in(chats: list[Chat]) -> dict[str, Chat]:
 
 @torch.no_grad()
 def ask(folder: Path, chats: Iterable[Chat]) -> list[str]:
-    """Give a model's own answers to the first messages of all chats, the likeliest token each time."""
+    """Return a model's answers to the first messages of all chats, the likeliest token each time."""
     tokenizer: Any = load_tokenizer(folder)
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
     model: Any = load_model(folder, device=torch.device("cpu"), dtype=torch.float32)
-    asked = tokenizer.apply_chat_template(
+    prompts = tokenizer.apply_chat_template(
         [chat[:1] for chat in chats], add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
     )
-    said = model.generate(**asked, max_new_tokens=LONGEST_ANSWER, do_sample=False)
-    answers = tokenizer.batch_decode(said[:, asked["input_ids"].shape[1] :], skip_special_tokens=True)
+    tokens = model.generate(**prompts, max_new_tokens=LONGEST_ANSWER, do_sample=False)
+    answers = tokenizer.batch_decode(tokens[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
     return [answer.strip() for answer in answers]
 
 
@@ -91,7 +81,7 @@ def main() -> None:
         raise UserError(f"{artifacts.model}: no model is there; run `make repro` first")
     shutil.rmtree(FOLDER, ignore_errors=True)
     package, adapter, plugged = (FOLDER / name for name in ("package", "adapter", "plugged"))
-    compress(FOLDER / "owner", artifacts)
+    compress(FOLDER / "owner")
     scaleot("pack", "--project", FOLDER / "owner", "--out", package)
     scaleot("tune", package, "--data", FACTS, "--out", adapter, *TUNING)
     scaleot("check", adapter, "--package", package)

@@ -3,10 +3,32 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-Row = dict[str, Any]
-"""A setting with one kind of adapters: `line`, `label`, `adapters`, `changes`, figures, and ± of several seeds."""
+from studies.keys import Changes
+from studies.means import Means
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of the parameters with one kind of adapters, and its figures: means over its seeds."""
+
+    line: str
+    """The line of choose.yaml that it is on."""
+    value: float
+    """Where on the line."""
+    adapters: str
+    """The kind."""
+    changes: Changes
+    """To params.yaml."""
+    seeds: int
+    """How many it was run with."""
+    means: Means
+    """Over these seeds."""
+
+    def figure(self, column: str) -> float:
+        """Return a mean to compare by; one that is undefined is below all others."""
+        mean = self.means[column]
+        return -math.inf if mean is None else mean[0]
 
 
 @dataclass(frozen=True)
@@ -20,59 +42,47 @@ class Needs:
     bytes: float | None = None
     """At most, as a share of the model's."""
 
-    def misses(self, row: Row) -> dict[str, float]:
+    def misses(self, setting: Setting) -> dict[str, float]:
         """Return by how much a setting misses each need; empty where it meets all."""
-        found = {}
-        for name, asked, there in (
-            ("recovery", self.recovery, row["recovery"]),
-            ("lacks", self.lacks, row["remaining gap"]),
-            ("bytes", self.bytes and -self.bytes, -row["bytes"]),
-        ):
-            if asked is not None and not (there is not None and there >= asked):
-                found[name] = math.inf if there is None else asked - there
-        return found
+        shortfalls = {
+            "recovery": None if self.recovery is None else self.recovery - setting.figure("recovery"),
+            "lacks": None if self.lacks is None else self.lacks - setting.figure("remaining gap"),
+            "bytes": None if self.bytes is None else setting.figure("bytes") - self.bytes,
+        }
+        return {name: missing for name, missing in shortfalls.items() if missing is not None and missing > 0}
 
-    def best(self, rows: Sequence[Row]) -> Row:
+    def best(self, settings: Sequence[Setting]) -> Setting:
         """Choose the setting to ship.
 
         Of those that meet the needs: where a recovery is asked for, the one with the largest remaining gap, else the
         one that recovers most. Where none does: the nearest, by the share of what is asked that it misses.
         """
-        if holding := [row for row in rows if not self.misses(row)]:
-            wanted = "recovery" if self.recovery is None else "remaining gap"
-            return max(holding, key=lambda row: known(row[wanted]))
+        if meeting := [setting for setting in settings if not self.misses(setting)]:
+            column = "recovery" if self.recovery is None else "remaining gap"
+            return max(meeting, key=lambda setting: setting.figure(column))
         asked = {"recovery": self.recovery, "lacks": self.lacks, "bytes": self.bytes}
-        return min(rows, key=lambda row: sum(miss / (asked[name] or 1) for name, miss in self.misses(row).items()))
+        return min(
+            settings, key=lambda setting: sum(miss / (asked[name] or 1) for name, miss in self.misses(setting).items())
+        )
 
 
-def known(value: float | None) -> float:
-    """Order a figure that a run doesn't have below all others."""
-    return -math.inf if value is None else value
-
-
-def frontier(rows: Sequence[Row]) -> list[Row]:
+def frontier(settings: Sequence[Setting]) -> list[Setting]:
     """Keep settings that no other equals in recovery and remaining gap and beats in one; by rising recovery."""
+    points = [(setting.figure("recovery"), setting.figure("remaining gap")) for setting in settings]
 
-    def beaten(row: Row) -> bool:
-        own = (known(row["recovery"]), known(row["remaining gap"]))
-        others = ((known(other["recovery"]), known(other["remaining gap"])) for other in rows)
-        return any(other != own and other[0] >= own[0] and other[1] >= own[1] for other in others)
+    def beaten(point: tuple[float, float]) -> bool:
+        return any(other != point and other[0] >= point[0] and other[1] >= point[1] for other in points)
 
-    return sorted((row for row in rows if not beaten(row)), key=lambda row: known(row["recovery"]))
+    unbeaten = [setting for setting, point in zip(settings, points, strict=True) if not beaten(point)]
+    return sorted(unbeaten, key=lambda setting: setting.figure("recovery"))
 
 
-def neighbours(rows: Sequence[Row], chosen: Row) -> list[Row]:
-    """Give the chosen setting's neighbours on the frontier: the one with less recovery, then the one with more.
+def neighbours(settings: Sequence[Setting], chosen: Setting) -> list[Setting]:
+    """Return the chosen setting's neighbours on the frontier: the one with less recovery, then the one with more.
 
     Where one side has none, the other gives two.
     """
-    there = [row for row in frontier(rows) if row is not chosen]
-    less = [row for row in there if known(row["recovery"]) < known(chosen["recovery"])]
-    more = [row for row in there if known(row["recovery"]) >= known(chosen["recovery"])]
+    others = [setting for setting in frontier(settings) if setting is not chosen]
+    less = [setting for setting in others if setting.figure("recovery") < chosen.figure("recovery")]
+    more = [setting for setting in others if setting.figure("recovery") >= chosen.figure("recovery")]
     return [*less[-1:], *more[:1]] if less and more else [*less[-2:][::-1], *more[:2]]
-
-
-def between(values: Sequence[float], holds: Sequence[bool]) -> list[float]:
-    """Give the values between neighbours of a line of which only one meets the needs."""
-    pairs = zip(values, values[1:], holds, holds[1:], strict=False)
-    return [round((a + b) / 2, 4) for a, b, one, other in pairs if one != other]

@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 
 from scaleot_core.common import distributed
 from scaleot_core.common.files import cached_json
-from scaleot_core.common.runtime import generator
+from scaleot_core.common.random import generator
 from scaleot_core.compression.emulator import number_attention
 from scaleot_core.compression.harmonizer import Harmonizer
 from scaleot_core.compression.low_rank import FusedProjection, LowRankLinear, dense
-from scaleot_core.compression.plan import DECODER_KINDS, Plan
+from scaleot_core.compression.plan import DECODER_KINDS, Plan, layers_of
 from scaleot_core.models.families import attention, decoder_layers, family
 from scaleot_core.models.forward import Removed, hidden_of, mean_loss, next_token_loss
 from scaleot_core.settings import Attack
@@ -46,14 +46,14 @@ class Widened(nn.Module):
 
 @torch.no_grad()
 def widen(model: PreTrainedModel, plan: Plan) -> None:
-    """Give the emulator back what it can hold, in place: layers behind harmonizers, full rank.
+    """Restore the emulator's full capacity, in place: a layer behind every harmonizer, full rank.
 
-    A new layer is a copy of the nearest one that is there, with zeros where it would write, so that nothing changes at
-    the start (where norms come before, as they do in all but OPT-350m).
+    A new layer is a copy of the nearest decoder layer, with zeros in its output matrices: nothing changes at the
+    start, where norms come before, as in all but OPT-350m.
     """
     layers, names = decoder_layers(model), family(model.config)
-    there = [i for i, kind in enumerate(plan.kinds) if kind in DECODER_KINDS]
-    for i in plan.layers("compressed"):
+    decoder = layers_of(plan, *DECODER_KINDS)
+    for i in layers_of(plan, "compressed"):
         block = attention(model.config, layers[i])
         for name in names.projections:
             module = block.get_submodule(name)
@@ -61,8 +61,8 @@ def widen(model: PreTrainedModel, plan: Plan) -> None:
                 setattr(block, name, dense(module))
             elif isinstance(module, FusedProjection):
                 module.parts = nn.ModuleList(dense(p) if isinstance(p, LowRankLinear) else p for p in module.parts)
-    for i in plan.layers("harmonizer"):
-        layer = copy.deepcopy(layers[min(there, key=lambda k: abs(k - i))])
+    for i in layers_of(plan, "harmonizer"):
+        layer = copy.deepcopy(layers[min(decoder, key=lambda k: abs(k - i))])
         for written in (f"{names.attention}.{list(names.projections)[-1]}", names.feed_forward_out):
             for parameter in layer.get_submodule(written).parameters():
                 parameter.zero_()
@@ -74,8 +74,8 @@ def widen(model: PreTrainedModel, plan: Plan) -> None:
 @torch.no_grad()
 def forget(model: PreTrainedModel, plan: Plan, seed: int) -> None:
     """Draw the weights of all but the adapter layers anew, in place, as a fresh model's; embeddings and head stay."""
-    for i, kind in enumerate(plan.kinds):
-        if kind != "adapter":
+    for i, layer in enumerate(plan):
+        if layer.kind != "adapter":
             draw_layer(decoder_layers(model)[i], partial(fresh_matrix, model, seed, "forget", i))
 
 
@@ -101,13 +101,13 @@ def imitation_loss(model: PreTrainedModel, served: PreTrainedModel, blocks: Tens
     """Compute the mean cross-entropy (nats) to another model's next-token distributions on blocks (B, T).
 
     Distillation (Hinton et al. 2015). In its mean over samples this is also the loss of an attacker who is given one
-    sampled token at each place, so the whole distribution is the most that a query can tell.
+    sampled token at each place, so the distribution is the most that a query reveals.
     """
     blocks = blocks.to(model.device).long()
     with torch.no_grad():
-        told = served(input_ids=blocks, use_cache=False).logits[:, :-1].float().softmax(-1)
+        teacher = served(input_ids=blocks, use_cache=False).logits[:, :-1].float().softmax(-1)
     logits = model(input_ids=blocks, use_cache=False).logits[:, :-1].float()
-    return nn.functional.cross_entropy(logits.flatten(0, 1), told.flatten(0, 1))
+    return nn.functional.cross_entropy(logits.flatten(0, 1), teacher.flatten(0, 1))
 
 
 def restore(
@@ -124,7 +124,7 @@ def restore(
 ) -> list[dict[str, Any]]:
     """Train `parameters` in place on blocks (N, T) by `loss`; return the held-out cross-entropy by tokens seen.
 
-    Every weight and the blocks' own cross-entropy, unless told otherwise. `attack.eval_points` measurements lie at even
+    The defaults are every weight and the blocks' next-token loss. `attack.eval_points` measurements lie at even
     distances behind that of the start.
     """
     trainer = BlockTrainer(
@@ -152,20 +152,19 @@ def restore(
     return curve
 
 
-def curves(found: Mapping[str, Sequence[Mapping[str, float]]], whole: float) -> list[dict[str, Any]]:
-    """Make rows of all targets' curves: perplexity, and the share of the gap to the model that is closed.
+def curves(losses: Mapping[str, Sequence[Mapping[str, float]]], model_loss: float) -> list[dict[str, Any]]:
+    """List all targets' curves: perplexity, and the share of the gap in log-perplexity that is closed.
 
-    `whole` is the model's loss (nats); the way is that from the first target's first loss, in log-perplexity. Where
-    nothing was cut there is none, and the share is None.
+    The gap is between the first target's first loss and `model_loss` (nats); without one the share is None.
     """
-    start = next(iter(found.values()))[0]["loss"]
+    start = next(iter(losses.values()))[0]["loss"]
     return [
         {
             "target": name,
             "tokens": point["tokens"],
             "perplexity": math.exp(point["loss"]),
-            "recovered": (start - point["loss"]) / (start - whole) if start != whole else None,
+            "recovered": (start - point["loss"]) / (start - model_loss) if start != model_loss else None,
         }
-        for name, curve in found.items()
+        for name, curve in losses.items()
         for point in curve
     ]

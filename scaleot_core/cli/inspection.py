@@ -75,9 +75,7 @@ def _package_properties(package: "Package") -> dict[str, Any]:
         "chat template renders": rendered,
         "dtype": manifest.dtype,
         **({"quantized": manifest.quantized} if manifest.quantized else {}),
-        "layers": list(manifest.layers),
-        "beta": manifest.beta,
-        "harmonizer rank": manifest.harmonizer.rank,
+        "layers": [layer.model_dump(mode="json") for layer in manifest.layers],
         "sound": True,
         **_measured_recovery(manifest),
     }

@@ -128,7 +128,7 @@ def plug(
     from scaleot_core.exchange.package import Package
     from scaleot_core.exchange.plugging import write_plugged
     from scaleot_core.exchange.returned import check_adapter, check_base, fitted
-    from scaleot_core.models.sources import open_model
+    from scaleot_core.models.opened import open_model
     from scaleot_core.tuning.adapters import TunedLora
 
     if out is None and as_lora is None:

@@ -16,11 +16,7 @@ from scaleot_core.common.launch import check_launch, is_main_process
 from scaleot_core.common.progress import console, say
 
 
-def _in_params_file(parameter: str) -> str:
-    return f"params.yaml: {parameter}"
-
-
-def run_command(main: Callable[[], None], called: Callable[[str], str] = _in_params_file) -> None:
+def run_command(main: Callable[[], None], called: Callable[[str], str] = "params.yaml: {}".format) -> None:
     """Run `main`; a UserError or a failing disk ends in one line and exit code 1, an interruption in 130.
 
     `called` gives the name by which the user knows a parameter. SIGTERM is an interruption too, so that what is half

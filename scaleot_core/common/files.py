@@ -19,16 +19,16 @@ from scaleot_core.common.launch import is_main_process
 HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")  # of a surrogate pair, in JSON
 
 
-def _mode(most: int) -> int:
-    """Give the permissions of a new file or folder: `most`, less the user's umask."""
+def _mode(maximum: int) -> int:
+    """Return the permissions of a new file or folder: the maximum, less the user's umask."""
     umask = os.umask(0)
     os.umask(umask)
-    return most & ~umask
+    return maximum & ~umask
 
 
 @contextmanager
-def _named(target: Path) -> Iterator[None]:
-    """Put the name of what is being written into an OSError that has none, as that of a full disk."""
+def _naming(target: Path) -> Iterator[None]:
+    """Name the target in an OSError that has no file name, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -47,7 +47,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     old = temporary.with_name(f"{temporary.name}.old")
     try:
-        with _named(target):
+        with _naming(target):
             yield temporary
         folder_mode, file_mode = _mode(0o777), _mode(0o666)
         for path in (temporary, *temporary.rglob("*")):  # safetensors leaves files that their owner alone can read
@@ -78,7 +78,7 @@ def atomic_file(target: Path, *, private: bool = False) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        with _named(target):
+        with _naming(target):
             yield temporary
         temporary.chmod(0o600 if private else _mode(0o666))
         temporary.replace(target)
@@ -104,7 +104,10 @@ def read_json(path: Path) -> Any:
 
 
 def cached_json(file: Path, measure: Callable[[], Any]) -> Any:
-    """Return what `measure` gives, from `file` (JSON) where it exists; otherwise measure, and write it there."""
+    """Return the content of a JSON file; if there is none, measure it and write it there.
+
+    The file lies in a folder whose name has a `fingerprint` of all that the measurement depends on.
+    """
     if file.exists():
         return read_json(file)
     value = measure()
@@ -113,7 +116,7 @@ def cached_json(file: Path, measure: Callable[[], Any]) -> Any:
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line; what JSON has no word for, such as a date of a Parquet file, as text."""
+    """Write one JSON object a line; a value that JSON lacks, such as a date of a Parquet file, as text."""
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
         for row in rows:
             stream.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
@@ -148,11 +151,11 @@ def parse_jsonl(name: str, lines: Iterable[str]) -> Iterator[tuple[int, dict[str
 def parse_json(where: str, text: str) -> Any:
     """Parse JSON that a person gave; UserError, which begins with `where`, if it isn't sound.
 
-    It isn't if a key comes twice, since one value would win without a word; if it nests too deeply to be read; or if a
-    string in it has half of a surrogate pair, which no tokenizer takes and which can't be written as UTF-8.
+    Refused are a key that comes twice, of which one value would silently win; nesting too deep to be read; and half of
+    a surrogate pair in a string, which no tokenizer takes and which can't be written as UTF-8.
     """
     try:
-        found = json.loads(text, object_pairs_hook=refuse_duplicates)
+        value = json.loads(text, object_pairs_hook=refuse_duplicates)
     except (ValueError, RecursionError) as error:
         what = one_line(error)
         if isinstance(error, json.JSONDecodeError) and "\n" not in text.strip():
@@ -160,7 +163,7 @@ def parse_json(where: str, text: str) -> Any:
         raise UserError(f"{where}: not valid JSON ({what})") from None
     if HALF_CHARACTER.search(text):  # most are one half of a whole pair
         try:
-            json.dumps(found, ensure_ascii=False).encode()
+            json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             half = ascii(error.object[error.start])[1:-1]
             raise UserError(
@@ -168,17 +171,17 @@ def parse_json(where: str, text: str) -> Any:
             ) from None
         except RecursionError as error:
             raise UserError(f"{where}: not valid JSON ({one_line(error)})") from None
-    return found
+    return value
 
 
 def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make an object of a JSON parser's pairs; ValueError where a key comes twice."""
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in fields:
             raise ValueError(f"the key {key[:80]!r} is there twice")
-        found[key] = value
-    return found
+        fields[key] = value
+    return fields
 
 
 def sha256(path: Path) -> str:
@@ -196,7 +199,11 @@ def read_pieces(stream: IO[bytes], moved: Callable[[int], None], size: int = sys
 
 
 def fingerprint(*parts: Any) -> str:
-    """Hash JSON-able values and, for a Path, the content of that file or of all files in that folder; 16 hex digits."""
+    """Hash JSON-able values and, for a Path, the content of that file or of all files in that folder; 16 hex digits.
+
+    It names whatever is cached outside DVC. Its parts are the data and the code that the cached value depends on:
+    `fingerprint(Path(svd.__file__), tensor_hash(weight))`. So an edit of the code makes the value anew.
+    """
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):

@@ -1,21 +1,19 @@
 """Dynamic LayerReplace: harmonizers by deep learning, layer scores by reinforcement learning, together (section 2)."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scaleot_core.common.errors import UserError
-from scaleot_core.common.runtime import generator
+from scaleot_core.common.random import generator
 from scaleot_core.common.validation import check_range
 from scaleot_core.compression.harmonizer import Harmonizers
 from scaleot_core.models.forward import mean_loss, next_token_loss, swapped_layers
-from scaleot_core.settings import AfterSrc, Dlr
-from scaleot_core.training.blocks import BlockTrainer, draw_blocks, prepare, update
+from scaleot_core.settings import Dlr
+from scaleot_core.training.blocks import draw_blocks, prepare, update
 from scaleot_core.training.checkpoint import Checkpoint
 from scaleot_core.training.loop import run_steps
 from scaleot_core.training.optimizer import Optimizer
@@ -145,23 +143,3 @@ def train(
 
     history = run_steps(step, state, label="DLR", steps=dlr.steps, checkpoint=checkpoint)
     return state.scores, history
-
-
-def finetune_after_src(
-    emulator: PreTrainedModel,
-    harmonizers: Mapping[str, nn.Parameter],
-    blocks: Tensor,
-    after_src: AfterSrc,
-    *,
-    seed: int,
-    checkpoint: Checkpoint | None = None,
-) -> None:
-    """Train the harmonizers in a finished emulator, in place, to make up for the truncation of the other layers.
-
-    `after_src.steps` updates by cross-entropy on `blocks` (N, T); nothing but `harmonizers`, by their names, moves.
-    """
-    loss = partial(next_token_loss, emulator)
-    BlockTrainer(
-        harmonizers, blocks, loss, after_src, seed=seed, name="after src", label="after SRC", checkpoint=checkpoint
-    ).run()
-    emulator.requires_grad_(False)

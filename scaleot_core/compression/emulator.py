@@ -1,7 +1,6 @@
 """The emulator: a model whose layers are what a plan says, in place (method section 3)."""
 
 import copy
-import math
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -12,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from scaleot_core.common.tensors import Shapes
 from scaleot_core.compression.channels import channels_of, prune_channels
 from scaleot_core.compression.harmonizer import Harmonizer
-from scaleot_core.compression.plan import DECODER_KINDS, LayerKind, Plan
+from scaleot_core.compression.plan import DECODER_KINDS, LayerKind, Plan, layers_of, shared_layers
 from scaleot_core.compression.rank_compression import compress_layer
 from scaleot_core.compression.svd import Decompose, empty_factors
 from scaleot_core.models.families import attention, decoder_layers, family
@@ -20,32 +19,29 @@ from scaleot_core.models.forward import Removed
 from scaleot_core.models.loading import empty_model
 
 
-def apply_plan(
-    model: PreTrainedModel, plan: Plan, decompose: Decompose, channels: Mapping[int, Tensor] | None = None
-) -> None:
+def apply_plan(model: PreTrainedModel, plan: Plan, decompose: Decompose) -> None:
     """Replace a model's layers by the modules that the plan asks for, in place and frozen: [A, E*].
 
-    `channels` are the feed-forward channels that a layer keeps, where it is cut there. ValueError for a cut that the
-    model has no room for.
+    Of pruned layers the first channels are kept. ValueError for a cut that the model has no room for.
     """
-    layers, channels = decoder_layers(model), channels or {}
+    layers = decoder_layers(model)
     size, in_tuple = model.config.hidden_size, family(model.config).in_tuple
-    for i, kind in enumerate(plan.kinds):
-        if kind == "harmonizer":
+    for i, planned in enumerate(plan):
+        if planned.harmonizer_rank is not None:
             like = next(layers[i].parameters())
-            harmonizer = Harmonizer(size, plan.harmonizer, in_tuple=in_tuple)
+            harmonizer = Harmonizer(size, planned.harmonizer_rank, in_tuple=in_tuple)
             layers[i] = harmonizer.to(device=like.device, dtype=like.dtype)
-        elif kind == "removed":
+        elif planned.kind == "removed":
             layers[i] = Removed(in_tuple=in_tuple)
-        elif kind == "compressed":
-            compress_layer(model, i, ranks=plan.ranks(model, i), decompose=decompose)
-            if cut := plan.cuts.get(i):
-                if cut.channels > channels_of(model, i):
-                    raise ValueError(f"layer {i} has {channels_of(model, i)} feed-forward channels, not {cut.channels}")
-                prune_channels(model, i, channels.get(i, torch.arange(cut.channels)))
-    for i, other in plan.like.items():
-        layers[i] = copy.deepcopy(layers[other])
-    number_attention(model, {i: layers[i] for i, kind in enumerate(plan.kinds) if kind in DECODER_KINDS})
+        if planned.ranks:
+            compress_layer(model, i, ranks=planned.ranks, decompose=decompose)
+        if planned.channels is not None:
+            if planned.channels > channels_of(model, i):
+                raise ValueError(f"layer {i} has {channels_of(model, i)} feed-forward channels, not {planned.channels}")
+            prune_channels(model, i, torch.arange(planned.channels))
+    for i, source in shared_layers(plan).items():
+        layers[i] = copy.deepcopy(layers[source])
+    number_attention(model, {i: layers[i] for i in layers_of(plan, *DECODER_KINDS)})
     model.requires_grad_(False)
 
 
@@ -67,7 +63,7 @@ def part_of(name: str, layers_path: str, plan: Plan) -> str:
     """Name the file that a tensor belongs in: the kind of its layer, or `base` for embeddings, norm and head."""
     if not name.startswith(f"{layers_path}."):
         return "base"
-    return plan.kinds[int(name.removeprefix(f"{layers_path}.").split(".")[0])]
+    return plan[int(name.removeprefix(f"{layers_path}.").split(".")[0])].kind
 
 
 def layer_parameters(model: PreTrainedModel, plan: Plan, kind: LayerKind) -> dict[str, nn.Parameter]:
@@ -94,32 +90,26 @@ def meta_emulator(config: PretrainedConfig, plan: Plan, *, buffers_too: bool) ->
 
 
 def tensor_shapes(model: PreTrainedModel, plan: Plan) -> dict[str, Shapes]:
-    """List the names, shapes and dtypes of the tensors in each file of a package."""
+    """Return the names, shapes and dtypes of the tensors in each file of a package."""
     path = family(model.config).layers
-    found: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {}
+    shapes: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {}
     for name, tensor in package_tensors(model, plan):
-        found.setdefault(part_of(name, path, plan), {})[name] = (tuple(tensor.shape), tensor.dtype)
-    return dict(found)
-
-
-def plan_bytes(config: PretrainedConfig, plan: Plan) -> int:
-    """Count the bytes of the tensors in a package with this plan."""
-    parts = tensor_shapes(meta_emulator(config, plan, buffers_too=True), plan).values()
-    return sum(math.prod(shape) * dtype.itemsize for part in parts for shape, dtype in part.values())
+        shapes.setdefault(part_of(name, path, plan), {})[name] = (tuple(tensor.shape), tensor.dtype)
+    return dict(shapes)
 
 
 def assemble(
     config: PretrainedConfig, plan: Plan, tensors: Iterable[tuple[str, Tensor]], *, device: torch.device
 ) -> PreTrainedModel:
     """Put an emulator together, frozen, from the tensors of a package."""
-    model, found = meta_emulator(config, plan, buffers_too=False), dict(tensors)
-    path = family(config).layers
-    for other in set(plan.like.values()):  # one copy for all that share it: an adapter layer's own will move
-        own = f"{path}.{other}."
-        copies = {name.removeprefix(own): t.clone() for name, t in found.items() if name.startswith(own)}
-        for i in (i for i, source in plan.like.items() if source == other):
-            found |= {f"{path}.{i}.{name}": tensor for name, tensor in copies.items()}
-    model.load_state_dict(found, strict=False, assign=True)
+    model, state = meta_emulator(config, plan, buffers_too=False), dict(tensors)
+    path, shared = family(config).layers, shared_layers(plan)
+    for source in set(shared.values()):  # one copy for all that share it: an adapter layer's own will move
+        prefix = f"{path}.{source}."
+        copies = {name.removeprefix(prefix): t.clone() for name, t in state.items() if name.startswith(prefix)}
+        for i in (i for i, other in shared.items() if other == source):
+            state |= {f"{path}.{i}.{name}": tensor for name, tensor in copies.items()}
+    model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     model.to(device)  # type: ignore[arg-type]
     return model.eval().requires_grad_(False)

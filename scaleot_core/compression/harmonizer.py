@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scaleot_core.models.forward import StandIn
-from scaleot_core.settings import HarmonizerForm
 
 
 class Harmonizer(StandIn):
@@ -17,18 +16,18 @@ class Harmonizer(StandIn):
     untrained harmonizer is the identity. W_down does not, since a ReLU between two zero matrices passes no gradient.
     """
 
-    def __init__(self, hidden_size: int, form: HarmonizerForm, *, in_tuple: bool = False) -> None:
+    def __init__(self, hidden_size: int, rank: int, *, in_tuple: bool = False) -> None:
         super().__init__(in_tuple=in_tuple)
-        self.down = nn.Linear(hidden_size, form.rank)
-        self.up = nn.Linear(form.rank, hidden_size)
+        self.down = nn.Linear(hidden_size, rank)
+        self.up = nn.Linear(rank, hidden_size)
 
     def reset(self, generator: torch.Generator) -> None:
         """Draw W_down anew (Kaiming-uniform for a ReLU) and set the rest to zero."""
         bound = (6 / self.down.in_features) ** 0.5
         with torch.no_grad():
             self.down.weight.copy_(torch.empty(self.down.weight.shape).uniform_(-bound, bound, generator=generator))
-            for zero in (self.down.bias, self.up.weight, self.up.bias):
-                zero.zero_()
+            for parameter in (self.down.bias, self.up.weight, self.up.bias):
+                parameter.zero_()
 
     def replacement(self, hidden_states: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D); computed in the weights' own dtype, so float32 while they are trained."""

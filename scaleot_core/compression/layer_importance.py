@@ -12,30 +12,41 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from scaleot_core.common.errors import UserError
-from scaleot_core.common.files import read_json
+from scaleot_core.common.files import atomic_folder, read_json, write_json
 from scaleot_core.common.progress import progress
-from scaleot_core.common.runtime import generator
+from scaleot_core.common.random import generator
 from scaleot_core.common.tensors import read_tensors
 from scaleot_core.compression.harmonizer import Harmonizer, Harmonizers
-from scaleot_core.models.families import decoder_layers, family
-from scaleot_core.models.forward import hidden_of, hidden_states, hooks, mean_loss, next_token_loss, restarted
-from scaleot_core.settings import HarmonizerForm
+from scaleot_core.models.families import family
+from scaleot_core.models.forward import hidden_states, mean_loss, restarted
+
+SCORED_METHODS = frozenset({"scaleot"})
+"""Those that choose layers by scores and put harmonizers in their place; the others need neither."""
 
 
-def new_harmonizers(config: PretrainedConfig, form: HarmonizerForm, seed: int) -> Harmonizers:
+def new_harmonizers(config: PretrainedConfig, rank: int, seed: int) -> Harmonizers:
     """Make one fresh float32 harmonizer per decoder layer."""
     draw = generator(seed, "harmonizers")
     harmonizers = Harmonizers()
     for _ in range(config.num_hidden_layers):
-        harmonizer = Harmonizer(config.hidden_size, form, in_tuple=family(config).in_tuple)
+        harmonizer = Harmonizer(config.hidden_size, rank, in_tuple=family(config).in_tuple)
         harmonizer.reset(draw)
         harmonizers.append(harmonizer)
     return harmonizers
 
 
+def write_not_needed(folder: Path, method: str) -> None:
+    """Write the artifact of a stage that makes scores and harmonizers where the method needs neither."""
+    with atomic_folder(folder) as out:
+        write_json(out / "scores.json", {"not_needed_by": method, "prior": [], "scores": []})
+        write_json(out / "history.json", [])
+
+
 def read_scores(path: Path, layers: int) -> list[float]:
     """Read the scores of a model's decoder layers; UserError where one is missing or not finite."""
     scores = read_json(path).get("scores", [])
+    if not scores:
+        raise UserError(f"{path}: it was made for a method that needs no scores; run `dvc repro` with method = scaleot")
     if len(scores) != layers:
         raise UserError(f"{path}: {len(scores)} scores, and the model has {layers} decoder layers; make it again")
     for i, score in enumerate(scores):
@@ -52,9 +63,9 @@ def restore(module: nn.Module, path: Path, prefix: str = "") -> None:
     tensors = read_tensors(path, prefix)
     expected = {f"{prefix}{name}": tensor for name, tensor in module.state_dict().items()}
     for name in sorted(expected.keys() | tensors.keys()):
-        here, there = expected.get(name), tensors.get(name)
-        if here is None or there is None or here.shape != there.shape:
-            shapes = [None if t is None else tuple(t.shape) for t in (there, here)]
+        parameter, stored = expected.get(name), tensors.get(name)
+        if parameter is None or stored is None or parameter.shape != stored.shape:
+            shapes = [None if t is None else tuple(t.shape) for t in (stored, parameter)]
             raise UserError(
                 f"{path}: tensor {name!r} is {shapes[0]} there and {shapes[1]} in this model; "
                 "these harmonizers are another model's or of another rank: run layer_importance again"
@@ -68,7 +79,7 @@ def sensitivity(model: PreTrainedModel, harmonizers: Harmonizers, blocks: Tensor
 
     The layers before it run once for all: what comes of layer i's harmonizer on its known input is put in its place.
     """
-    whole = mean_loss(model, blocks, batch_blocks)
+    model_loss = mean_loss(model, blocks, batch_blocks)
     costs = [0.0] * len(harmonizers)
     with progress("sensitivity", len(harmonizers) * math.ceil(len(blocks) / batch_blocks)) as tick:
         for batch in blocks.split(batch_blocks):
@@ -77,8 +88,8 @@ def sensitivity(model: PreTrainedModel, harmonizers: Harmonizers, blocks: Tensor
                 replaced = harmonizer.replacement(inputs[i].unflatten(0, batch.shape))
                 with restarted(model, i, replaced):
                     loss = mean_loss(model, batch, batch_blocks)
-                costs[i] += (loss - whole) * len(batch) / len(blocks)
-                tick(tokens=batch.numel(), loss=loss - whole)
+                costs[i] += (loss - model_loss) * len(batch) / len(blocks)
+                tick(tokens=batch.numel(), loss=loss - model_loss)
     return costs
 
 
@@ -90,43 +101,11 @@ def block_influence(model: PreTrainedModel, blocks: Tensor) -> list[float]:
     return [1 - nn.functional.cosine_similarity(a.float(), b.float(), dim=-1).mean().item() for a, b in pairs]
 
 
-def taylor(model: PreTrainedModel, blocks: Tensor) -> list[float]:
-    """Estimate to first order what dropping a layer costs: |⟨∂ℓ/∂x_out, x_out − x_in⟩|, summed over tokens.
-
-    Gradients are taken of the hidden states alone; the model's weights stay frozen.
-    """
-    layers = decoder_layers(model)
-    totals = [0.0] * len(layers)
-    states: list[Tensor] = []
-
-    def keep(module: nn.Module, args: tuple[Tensor, ...], out: Tensor | tuple[Tensor, ...]) -> None:
-        state = hidden_of(out)
-        state.retain_grad()
-        states.append(state)
-
-    def start(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        first = args[0].detach().requires_grad_()
-        states.append(first)
-        return (first, *args[1:])
-
-    handles = [layers[0].register_forward_pre_hook(start), *(layer.register_forward_hook(keep) for layer in layers)]
-    with hooks(*handles):
-        for block in blocks.split(1):
-            states.clear()
-            next_token_loss(model, block).backward()
-            for i, (before, after) in enumerate(pairwise(states)):
-                assert after.grad is not None
-                totals[i] += (after.grad.float() * (after - before).float()).sum().abs().item() / len(blocks)
-    return totals
-
-
 def estimate(name: str, model: PreTrainedModel, harmonizers: Harmonizers, blocks: Tensor) -> list[float]:
     """Estimate every layer's cost by the named estimator, one of `layer_importance.estimator`."""
     if name == "sensitivity":
         return sensitivity(model, harmonizers, blocks)
-    if name == "block_influence":
-        return block_influence(model, blocks)
-    return taylor(model, blocks)
+    return block_influence(model, blocks)
 
 
 def prior_scores(costs: list[float]) -> list[float]:

@@ -8,7 +8,8 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
-from scaleot_core.common.runtime import generator, keep_freed_memory
+from scaleot_core.common.allocator import keep_freed_memory
+from scaleot_core.common.random import generator
 from scaleot_core.common.tensors import read_tensors, write_tensors
 from scaleot_core.compression.harmonizer import Harmonizer, Harmonizers
 from scaleot_core.models.forward import hidden_of, hooks
@@ -17,9 +18,11 @@ from scaleot_core.training.checkpoint import Checkpoint
 from scaleot_core.training.loop import run_steps
 from scaleot_core.training.optimizer import Optimizer, linear_warmup_decay
 
+BATCH_TOKENS = 1024  # in a step of local regression
+
 
 class LocalFit:
-    """Regression of a harmonizer to what its layer makes of hidden states (N, D) that come in and go out.
+    """Fit one harmonizer to its layer's map from inputs to outputs (N, D).
 
     A token's error counts relative to the mean square of the state it leaves the layer with, as the next layer's norm
     will see it; otherwise the few tokens with massive activations would decide alone. Inputs are standardised by
@@ -64,8 +67,8 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return joined
 
 
-def kept(checkpoint: Checkpoint, i: int) -> Path:
-    """Name the file that has what was fitted to layer i."""
+def fit_file(checkpoint: Checkpoint, i: int) -> Path:
+    """Name the file of layer i's finished fit."""
     return checkpoint.folder / "fits" / f"{i}.safetensors"
 
 
@@ -75,7 +78,6 @@ def fit_locally(
     blocks: Tensor,
     *,
     steps: int,
-    batch_tokens: int,
     lr: float,
     seed: int,
     checkpoint: Checkpoint | None = None,
@@ -89,13 +91,13 @@ def fit_locally(
     keep_freed_memory()
     tokens = blocks.numel()
     rows = [
-        torch.randint(tokens, (min(batch_tokens, tokens),), generator=generator(seed, "local fit", i))
+        torch.randint(tokens, (min(BATCH_TOKENS, tokens),), generator=generator(seed, "local fit", i))
         for i in range(steps)
     ]
-    own, losses = list(harmonizers), list[list[float]]()
+    by_layer, losses = list(harmonizers), list[list[float]]()
 
     def fit(i: int, before: Tensor, after: Tensor) -> None:
-        regression = LocalFit(own[i], before, after)
+        regression = LocalFit(by_layer[i], before, after)
         optimizer = Optimizer(regression.weights)
 
         def step(k: int) -> dict[str, float]:
@@ -105,22 +107,22 @@ def fit_locally(
             optimizer.step(lr * linear_warmup_decay(k, steps, 0.05))
             return {"loss": loss.item(), "tokens": len(rows[k])}
 
-        label, inner = f"local fit {i + 1} of {len(own)}", checkpoint and checkpoint.within(f"fits/{i}")
+        label, inner = f"local fit {i + 1} of {len(by_layer)}", checkpoint and checkpoint.within(f"fits/{i}")
         history = run_steps(step, optimizer, label=label, steps=steps, checkpoint=inner)
         losses.append([row["loss"] for row in history])
         regression.write_back()
         if checkpoint and inner:
-            write_tensors(kept(checkpoint, i), {**own[i].state_dict(), "losses": torch.tensor(losses[-1])})
+            write_tensors(fit_file(checkpoint, i), {**by_layer[i].state_dict(), "losses": torch.tensor(losses[-1])})
             inner.remove()
 
     @contextmanager
     def around(i: int, layer: nn.Module) -> Iterator[None]:
         """Keep what comes into a layer and what goes out; then fit, unless that was done before."""
-        if checkpoint and kept(checkpoint, i).exists():
+        if checkpoint and fit_file(checkpoint, i).exists():
             yield
-            fitted = read_tensors(kept(checkpoint, i))
+            fitted = read_tensors(fit_file(checkpoint, i))
             losses.append(fitted.pop("losses").tolist())
-            own[i].load_state_dict(fitted)
+            by_layer[i].load_state_dict(fitted)
             return
         before: list[Tensor] = []
         after: list[Tensor] = []

@@ -1,7 +1,4 @@
-"""Selective Rank Compression: the attention projections cut to a lower rank by truncated SVD (method section 4).
-
-And, beyond the paper, the feed-forward part to fewer channels.
-"""
+"""Selective Rank Compression: the attention projections cut to a lower rank by truncated SVD (method section 4)."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -26,9 +23,9 @@ def round_half_up(value: float) -> int:
     return math.floor(round(value, 9) + 0.5)
 
 
-def target_rank(full: int, beta: float) -> int:
-    """Give the rank left of `full` = min(rows, columns): max(1, round((1 − β) · full)), β the share removed."""
-    return max(1, round_half_up((1 - beta) * full))
+def target_rank(full: int, removed: float) -> int:
+    """Return what is left of `full` without a share of it: max(1, round((1 − removed) · full)). β is such a share."""
+    return max(1, round_half_up((1 - removed) * full))
 
 
 def _truncated(weight: Tensor, bias: Tensor | None, rank: int, factors: Callable[[Tensor], Factors]) -> nn.Module:
@@ -42,43 +39,32 @@ def _truncated(weight: Tensor, bias: Tensor | None, rank: int, factors: Callable
     return linear(left @ right, bias)
 
 
-def matrix_shapes(model: PreTrainedModel, index: int) -> dict[str, list[tuple[int, int]]]:
-    """List the shapes (out, in) of the matrices in one layer's attention projections, by the projection's name."""
+def matrix_shapes(model: PreTrainedModel, index: int) -> dict[str, tuple[tuple[int, int], ...]]:
+    """Return the shapes (out, in) of the matrices in one layer's attention projections, by the projection's name."""
     block, shapes = attention(model.config, decoder_layers(model)[index]), {}
     for name in family(model.config).projections:
         out, into = weight_of(block.get_submodule(name))[0].shape
         heads = fusion(model.config, name).heads
-        shapes[name] = [(out * share // sum(heads), into) for share in heads]
+        shapes[name] = tuple((out * share // sum(heads), into) for share in heads)
     return shapes
-
-
-def target_ranks(model: PreTrainedModel, index: int, *, beta: float) -> dict[str, list[int]]:
-    """Give the ranks that β leaves of the matrices in one layer's attention projections, by the projection's name."""
-    return {
-        name: [target_rank(min(shape), beta) for shape in shapes]
-        for name, shapes in matrix_shapes(model, index).items()
-    }
 
 
 def compress_layer(
     model: PreTrainedModel, index: int, *, ranks: Mapping[str, Sequence[int]], decompose: Decompose
 ) -> None:
-    """Cut the attention projections of one decoder layer to some ranks, in place; ValueError for ranks of others.
+    """Cut attention projections of one decoder layer to these ranks, in place; the others are left untouched.
 
-    Works on the meta device too, with `svd.empty_factors`. A projection of which nothing is cut is left untouched,
-    so that β = 0 is the model itself.
+    Works on the meta device too, with `svd.empty_factors`. ValueError for a projection that the layer doesn't have, or
+    that has another number of matrices.
     """
-    block = attention(model.config, decoder_layers(model)[index])
-    full = {name: [min(shape) for shape in shapes] for name, shapes in matrix_shapes(model, index).items()}
-    if {name: len(each) for name, each in full.items()} != {name: len(each) for name, each in ranks.items()}:
-        raise ValueError(f"layer {index} has projections {', '.join(full)}, and ranks for others are given")
-    for name in family(model.config).projections:
-        if all(rank >= whole for rank, whole in zip(ranks[name], full[name], strict=True)):
-            continue
-        where, fused = projection_name(model.config, index, name), fusion(model.config, name)
+    block, shapes = attention(model.config, decoder_layers(model)[index]), matrix_shapes(model, index)
+    for name, projection_ranks in ranks.items():
+        if len(shapes.get(name, ())) != len(projection_ranks):
+            raise ValueError(f"layer {index} has the projections {', '.join(shapes)}; the ranks of {name!r} fit none")
+        full_name, fused = projection_name(model.config, index, name), fusion(model.config, name)
         matrices = split_projection(block.get_submodule(name), fused)
         parts = [
-            _truncated(weight, bias, rank, partial(decompose, where, k))
-            for k, (rank, (weight, bias)) in enumerate(zip(ranks[name], matrices, strict=True))
+            _truncated(weight, bias, rank, partial(decompose, full_name, k))
+            for k, (rank, (weight, bias)) in enumerate(zip(projection_ranks, matrices, strict=True))
         ]
         setattr(block, name, parts[0] if len(parts) == 1 else FusedProjection(parts, fused.runs))

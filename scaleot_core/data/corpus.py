@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from scaleot_core.common.errors import UserError, one_line
-from scaleot_core.common.runtime import generator
+from scaleot_core.common.random import generator
 from scaleot_core.data.local_files import READ, ROWS, TEXTS, has_suffix
 from scaleot_core.data.rows import read_rows, read_text_file
 
@@ -42,18 +42,18 @@ def local_files(source: str) -> list[Path] | None:
 
     What has a file's suffix is meant as a file, and what is there is never looked for on the hub.
     """
-    path, known = Path(source), (*ROWS, *TEXTS)
+    path, suffixes = Path(source), (*ROWS, *TEXTS)
     if path.is_dir():
-        seen = (file for file in path.iterdir() if not file.name.startswith("."))
-        files = sorted(file for file in seen if has_suffix(file.name, known))
+        visible = (file for file in path.iterdir() if not file.name.startswith("."))
+        files = sorted(file for file in visible if has_suffix(file.name, suffixes))
         if not files:
             raise UserError(f"no {READ} or .txt file is in that folder", parameter="data.corpus", value=source)
         return files
     if not path.exists():
-        if has_suffix(source, known):
+        if has_suffix(source, suffixes):
             raise UserError("no such file; correct the path", parameter="data.corpus", value=source)
         return None
-    if not has_suffix(source, known):
+    if not has_suffix(source, suffixes):
         raise UserError(f"of no kind that is read: {READ} or .txt", parameter="data.corpus", value=source)
     return [path]
 
@@ -67,7 +67,7 @@ def _texts(rows: Iterable[tuple[str, Any]]) -> Iterator[str]:
 
 
 def _stream(source: str, revision: str) -> Iterator[object]:
-    """Rows of a hub data set's training split, as they arrive."""
+    """Yield rows of a hub data set's training split, as they arrive."""
     from datasets import load_dataset
 
     try:
@@ -77,14 +77,14 @@ def _stream(source: str, revision: str) -> Iterator[object]:
 
 
 def _shuffled(passages: Iterable[str], seed: int) -> Iterator[str]:
-    """Passages in seeded order, each drawn from the next `SHUFFLED` that are left."""
+    """Yield passages in seeded order, each drawn from the next `SHUFFLED` that are left."""
     stream, draw = iter(passages), generator(seed, "corpus")
-    held = list(islice(stream, SHUFFLED))
-    while held:
-        i = int(torch.randint(len(held), (), generator=draw))
-        held[i], passage = held[-1], held[i]
-        held.pop()
-        held.extend(islice(stream, 1))
+    buffer = list(islice(stream, SHUFFLED))
+    while buffer:
+        i = int(torch.randint(len(buffer), (), generator=draw))
+        buffer[i], passage = buffer[-1], buffer[i]
+        buffer.pop()
+        buffer.extend(islice(stream, 1))
         yield passage
 
 
@@ -97,7 +97,7 @@ def pack(
     heldout_blocks: int,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """Training and held-out blocks, (N, T) int32 each, of shuffled passages joined by the end-of-text token.
+    """Return training and held-out blocks, (N, T) int32 each, of shuffled passages joined by the end-of-text token.
 
     A passage goes wholly to one part, and one that comes again is left out. Held-out blocks are filled first, so that
     they stay the same whatever the training size; reading stops when both parts are full. UserError for no text, for
@@ -105,10 +105,10 @@ def pack(
     """
     if tokenizer.eos_token_id is None:
         raise UserError("its tokenizer has no end-of-text token to join passages with; use another", parameter="model")
-    wanted = {"data.heldout_blocks": heldout_blocks, "data.train_blocks": train_blocks}
+    counts = {"data.heldout_blocks": heldout_blocks, "data.train_blocks": train_blocks}
     stream, seen = _shuffled(passages, seed), set[str]()
     parts = []
-    for parameter, blocks in wanted.items():
+    for parameter, blocks in counts.items():
         tokens: list[int] = []
         while len(tokens) < blocks * block_size:
             passage = next(stream, None)
@@ -123,12 +123,12 @@ def pack(
     return train, heldout
 
 
-def _too_little(parameter: str, wanted: int, have: int, block_size: int, *, empty: bool) -> UserError:
+def _too_little(parameter: str, blocks: int, full: int, block_size: int, *, empty: bool) -> UserError:
     if empty:
         return UserError("there is no text in it; name a corpus that has some", parameter="data.corpus")
     beside = " beside the held-out ones" if parameter == "data.train_blocks" else ""
     return UserError(
-        f"the corpus gives {have} blocks of {block_size} tokens{beside}; lower {parameter} or give more text",
+        f"the corpus gives {full} blocks of {block_size} tokens{beside}; lower {parameter} or give more text",
         parameter=parameter,
-        value=wanted,
+        value=blocks,
     )

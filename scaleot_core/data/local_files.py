@@ -1,4 +1,4 @@
-"""Which files are read, and which of a folder, by their names; what is in one, `rows` finds out."""
+"""Name the kinds of files that are read; what is in one, `rows` finds out."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ READ = ".jsonl, .json, .csv, .parquet"
 
 
 def has_suffix(name: str, suffixes: tuple[str, ...]) -> bool:
-    """Tell whether a file's name ends in one of some suffixes, in whatever case."""
+    """Tell whether a file's name ends in one of some suffixes, whatever the case."""
     return name.lower().endswith(suffixes)
 
 
@@ -20,8 +20,7 @@ def split_file(folder: Path, part: str) -> Path:
 
     Where there is none, it is the name that it should have. UserError for two.
     """
-    there = sorted(folder.glob(f"{part}.*")) if folder.is_dir() else []
-    found = [file for file in there if file.name.lower().removeprefix(part) in ROWS]
-    if len(found) > 1:
-        raise UserError(f"{folder}: both {found[0].name} and {found[1].name} are there; keep one of them")
-    return found[0] if found else folder / f"{part}.jsonl"
+    files = sorted(file for file in folder.glob(f"{part}.*") if file.name.lower().removeprefix(part) in ROWS)
+    if len(files) > 1:
+        raise UserError(f"{folder}: both {files[0].name} and {files[1].name} are there; keep one of them")
+    return files[0] if files else folder / f"{part}.jsonl"

@@ -10,33 +10,32 @@ import torch
 
 from scaleot_core.common.errors import UserError, one_line
 from scaleot_core.common.progress import say
-from scaleot_core.common.runtime import generator
+from scaleot_core.common.random import generator
 from scaleot_core.data import embedded
 from scaleot_core.data.local_files import split_file
 from scaleot_core.data.rows import read_rows
 from scaleot_core.evaluation.definitions import evaluated_split, task_config
-from scaleot_core.evaluation.rows import PlacedRow
-from scaleot_core.evaluation.tasks import load_task
+from scaleot_core.evaluation.fields import PlacedRow
 
 Row = dict[str, Any]
-# What doesn't tell two questions apart: their numbers, and the answers, which might be given two ways.
+# Ignored when comparing questions: ids, and answers (which have two encodings).
 NON_CONTENT_FIELDS = {"id", "idx", "ind", "source_id", "example_id", "label", "answerKey", "answer", "answers"}
 
 
 def _key(row: Row) -> str:
-    """A question as text, to find it again: its content with case, spacing, number and answer aside."""
+    """Return a question's content as text that is the same whatever its case, spacing, number and answer."""
     content = {name: value for name, value in row.items() if name not in NON_CONTENT_FIELDS}
     return json.dumps(embedded.plain(content), sort_keys=True, ensure_ascii=False, default=str)
 
 
 def _shuffled(rows: list[Row], seed: int, part: str) -> list[Row]:
-    """The rows in seeded order, each question once: where it first stands."""
+    """Shuffle rows by the seed; of equal questions keep the first."""
     unique: dict[str, Row] = {}
     for row in rows:
         unique.setdefault(_key(row), row)
     order = torch.randperm(len(unique), generator=generator(seed, "questions", part)).tolist()
-    kept = list(unique.values())
-    return [kept[i] for i in order]
+    questions = list(unique.values())
+    return [questions[i] for i in order]
 
 
 def split(rows: list[Row], *, train: int, evaluate: int, seed: int) -> tuple[list[Row], list[Row]]:
@@ -65,7 +64,7 @@ def cut(
 
 
 def local(folder: Path, task: str) -> tuple[list[Row], list[Row]]:
-    """Both splits of `<folder>/<task>/`: train.jsonl, and validation.jsonl or, without one, test.jsonl.
+    """Read both splits of `<folder>/<task>/`: train.jsonl, and validation.jsonl or, without one, test.jsonl.
 
     Other files of rows will do as well, such as train.parquet. UserError for a missing or malformed file.
     """
@@ -89,7 +88,7 @@ def private(task: str, file: Path | None) -> list[Row]:
 
 
 def _group_by_article(rows: list[Row]) -> list[Row]:
-    """RACE's questions put together by article, as lm-eval's data set has them."""
+    """Group RACE's questions by article, as lm-eval's data set has them."""
     articles: dict[str, list[Row]] = {}
     for row in rows:
         problem = {name: row[name] for name in ("question", "answer", "options")}
@@ -102,7 +101,7 @@ HUB_OVERRIDES = {"race": ("ehovy/race", "high", "train", _group_by_article)}
 
 
 def check(source: str, task: str) -> None:
-    """UserError where a task is unknown, can't be tuned and scored, or has no questions to tune on at that source."""
+    """Raise UserError if a task is unknown, can't be tuned and scored, or has no questions to tune on at a source."""
     config = task_config(task)
     if source == "hub" and config["training_split"] is None and task not in HUB_OVERRIDES:
         raise UserError(f"{task!r} has no training split, so nothing can be tuned on it", parameter="tasks")
@@ -113,12 +112,12 @@ def check(source: str, task: str) -> None:
 
 
 def _options(config: Mapping[str, Any], revision: str) -> dict[str, Any]:
-    """What a definition gives `load_dataset` beside names; a revision of ours goes before one of its own."""
+    """Return a definition's options for `load_dataset`; our revision overrides its own."""
     return {**(config.get("dataset_kwargs") or {}), **({"revision": revision} if revision else {})}
 
 
 def training(task: str, revision: str = "") -> list[Row]:
-    """A task's training questions from the hub; UserError where it has none, or they can't be loaded."""
+    """Load a task's training questions from the hub; UserError if it has none, or they can't be loaded."""
     from datasets import load_dataset
 
     check("hub", task)
@@ -133,7 +132,7 @@ def training(task: str, revision: str = "") -> list[Row]:
 
 
 def hub(task: str, revision: str = "") -> tuple[list[Row], list[Row]]:
-    """The training split and the evaluated one that lm-eval's definition of the task names, from the hub.
+    """Load the training split and the evaluated one that lm-eval's definition of the task names, from the hub.
 
     UserError for an unknown task and for a data set that can't be loaded.
     """
@@ -160,7 +159,7 @@ def _reachable(path: str) -> Iterator[None]:
 
 
 def _drop_empty(task: str, rows: list[Row]) -> list[Row]:
-    """The rows without those that have nothing in them, such as a page of WikiText's validation split on the hub."""
+    """Leave out rows of empty fields, such as a page of WikiText's validation split on the hub."""
     filled = [row for row in rows if any(str(value).strip() for value in row.values())]
     if len(filled) < len(rows):
         say(f"task {task}: {len(rows) - len(filled)} of {len(rows)} rows are empty and left out", style="yellow")
@@ -170,7 +169,7 @@ def _drop_empty(task: str, rows: list[Row]) -> list[Row]:
 def load(
     source: str, task: str, *, revision: str = "", wheel: Path | None, train: int, evaluate: int, seed: int
 ) -> tuple[list[Row], list[Row]]:
-    """At most `train` training and `evaluate` evaluation rows of a task, in the fields of its hub data set.
+    """Load at most `train` training and `evaluate` evaluation rows of a task, in the fields of its hub data set.
 
     `source` is `embedded` (then `wheel` holds them), `hub`, or a folder; none stands in for another. UserError where a
     source can't be read or a part comes out empty.
@@ -180,14 +179,11 @@ def load(
             assert wheel is not None
             parts = split(embedded.questions(wheel, task), train=train, evaluate=evaluate, seed=seed)
         else:
-            given = hub(task, revision) if source == "hub" else local(Path(source), task)
-            whole = [_drop_empty(task, rows) for rows in given]
-            parts = cut(*whole, train=train, evaluate=evaluate, seed=seed)
+            splits = hub(task, revision) if source == "hub" else local(Path(source), task)
+            train_rows, eval_rows = (_drop_empty(task, rows) for rows in splits)
+            parts = cut(train_rows, eval_rows, train=train, evaluate=evaluate, seed=seed)
     except UserError as error:
         raise error.within(f"task {task}") from error
-    if source not in ("embedded", "hub"):
-        for rows in filter(None, whole):  # a row that lacks a field is told whether or not it was drawn
-            load_task(task, rows)
     for name, rows in zip(("training", "evaluation"), parts, strict=True):
         if not rows:
             raise UserError(f"task {task}: it has no {name} question", parameter="data.questions", value=source)

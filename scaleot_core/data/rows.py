@@ -26,9 +26,9 @@ COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd", b
 def read_rows(file: Path) -> Iterator[tuple[str, Row]]:
     """Yield where each row of a file lies, such as `records.jsonl, line 3`, and the row itself, as they are read.
 
-    What the file is, its content says: compressed (gzip, bzip2, Zstandard, LZ4) or not, Parquet, a JSON array, else
-    JSON Lines; CSV alone goes by its name. Text is UTF-8, or UTF-16 with a byte-order mark. UserError where the file
-    can't be read, and for the first row that isn't sound.
+    The content tells compression (gzip, bzip2, Zstandard, LZ4), Parquet and a JSON array from JSON Lines; the name
+    tells CSV. Text is UTF-8, or UTF-16 with a byte-order mark. UserError for a file that can't be read, and for the
+    first row that isn't sound.
     """
     if file.is_dir():
         raise UserError(f"{file}: it is a folder; name one file of records")
@@ -148,7 +148,7 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _drop_nulls(value: Any) -> Any:
-    """Leave out the fields that are null: a columnar file has a null wherever a row lacks what another one has."""
+    """Leave out null fields: a columnar file has a null wherever a row lacks a field that another row has."""
     if isinstance(value, dict):
-        return {name: _drop_nulls(one) for name, one in value.items() if one is not None}
-    return [_drop_nulls(one) for one in value] if isinstance(value, list) else value
+        return {name: _drop_nulls(field) for name, field in value.items() if field is not None}
+    return [_drop_nulls(item) for item in value] if isinstance(value, list) else value

@@ -2,60 +2,31 @@
 
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scaleot_core.common.errors import UserError
-from scaleot_core.common.progress import Tick, progress, say
-from scaleot_core.evaluation.scoring import score
-from scaleot_core.evaluation.tasks import Rows, answer_pairs, load_task, metric_name, metrics, right_choices
+from scaleot_core.common.progress import say
+from scaleot_core.evaluation.fields import Rows
+from scaleot_core.evaluation.tasks import answer_pairs, load_task, metric_name, metrics, right_choices
 from scaleot_core.models.families import context_length
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
-    from lm_eval.models.huggingface import HFLM
+
+    from scaleot_core.evaluation.lm import InMemoryLM
 
 
-def lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 1, label: str = "") -> "HFLM":
-    """Wrap a model in memory for lm-eval, which asks and counts; `scoring` answers, and progress is shown our way."""
-    from lm_eval.models.huggingface import HFLM
-
-    class View(HFLM):
-        tick: Tick
-
-        def _watched(self, ask: Callable[..., list[Any]], requests: list[Any], steps: int) -> list[Any]:
-            with progress(label, steps) as self.tick:
-                return ask(requests, disable_tqdm=True)
-
-        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-            return self._watched(super().loglikelihood, requests, len(requests))
-
-        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-            windows = sum(math.ceil(len(self.tok_encode(r.args[0])) / self.max_length) for r in requests)
-            self.batch_size_per_gpu = 1  # lm-eval pads texts to the longest in a batch
-            try:
-                return self._watched(super().loglikelihood_rolling, requests, windows)
-            finally:
-                self.batch_size_per_gpu = batch_size
-
-        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            return self._watched(super().generate_until, requests, math.ceil(len(requests) / batch_size))
-
-        def _loglikelihood_tokens(self, requests: Any, **options: Any) -> list[tuple[float, bool]]:
-            pairs = [(context, continuation) for _, context, continuation in requests]
-            size, length = self.batch_size_per_gpu, self.max_length
-            return score(self.model, pairs, batch_size=size, max_length=length, tick=self.tick)
-
-        def _model_generate(self, context: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-            made = super()._model_generate(context, *args, **options)
-            self.tick(tokens=made.numel())
-            return made
+def lm(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 1, label: str = ""
+) -> "InMemoryLM":
+    """Wrap a model in memory for lm-eval; progress is shown under `label`."""
+    from scaleot_core.evaluation.lm import InMemoryLM
 
     context = context_length(model.config)
-    return View(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=context)
+    return InMemoryLM(label=label, pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=context)
 
 
 def evaluate(
@@ -93,7 +64,7 @@ def evaluate(
     return {name: _figures(results, name, task, view) for name, task in tasks.items()}
 
 
-def _figures(results: dict[str, Any], name: str, task: "Task", view: "HFLM") -> dict[str, Any]:
+def _figures(results: dict[str, Any], name: str, task: "Task", view: "InMemoryLM") -> dict[str, Any]:
     figures: dict[str, Any] = {}
     filters = [entry["name"] for entry in task.config.filter_list or [{"name": "none"}]]
     for key, value in results["results"][name].items():
@@ -106,7 +77,7 @@ def _figures(results: dict[str, Any], name: str, task: "Task", view: "HFLM") -> 
     return figures | ours | {"questions": len(samples), "version": results["versions"][name]}
 
 
-def _nll(samples: list[dict[str, Any]], task: "Task", view: "HFLM") -> dict[str, float]:
+def _nll(samples: list[dict[str, Any]], task: "Task", view: "InMemoryLM") -> dict[str, float]:
     """Collect the right answers' negative log-likelihood: from the choices that were scored, else scored now."""
     if task.OUTPUT_TYPE == "multiple_choice":
         nll = [
@@ -129,12 +100,12 @@ def _check_finite(task: "Task", values: list[float]) -> None:
         raise UserError(f"task {name}: a likelihood is not finite; mend the model's weights or use dtype float32")
 
 
-def _of_texts(samples: list[dict[str, Any]], task: "Task", view: "HFLM") -> dict[str, float]:
+def _of_texts(samples: list[dict[str, Any]], task: "Task", view: "InMemoryLM") -> dict[str, float]:
     """Compute the perplexity per token, and the standard errors of all figures of texts, which lm-eval doesn't give.
 
     Each is a ratio of two sums over texts, nll by words, bytes or tokens, with a ratio estimator's error.
     """
-    found: dict[str, float] = {}
+    errors: dict[str, float] = {}
     nll = [-float(sample["filtered_resps"][0]) for sample in samples]
     _check_finite(task, nll)
     units = {
@@ -145,7 +116,7 @@ def _of_texts(samples: list[dict[str, Any]], task: "Task", view: "HFLM") -> dict
     units["token_perplexity"] = [float(len(view.tok_encode(str(task.doc_to_target(s["doc"]))))) for s in samples]
     for metric, counts in units.items():
         ratio = sum(nll) / sum(counts)
-        apart = [one - ratio * count for one, count in zip(nll, counts, strict=True)]
-        error = math.sqrt(len(apart) / (len(apart) - 1) * sum(value**2 for value in apart)) / sum(counts)
-        found[f"{metric}_stderr"] = error / math.log(2) if metric == "bits_per_byte" else math.exp(ratio) * error
-    return found | {"token_perplexity": math.exp(sum(nll) / sum(units["token_perplexity"]))}
+        residuals = [loss - ratio * count for loss, count in zip(nll, counts, strict=True)]
+        error = math.sqrt(len(nll) / (len(nll) - 1) * sum(residual**2 for residual in residuals)) / sum(counts)
+        errors[f"{metric}_stderr"] = error / math.log(2) if metric == "bits_per_byte" else math.exp(ratio) * error
+    return errors | {"token_perplexity": math.exp(sum(nll) / sum(units["token_perplexity"]))}

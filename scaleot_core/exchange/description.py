@@ -9,13 +9,13 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import read_json
 from scaleot_core.common.runtime import DTYPES
-from scaleot_core.compression.plan import Cut, LayerKind
+from scaleot_core.compression.plan import Layer
 from scaleot_core.exchange.manifest import MOST_LAYERS, Manifest
 from scaleot_core.models.families import FAMILIES
-from scaleot_core.settings import AdapterKind, Fraction, HarmonizerForm
+from scaleot_core.settings import AdapterKind
 
 FORMAT: Final = "scaleot-emulator"
-FORMAT_VERSION: Final = 3
+FORMAT_VERSION: Final = 4
 UNSTATED = "not stated: ask the model owner"
 LONGEST_LICENSE = 1000  # characters
 
@@ -27,7 +27,7 @@ class PackageManifest(Manifest):
     """A package's manifest: what tuning needs to know, and no more."""
 
     format: Literal["scaleot-emulator"] = FORMAT
-    format_version: Literal[3] = FORMAT_VERSION
+    format_version: Literal[4] = FORMAT_VERSION
     license: Annotated[str, Field(max_length=LONGEST_LICENSE)]
     """Under which the package is shipped."""
     architecture: dict[str, Any]
@@ -36,15 +36,8 @@ class PackageManifest(Manifest):
     """Of every tensor, except on disk those that are `quantized`."""
     quantized: Annotated[Literal["int8"] | None, Field(exclude_if=lambda form: form is None)] = None
     """What the matrices of harmonizers and compressed layers are stored as, if not in `dtype`."""
-    layers: Annotated[tuple[LayerKind, ...], Field(min_length=1, max_length=MOST_LAYERS)]
-    """What became of each decoder layer."""
-    beta: Fraction
-    """β, which says the ranks of the compressed layers."""
-    harmonizer: HarmonizerForm
-    like: Annotated[dict[int, int], Field(max_length=MOST_LAYERS, default_factory=dict)]
-    """Whose weights each shared layer has."""
-    cuts: Annotated[dict[int, Cut], Field(max_length=MOST_LAYERS, default_factory=dict)]
-    """How far layers are cut that β doesn't cut."""
+    layers: Annotated[tuple[Layer, ...], Field(min_length=1, max_length=MOST_LAYERS)]
+    """The plan: what became of each decoder layer."""
     figures: Annotated[dict[Label, dict[AdapterKind, Recovery]], Field(max_length=64, default_factory=dict)]
     """The model owner's own measured recovery, by task, adapters and metric, if it chose to tell."""
 
@@ -84,5 +77,5 @@ def stated_config(manifest: PackageManifest) -> PretrainedConfig:
     count = CONFIG_MAPPING[name].attribute_map.get("num_hidden_layers", "num_hidden_layers")
     stated = {fields.get(count), fields.get("num_hidden_layers", fields.get(count))}
     if stated != {len(manifest.layers)}:  # before a configuration of so many layers is made
-        raise ValueError(f"`layers` has {len(manifest.layers)} kinds, the architecture {fields.get(count)!r}")
+        raise ValueError(f"`layers` has {len(manifest.layers)} entries, the architecture {fields.get(count)!r}")
     return AutoConfig.for_model(name, **{**fields, "dtype": DTYPES[manifest.dtype]})

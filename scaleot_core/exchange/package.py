@@ -19,7 +19,7 @@ from scaleot_core.common.progress import Moved, byte_progress
 from scaleot_core.common.runtime import DTYPES
 from scaleot_core.common.tensors import Shapes, TensorWriter
 from scaleot_core.compression.emulator import PARTS, assemble, meta_emulator, part_of, tensor_shapes
-from scaleot_core.compression.plan import DECODER_KINDS, Plan
+from scaleot_core.compression.plan import Plan, check_plan
 from scaleot_core.compression.quantization import dequantized, quantize
 from scaleot_core.exchange.description import (
     FORMAT,
@@ -85,11 +85,7 @@ def save(
         "license": license,
         "architecture": {key: value for key, value in config.to_dict().items() if key in known},
         "dtype": str(config.dtype).removeprefix("torch."),
-        "layers": list(plan.kinds),
-        "beta": plan.beta,
-        "harmonizer": plan.harmonizer.model_dump(),
-        "like": {str(i): other for i, other in plan.like.items()},
-        "cuts": {str(i): cut.model_dump(mode="json") for i, cut in plan.cuts.items()},
+        "layers": [layer.model_dump(mode="json") for layer in plan],
         **({"quantized": quantized} if quantized else {}),
         **fields,
     }
@@ -116,11 +112,9 @@ class Package:
     @cached_property
     def plan(self) -> Plan:
         """The layer plan that the manifest states."""
-        manifest = self.manifest
         with self._describing():
-            if not set(manifest.layers) & set(DECODER_KINDS):
-                raise ValueError("no decoder layer is left to tune")
-            return Plan(manifest.layers, manifest.beta, manifest.harmonizer, manifest.like, manifest.cuts)
+            check_plan(self.manifest.layers)
+        return self.manifest.layers
 
     @cached_property
     def config(self) -> PretrainedConfig:

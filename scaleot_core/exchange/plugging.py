@@ -9,7 +9,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, 
 
 from scaleot_core.common.progress import byte_progress
 from scaleot_core.common.tensors import copy_tensors
-from scaleot_core.models.sources import ModelSource
+from scaleot_core.models.opened import ModelSource
 from scaleot_core.models.streaming import StreamedModel
 from scaleot_core.tuning.adapters import TunedAdapter
 

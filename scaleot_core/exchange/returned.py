@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from scaleot_core.common.errors import UserError, one_line
 from scaleot_core.common.files import read_json
-from scaleot_core.compression.plan import Plan
+from scaleot_core.compression.plan import Plan, shared_layers
 from scaleot_core.exchange import adapter_folder
 from scaleot_core.exchange.package import Package
 from scaleot_core.models.families import family
@@ -49,7 +49,7 @@ def layer_changes(
             i = _layer_of(name, prefix)
             moved = layers.setdefault(i, _Moved())
             moved.add_change(_pieces(adapter.change(name)))
-            own = name.replace(f"{prefix}{i}.", f"{prefix}{plan.like.get(i, i)}.", 1)
+            own = name.replace(f"{prefix}{i}.", f"{prefix}{shared_layers(plan).get(i, i)}.", 1)
             matrices.setdefault(own, []).append(moved)
         for name, numbers in _numbers(shipped, matrices):
             for moved in matrices[name]:
@@ -153,7 +153,7 @@ def fitted(tuned: TunedAdapter, package: Package, model: PreTrainedModel, privat
     """
     if not isinstance(tuned, TunedLora):
         return tuned
-    pruned = tuned.form.modules == "all" and bool(package.plan.cuts)
+    pruned = tuned.form.modules == "all" and any(layer.channels for layer in package.plan)
     return fit_to_model(tuned, model, kept_channels(private, package.sha256) if pruned else {})
 
 

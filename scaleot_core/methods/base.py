@@ -1,4 +1,4 @@
-"""What a method is given, and the size that its emulator is fitted to: equal bytes for all methods."""
+"""What a method starts from, and the size that its emulator is fitted to: equal bytes for all methods."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,8 +11,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.runtime import Runtime
 from scaleot_core.compression import emulator
+from scaleot_core.compression.layer_choice import plan_for
 from scaleot_core.compression.layer_importance import read_scores
-from scaleot_core.compression.plan import LayerKind, Plan, plan_for
+from scaleot_core.compression.plan import Plan
+from scaleot_core.compression.shapes import LayerShapes, layer_shapes, plan_bytes
 from scaleot_core.models.loading import empty_model, load_model, read_config
 from scaleot_core.models.streaming import StreamedModel
 from scaleot_core.params import Params
@@ -25,29 +27,29 @@ class BuiltEmulator:
 
     plan: Plan
     tensors: Iterable[tuple[str, Tensor]]
-    """What a package has of it, by its name in the model; to be gone through once."""
+    """(name, tensor) pairs that a package stores, by the model's names; a one-shot iterator."""
     channels: Mapping[int, Tensor] = field(default_factory=dict)
-    """The numbers of the feed-forward channels that each pruned layer keeps, ascending; whole once `tensors` were gone
-    through. They stay with the model owner."""
+    """The feed-forward channels that each pruned layer keeps, ascending; filled while `tensors` is read. They stay with
+    the model owner."""
 
 
 @dataclass(frozen=True)
 class ModelOwner:
-    """What the model owner has to make an emulator from."""
+    """What the model owner makes an emulator from."""
 
     folder: Path
-    """Of the real model."""
+    """The real model's folder."""
     runtime: Runtime
     blocks: Tensor
     """Training blocks of the public corpus (N, T)."""
     params: Params
     harmonizers: Path
-    """What stage train_harmonizers wrote: harmonizers and scores."""
+    """The folder of stage train_harmonizers: harmonizers and scores."""
     scratch: Path
-    """Where what serves other runs too is kept."""
+    """A folder for decompositions and covariances that later runs of the same code use again."""
     checkpoint: Checkpoint
     count: Callable[[PreTrainedModel], None] = lambda model: None
-    """What is called with every model before it runs, to count its tokens."""
+    """Called with every model before it runs, to count its tokens."""
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -60,6 +62,11 @@ class ModelOwner:
     def outline(self) -> PreTrainedModel:
         """The real model without weights, to read shapes from."""
         return empty_model(self.config, self.runtime.dtype, buffers_too=True)
+
+    @cached_property
+    def shapes(self) -> LayerShapes:
+        """The sizes of the real model's layers."""
+        return layer_shapes(self.outline)
 
     def load(self) -> PreTrainedModel:
         """Load the real model, frozen."""
@@ -74,49 +81,37 @@ class ModelOwner:
         return streamed
 
     def scores(self) -> list[float]:
-        """Read the layers' scores; zeros where nothing hangs on them, so that such an emulator needs none."""
-        params = self.params
-        by_score = params.adapter_layers > 0 and params.adapter_placement == "importance"
-        if not (params.alpha or params.max_bytes_ratio or by_score):
-            return [0.0] * self.config.num_hidden_layers
+        """Read the layers' scores; UserError where they were not made."""
         return read_scores(self.harmonizers / "scores.json", self.config.num_hidden_layers)
 
-    def plan(self, kinds: tuple[LayerKind, ...], **cuts: object) -> Plan:
-        """Make a plan with these kinds, in which only `cuts` are cut."""
-        return Plan(kinds, 0.0, self.params.harmonizer, **cuts)  # type: ignore[arg-type]
-
     def emulator_of_whole_layers(self, plan: Plan) -> BuiltEmulator:
-        """Make the emulator that has the layers of a plan as they are, read one tensor after the other."""
+        """Make the emulator of a plan that cuts no layer, read one tensor after the other."""
         streamed = self.stream()
-        kept = [name for name in streamed.names if emulator.part_of(name, streamed.path, plan) in emulator.PARTS]
-        return BuiltEmulator(plan, streamed.tensors(kept))
-
-
-def model_bytes(owner: ModelOwner) -> int:
-    """Count the bytes of the whole model's weights."""
-    return emulator.plan_bytes(owner.config, owner.plan(("compressed",) * owner.config.num_hidden_layers))
+        names = [name for name in streamed.names if emulator.part_of(name, streamed.path, plan) in emulator.PARTS]
+        return BuiltEmulator(plan, streamed.tensors(names))
 
 
 def target_bytes(owner: ModelOwner) -> int:
-    """Give the most bytes an emulator may have: by `max_bytes_ratio`, or, where that is 0, ScaleOT's at α and β."""
+    """Return the most bytes an emulator may have: by `max_bytes_ratio`, or, where that is 0, ScaleOT's at α and β."""
     if owner.params.max_bytes_ratio:
-        return int(owner.params.max_bytes_ratio * model_bytes(owner))
-    return emulator.plan_bytes(owner.config, plan_for(owner.params, owner.scores(), owner.outline))
+        return int(owner.params.max_bytes_ratio * owner.shapes.model_bytes)
+    any_scores = [0.0] * owner.shapes.layers  # which layers are replaced doesn't change the bytes
+    return plan_bytes(owner.shapes, plan_for(owner.params, any_scores, owner.shapes))
 
 
-def largest_fitting(owner: ModelOwner, sizes: range, plan: Callable[[int], Plan]) -> int:
-    """Find the largest size whose plan keeps to the target; UserError where the smallest one doesn't.
+def largest_fitting(owner: ModelOwner, sizes: range, plan: Callable[[int], Plan]) -> Plan:
+    """Return the plan of the largest size that keeps to the target; UserError where the smallest one doesn't.
 
     Larger sizes have more bytes.
     """
     target = target_bytes(owner)
 
     def fits(size: int) -> bool:
-        return emulator.plan_bytes(owner.config, plan(size)) <= target
+        return plan_bytes(owner.shapes, plan(size)) <= target
 
     low, high = sizes.start, sizes.stop - 1
     if not fits(low):
-        share = target / model_bytes(owner)
+        share = target / owner.shapes.model_bytes
         raise UserError(
             f"even its smallest emulator exceeds the budget of {share:.0%} of the model's bytes; "
             "raise `max_bytes_ratio`, or lower alpha or beta",
@@ -126,4 +121,4 @@ def largest_fitting(owner: ModelOwner, sizes: range, plan: Callable[[int], Plan]
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+    return plan(low)

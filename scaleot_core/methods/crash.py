@@ -15,17 +15,19 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from scaleot_core.compression.plan import LayerKind, Plan
+from scaleot_core.compression.plan import ADAPTER, COMPRESSED, Layer, Plan
 from scaleot_core.methods.base import BuiltEmulator, ModelOwner, largest_fitting
 from scaleot_core.models.forward import hidden_of, hooks
 from scaleot_core.models.streaming import StreamedModel
+
+CALIBRATION_BLOCKS = 256  # training blocks on which layers are compared
 
 
 def representations(streamed: StreamedModel, blocks: Tensor) -> list[Tensor]:
     """Pool each decoder layer's output over the tokens of a block with weights 1, 2, …: L tensors (N, D)."""
     weights = torch.arange(1, blocks.shape[1] + 1, device=streamed.device).float()
     weights /= weights.sum()
-    kept: list[Tensor] = []
+    pooled: list[Tensor] = []
 
     @contextmanager
     def around(i: int, layer: nn.Module) -> Iterator[None]:
@@ -36,10 +38,10 @@ def representations(streamed: StreamedModel, blocks: Tensor) -> list[Tensor]:
 
         with hooks(layer.register_forward_hook(pool)):
             yield
-        kept.append(torch.cat(parts))
+        pooled.append(torch.cat(parts))
 
     streamed.run(blocks, around)
-    return kept
+    return pooled
 
 
 def cka(x: Tensor, y: Tensor) -> float:
@@ -72,16 +74,16 @@ def nearest(kept: list[int], layer: int) -> int:
 
 def build(owner: ModelOwner) -> BuiltEmulator:
     """Build the emulator: the centres of clusters, shared in place of the others."""
-    blocks = owner.blocks[: owner.params.crash.calibration_blocks]
+    blocks = owner.blocks[:CALIBRATION_BLOCKS]
     similarities = [cka(x, y) for x, y in pairwise(representations(owner.stream(), blocks))]
     total, tuned = len(similarities) + 1, owner.params.adapter_layers
 
     def keeping(count: int) -> Plan:
         kept = centres(similarities, count)
-        chosen = set(adapters(kept, tuned))
-        kinds: list[LayerKind] = [
-            "adapter" if i in chosen else "compressed" if i in kept else "shared" for i in range(total)
-        ]
-        return owner.plan(tuple(kinds), like={i: nearest(kept, i) for i in range(total) if i not in kept})
+        tuned_layers = set(adapters(kept, tuned))
+        return tuple(
+            ADAPTER if i in tuned_layers else COMPRESSED if i in kept else Layer(kind="shared", source=nearest(kept, i))
+            for i in range(total)
+        )
 
-    return owner.emulator_of_whole_layers(keeping(largest_fitting(owner, range(tuned + 1, total + 1), keeping)))
+    return owner.emulator_of_whole_layers(largest_fitting(owner, range(tuned + 1, total + 1), keeping))

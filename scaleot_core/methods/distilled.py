@@ -15,36 +15,38 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scaleot_core.common import distributed
-from scaleot_core.common.runtime import generator
+from scaleot_core.common.random import generator
 from scaleot_core.compression import emulator
 from scaleot_core.compression.emulator import package_tensors
-from scaleot_core.compression.plan import DECODER_KINDS
+from scaleot_core.compression.plan import DECODER_KINDS, layers_of
 from scaleot_core.compression.svd import svd_factors
-from scaleot_core.memory import Weights, check_weights
 from scaleot_core.methods import uniform
 from scaleot_core.methods.base import BuiltEmulator, ModelOwner
 from scaleot_core.models.families import decoder_layers
 from scaleot_core.models.forward import hidden_of, hooks, last_hidden_state, next_token_loss, swapped_layers
 from scaleot_core.training.blocks import BlockTrainer, draw_blocks, update
 
-STAGE = "compress, method distilled"
+HIDDEN_WEIGHT = 30.0  # of the hidden states' error beside the cross-entropy, as in the source
 
 
 @contextmanager
 def _states_after(model: PreTrainedModel, index: int) -> Iterator[list[Tensor]]:
     """Collect the states (B, T, D) after a decoder layer, of each forward pass in the block."""
-    left: list[Tensor] = []
+    states: list[Tensor] = []
     layer = decoder_layers(model)[index]
-    with hooks(layer.register_forward_hook(lambda module, args, out: left.append(hidden_of(out)))):
-        yield left
+    with hooks(layer.register_forward_hook(lambda module, args, out: states.append(hidden_of(out)))):
+        yield states
 
 
-def loss(model: PreTrainedModel, blocks: Tensor, teacher: Tensor, square: Tensor, middle: int, weight: float) -> Tensor:
-    """Add to the cross-entropy (nats) weight · the error of states (B, T, D) after a layer, over their mean square."""
-    with _states_after(model, middle) as left:
+def loss(model: PreTrainedModel, blocks: Tensor, teacher: Tensor, square: Tensor, middle: int) -> Tensor:
+    """Add to the cross-entropy (nats) 30 times the error of the states after a layer, over their mean square.
+
+    blocks: (B, T); teacher: (B, T, D), the original's states after layer `middle`; square: their mean square, ().
+    """
+    with _states_after(model, middle) as states:
         entropy = next_token_loss(model, blocks)
-    teacher, student = teacher.float(), left[0].float()
-    return entropy + weight * (teacher - student).square().mean() / square
+    teacher, student = teacher.float(), states[0].float()
+    return entropy + HIDDEN_WEIGHT * (teacher - student).square().mean() / square
 
 
 class Distillation(BlockTrainer):
@@ -71,7 +73,6 @@ class Distillation(BlockTrainer):
             label="distillation",
             checkpoint=owner.checkpoint,
         )
-        self.weight = owner.params.distill.hidden_weight
 
     def step(self, i: int) -> dict[str, float]:
         """Take step i: ask the original layers first, about this process's part of the batch; all take part."""
@@ -80,34 +81,33 @@ class Distillation(BlockTrainer):
         with (
             torch.no_grad(),
             swapped_layers(self.model, self.originals),
-            _states_after(self.model, self.middle) as left,
+            _states_after(self.model, self.middle) as states,
         ):
             last_hidden_state(self.model, mine if len(mine) else batch[:1])
-        self.teacher = left[0]
+        self.teacher = states[0]
         square = self.teacher.float().square().mean()
         self.square = square.new_tensor(distributed.all_reduce_sum(square.item() * len(mine)) / len(batch))
         return update(self.optimizer, batch, self.loss, self.settings, i)
 
     def _loss(self, blocks: Tensor) -> Tensor:
-        return loss(self.model, blocks, self.teacher, self.square, self.middle, self.weight)
+        return loss(self.model, blocks, self.teacher, self.square, self.middle)
 
 
 def build(owner: ModelOwner) -> BuiltEmulator:
-    """Build the emulator, and train the middle layers that it keeps; UserError where there is no room for that."""
-    kept = uniform.plan(owner)
-    copied = sum(p.numel() for p in emulator.layer_parameters(owner.outline, kept, "compressed").values())
-    weights = Weights(owner.outline.num_parameters() + copied, trained=copied)
-    check_weights(STAGE, weights, owner.runtime)
+    """Build the emulator, and train the middle layers that it keeps."""
+    plan = uniform.plan(owner)
     model = owner.load()
     originals: dict[int, nn.Module] = {}
     layers = decoder_layers(model)
-    for i, kind in enumerate(kept.kinds):
-        if kind != "adapter":
+    for i, planned in enumerate(plan):
+        if planned.kind != "adapter":
             originals[i] = layers[i]
             layers[i] = copy.deepcopy(layers[i])
-    emulator.apply_plan(model, kept, svd_factors)
-    distributed.shard_layers([*originals.values(), *(layers[i] for kind in DECODER_KINDS for i in kept.layers(kind))])
-    Distillation(model, originals, emulator.layer_parameters(model, kept, "compressed"), owner).run()
+    emulator.apply_plan(model, plan, svd_factors)
+    distributed.shard_layers(
+        [*originals.values(), *(layers[i] for kind in DECODER_KINDS for i in layers_of(plan, kind))]
+    )
+    Distillation(model, originals, emulator.layer_parameters(model, plan, "compressed"), owner).run()
     model.requires_grad_(False)
-    tensors = ((name, distributed.full_tensor(tensor)) for name, tensor in package_tensors(model, kept))
-    return BuiltEmulator(kept, tensors)
+    tensors = ((name, distributed.full_tensor(tensor)) for name, tensor in package_tensors(model, plan))
+    return BuiltEmulator(plan, tensors)

@@ -5,7 +5,7 @@ change δ of a weight has the score ‖H δ‖₁ − λ · g ⊙ δ, with the H
 components whose removal scores least go; the largest 5 % of the singular values always stay; adapter layers at the
 ends; no training. Assumed, where they are silent: next-token cross-entropy on the public corpus, empirical Fisher,
 each component scored as if it went alone, products summed, every matrix cut by the same share, all of q, k, v and o
-and of gate, up and down, λ as in params.yaml.
+and of gate, up and down, λ = 1.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,19 +17,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from scaleot_core.compression.channels import channels_of, prune_channels
+from scaleot_core.compression.channels import prune_channels
+from scaleot_core.compression.layer_choice import cut_ranks, end_layers
 from scaleot_core.compression.low_rank import weight_of
-from scaleot_core.compression.plan import Cut, Plan, choose_layers
-from scaleot_core.compression.rank_compression import compress_layer, matrix_shapes
+from scaleot_core.compression.plan import ADAPTER, Layer, Plan, layers_of
+from scaleot_core.compression.rank_compression import compress_layer
 from scaleot_core.compression.svd import Factors, decompose
 from scaleot_core.methods.base import BuiltEmulator, ModelOwner, largest_fitting
 from scaleot_core.models.backward import BackwardPass
 from scaleot_core.models.families import family, feed_forward_paths, fusion, projection_paths
 from scaleot_core.models.forward import hooks, next_token_loss
-from scaleot_core.settings import Gradot
 
 ALWAYS = 0.05  # share of the singular values that stay whatever their score
+CALIBRATION_BLOCKS = 32  # training blocks for gradients and the Hessian's factors
 BATCH_BLOCKS = 4  # of the backward pass
+LAMBDA = 1.0  # λ: how much a part counts whose loss would raise the emulator's own loss
 STEPS = 1000  # of the share of parameters that is searched
 
 
@@ -56,7 +58,7 @@ def statistics(modules: Mapping[str, nn.Module], tokens: int) -> Iterator[dict[s
     """
     sums: dict[str, list[Tensor]] = {}
     inputs: dict[str, Tensor] = {}
-    found: dict[str, Statistics] = {}
+    by_name: dict[str, Statistics] = {}
 
     def before(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -66,8 +68,8 @@ def statistics(modules: Mapping[str, nn.Module], tokens: int) -> Iterator[dict[s
 
     def add(name: str, gradient: Tensor) -> None:
         x, g = inputs.pop(name), gradient.flatten(0, -2).float()
-        made = [x.T @ x, g.T @ g, g.T @ x, g.sum(0)]
-        sums[name] = made if name not in sums else [a.add_(b) for a, b in zip(sums[name], made, strict=True)]
+        products = [x.T @ x, g.T @ g, g.T @ x, g.sum(0)]
+        sums[name] = products if name not in sums else [a.add_(b) for a, b in zip(sums[name], products, strict=True)]
 
     def after(name: str) -> Callable[..., None]:
         def wait(
@@ -80,30 +82,28 @@ def statistics(modules: Mapping[str, nn.Module], tokens: int) -> Iterator[dict[s
     handles = [module.register_forward_pre_hook(before(name)) for name, module in modules.items()]
     handles += [module.register_forward_hook(after(name)) for name, module in modules.items()]
     with hooks(*handles):
-        yield found
-    found |= {name: Statistics(*(total.div_(tokens) for total in sums.pop(name))) for name in list(sums)}
+        yield by_name
+    by_name |= {name: Statistics(*(total.div_(tokens) for total in sums.pop(name))) for name in list(sums)}
 
 
-def component_scores(factors: Factors, found: Statistics, weight: float) -> Tensor:
+def component_scores(factors: Factors, of_map: Statistics) -> Tensor:
     """Score the cost of removing each singular component, from factors left (out, k) and right (k, in) of W: (k,)."""
     left, right = factors
-    curvature = (found.outputs @ left).abs().sum(0) * (right @ found.inputs).abs().sum(1)
-    return curvature + weight * torch.einsum("ok,oi,ki->k", left, found.gradient, right)
+    curvature = (of_map.outputs @ left).abs().sum(0) * (right @ of_map.inputs).abs().sum(1)
+    return curvature + LAMBDA * torch.einsum("ok,oi,ki->k", left, of_map.gradient, right)
 
 
-def channel_scores(
-    into: list[tuple[Tensor, Tensor | None, Statistics]], out: tuple[Tensor, Statistics], weight: float
-) -> Tensor:
+def channel_scores(into: list[tuple[Tensor, Tensor | None, Statistics]], out: tuple[Tensor, Statistics]) -> Tensor:
     """Score the cost of removing each channel: (f,). `into` are matrices (f, D) with biases (f,); `out` is (D, f)."""
     total = torch.zeros(len(into[0][0]), device=into[0][0].device)
-    for matrix, bias, found in into:
-        total += found.outputs.abs().sum(0) * (matrix @ found.inputs).abs().sum(1)
-        total += weight * (found.gradient * matrix).sum(1)
+    for matrix, bias, of_map in into:
+        total += of_map.outputs.abs().sum(0) * (matrix @ of_map.inputs).abs().sum(1)
+        total += LAMBDA * (of_map.gradient * matrix).sum(1)
         if bias is not None:
-            total += weight * found.bias_gradient * bias
-    matrix, found = out
-    total += (found.outputs @ matrix).abs().sum(0) * found.inputs.abs().sum(0)
-    return total + weight * (found.gradient * matrix).sum(0)
+            total += LAMBDA * of_map.bias_gradient * bias
+    matrix, of_map = out
+    total += (of_map.outputs @ matrix).abs().sum(0) * of_map.inputs.abs().sum(0)
+    return total + LAMBDA * (of_map.gradient * matrix).sum(0)
 
 
 def in_order(scores: Tensor) -> Tensor:
@@ -113,53 +113,46 @@ def in_order(scores: Tensor) -> Tensor:
 
 
 def plan(owner: ModelOwner) -> Plan:
-    """Adapter layers at the ends; of every matrix between the largest share of its parameters that fits the budget."""
-    total = owner.config.num_hidden_layers
-    kinds = choose_layers([0.0] * total, adapter_layers=owner.params.adapter_layers, alpha=0.0, placement="ends")
-    middle = [i for i, kind in enumerate(kinds) if kind != "adapter"]
-    model = owner.outline
+    """Plan adapter layers at the ends, and of every matrix between them the largest share that fits the budget."""
+    shapes = owner.shapes
+    adapters = end_layers(shapes.layers, owner.params.adapter_layers)
 
     def keeping(size: int) -> Plan:
-        share, cuts = size / STEPS, {}
-        for i in middle:
-            shapes = matrix_shapes(model, i)
-            cuts[i] = Cut(
-                ranks={
-                    name: tuple(max(1, int(share * out * into / (out + into))) for out, into in each)
-                    for name, each in shapes.items()
-                },
-                channels=max(1, round(share * channels_of(model, i))),
-            )
-        return owner.plan(kinds, cuts=cuts)
+        share = size / STEPS
+        ranks = {
+            name: tuple(max(1, int(share * out * into / (out + into))) for out, into in matrices)
+            for name, matrices in shapes.projections.items()
+        }
+        channels = max(1, round(share * shapes.channels))
+        cut = Layer(kind="compressed", ranks=cut_ranks(ranks, shapes), channels=channels)
+        return tuple(ADAPTER if i in adapters else cut for i in range(shapes.layers))
 
-    return keeping(largest_fitting(owner, range(1, STEPS + 1), keeping))
+    return largest_fitting(owner, range(1, STEPS + 1), keeping)
 
 
 def build(owner: ModelOwner) -> BuiltEmulator:
     """Build the emulator layer by layer, the last one first: components and channels are removed by their scores."""
-    cut_down, channels = plan(owner), dict[int, Tensor]()
-    return BuiltEmulator(cut_down, layer_by_layer(owner, cut_down, channels), channels)
+    layer_plan, channels = plan(owner), dict[int, Tensor]()
+    return BuiltEmulator(layer_plan, layer_by_layer(owner, layer_plan, channels), channels)
 
 
-def layer_by_layer(owner: ModelOwner, cut_down: Plan, channels: dict[int, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def layer_by_layer(owner: ModelOwner, plan: Plan, channels: dict[int, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield the emulator's tensors by their names, and put into `channels` those that each layer keeps.
 
     In memory are one of the model's layers with its statistics, and all layers' inputs on the calibration blocks.
     """
-    streamed, blocks = owner.stream(), owner.blocks[: owner.params.gradot.calibration_blocks]
+    streamed, blocks = owner.stream(), owner.blocks[:CALIBRATION_BLOCKS]
     yield from streamed.tensors(streamed.outside)
-    backward, cuts = (
-        BackwardPass(streamed, blocks, partial(next_token_loss, reduction="sum"), BATCH_BLOCKS),
-        cut_down.cuts,
-    )
-    for i in reversed(range(len(cut_down.kinds))):
+    backward = BackwardPass(streamed, blocks, partial(next_token_loss, reduction="sum"), BATCH_BLOCKS)
+    lowest = min(layers_of(plan, "compressed"))
+    for i in reversed(range(len(plan))):
         with streamed.layer(i) as layer:
-            if i in cuts:
-                maps = linear_maps(owner.config, i)
-                with statistics({n: streamed.model.get_submodule(n) for n in maps}, blocks[:, 1:].numel()) as found:
+            if plan[i].kind == "compressed":
+                modules = {name: streamed.model.get_submodule(name) for name in linear_maps(owner.config, i)}
+                with statistics(modules, blocks[:, 1:].numel()) as by_name:
                     backward.through(i, layer)
-                channels[i] = cut_layer(streamed.model, i, cuts[i], found, owner.params.gradot)
-            elif i > min(cuts):  # nobody needs the gradient below
+                channels[i] = cut_layer(streamed.model, i, plan[i], by_name)
+            elif i > lowest:  # nobody needs the gradient below
                 backward.through(i, layer)
             yield from streamed.layer_tensors(i, layer)
 
@@ -170,32 +163,29 @@ def linear_maps(config: PretrainedConfig, index: int) -> list[str]:
     return [f"{family(config).layers}.{index}.{path}" for path in paths]
 
 
-def cut_layer(
-    model: PreTrainedModel, index: int, cut: Cut, found: Mapping[str, Statistics], settings: Gradot
-) -> Tensor:
-    """Cut one layer in place by its statistics, and return the feed-forward channels that it keeps, ascending."""
+def cut_layer(model: PreTrainedModel, index: int, planned: Layer, by_name: Mapping[str, Statistics]) -> Tensor:
+    """Cut one layer in place by its statistics; return the feed-forward channels that it keeps, ascending."""
     config, names = model.config, family(model.config)
     prefix = f"{names.layers}.{index}."
 
     def factors(name: str, part: int, weight: Tensor) -> Factors:
         left, right = decompose(weight)
-        whole = weight_of(model.get_submodule(name))[0]
-        rows = fusion(config, name.rpartition(".")[2]).rows(len(whole))[part].to(weight.device)
-        scores = component_scores((left, right), found[name].part(rows), settings.lambda_attention)
-        order = in_order(scores).to(weight.device)
+        projection = weight_of(model.get_submodule(name))[0]
+        rows = fusion(config, name.rpartition(".")[2]).rows(len(projection))[part].to(weight.device)
+        order = in_order(component_scores((left, right), by_name[name].part(rows))).to(weight.device)
         return left[:, order], right[order]
 
     def matrices(name: str, fused: int) -> list[tuple[Tensor, Tensor | None, Statistics]]:
         weight, bias = weight_of(model.get_submodule(f"{prefix}{name}"))
         return [
-            (weight[rows].float(), None if bias is None else bias[rows].float(), found[f"{prefix}{name}"].part(rows))
+            (weight[rows].float(), None if bias is None else bias[rows].float(), by_name[f"{prefix}{name}"].part(rows))
             for rows in torch.arange(len(weight), device=weight.device).chunk(fused)
         ]
 
-    [(out, _, after)] = matrices(names.feed_forward_out, 1)
-    into = [each for name, fused in names.feed_forward_in.items() for each in matrices(name, fused)]
-    scores = channel_scores(into, (out, after), settings.lambda_feed_forward)
-    kept = scores.cpu().argsort(descending=True, stable=True)[: cut.channels].sort().values
-    compress_layer(model, index, ranks=cut.ranks, decompose=factors)
+    [(out, _, out_statistics)] = matrices(names.feed_forward_out, 1)
+    into = [matrix for name, fused in names.feed_forward_in.items() for matrix in matrices(name, fused)]
+    scores = channel_scores(into, (out, out_statistics))
+    kept = scores.cpu().argsort(descending=True, stable=True)[: planned.channels].sort().values
+    compress_layer(model, index, ranks=planned.ranks, decompose=factors)
     prune_channels(model, index, kept)
     return kept

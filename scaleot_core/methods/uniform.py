@@ -3,7 +3,8 @@
 Source: Xiao et al. 2023 (arXiv 2302.04870), as in `uniform_choose_layers` of github.com/mit-han-lab/offsite-tuning.
 """
 
-from scaleot_core.compression.plan import LayerKind, Plan, choose_layers
+from scaleot_core.compression.layer_choice import end_layers
+from scaleot_core.compression.plan import ADAPTER, COMPRESSED, REMOVED, Plan
 from scaleot_core.methods.base import BuiltEmulator, ModelOwner, largest_fitting
 
 
@@ -15,19 +16,16 @@ def evenly(layers: list[int], count: int) -> list[int]:
 
 
 def plan(owner: ModelOwner) -> Plan:
-    """Adapter layers at the ends; as many of the layers between as the budget has room for, the others removed."""
-    total = owner.config.num_hidden_layers
-    ends = choose_layers([0.0] * total, adapter_layers=owner.params.adapter_layers, alpha=0.0, placement="ends")
-    middle = [i for i, kind in enumerate(ends) if kind != "adapter"]
+    """Plan adapter layers at the ends, and between them as many layers as the budget has room for, evenly spread."""
+    total = owner.shapes.layers
+    adapters = end_layers(total, owner.params.adapter_layers)
+    middle = [i for i in range(total) if i not in adapters]
 
     def keeping(count: int) -> Plan:
-        kept = set(evenly(middle, count))
-        kinds: list[LayerKind] = [
-            "removed" if kind != "adapter" and i not in kept else kind for i, kind in enumerate(ends)
-        ]
-        return owner.plan(tuple(kinds))
+        stay = set(evenly(middle, count))
+        return tuple(ADAPTER if i in adapters else COMPRESSED if i in stay else REMOVED for i in range(total))
 
-    return keeping(largest_fitting(owner, range(1, len(middle) + 1), keeping))
+    return largest_fitting(owner, range(1, len(middle) + 1), keeping)
 
 
 def build(owner: ModelOwner) -> BuiltEmulator:

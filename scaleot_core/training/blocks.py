@@ -6,7 +6,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from scaleot_core.common.runtime import choose_attention, generator, keep_freed_memory
+from scaleot_core.common.allocator import keep_freed_memory
+from scaleot_core.common.kernels import choose_attention
+from scaleot_core.common.random import generator
 from scaleot_core.training import gradients
 from scaleot_core.training.checkpoint import Checkpoint
 from scaleot_core.training.loop import run_steps
@@ -16,7 +18,7 @@ WARMUP = 0.1  # share of the steps until the peak rate
 
 
 class BlockSettings(Protocol):
-    """How long, on how much and how fast: `Dlr`, `AfterSrc`, `Distill`, `Attack`."""
+    """How long, on how much and how fast: `Dlr`, `Distill`, `Attack`."""
 
     @property
     def steps(self) -> int: ...

@@ -14,7 +14,7 @@ from scaleot_core.common.errors import UserError
 from scaleot_core.compression.channels import channel_rows
 from scaleot_core.compression.emulator import layer_parameters
 from scaleot_core.compression.low_rank import features
-from scaleot_core.compression.plan import Plan
+from scaleot_core.compression.plan import Plan, layers_of
 from scaleot_core.models.families import family, feed_forward_paths
 from scaleot_core.settings import LoraForm
 
@@ -99,7 +99,7 @@ def trainable(model: PreTrainedModel, plan: Plan, lora: LoraForm | None, seed: i
     UserError where the emulator has nothing of the kind.
     """
     if lora is None:
-        if not plan.layers("adapter"):
+        if not layers_of(plan, "adapter"):
             raise UserError("adapters `layers`: the package has no adapter layer; tune it with `lora`")
         return layer_parameters(model, plan, "adapter")
     from scaleot_core.tuning.lora import insert_lora
@@ -111,7 +111,7 @@ def tuned_layers(plan: Plan, lora: LoraForm | None) -> list[int]:
     """List the decoder layers that `trainable` trains; UserError where LoRA finds none."""
     from scaleot_core.tuning.lora import lora_layers
 
-    return plan.layers("adapter") if lora is None else lora_layers(plan, lora)
+    return layers_of(plan, "adapter") if lora is None else lora_layers(plan, lora)
 
 
 def _finite(name: str, weight: Tensor) -> Tensor:

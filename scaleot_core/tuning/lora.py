@@ -11,9 +11,9 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from scaleot_core.common.errors import UserError
-from scaleot_core.common.runtime import generator
+from scaleot_core.common.random import generator
 from scaleot_core.compression.low_rank import FusedProjection, LowRankLinear, features
-from scaleot_core.compression.plan import DECODER_KINDS, Plan
+from scaleot_core.compression.plan import DECODER_KINDS, Plan, layers_of
 from scaleot_core.models.families import family, feed_forward_paths, projection_paths
 from scaleot_core.settings import LoraForm
 
@@ -31,12 +31,11 @@ class LoraOnFactors(peft_lora.Linear):  # type: ignore[misc]
 
 def lora_layers(plan: Plan, form: LoraForm) -> list[int]:
     """Give the indices of the decoder layers that LoRA is put into; UserError where there is none."""
-    kinds = ("adapter",) if form.layers == "adapter" else DECODER_KINDS
-    found = [i for i, kind in enumerate(plan.kinds) if kind in kinds]
-    if not found:
+    layers = layers_of(plan, "adapter") if form.layers == "adapter" else layers_of(plan, *DECODER_KINDS)
+    if not layers:
         what = "adapter layer" if form.layers == "adapter" else "decoder layer"
         raise UserError(f"LoRA: the package has no {what} to put it into; it needs one that keeps some")
-    return found
+    return layers
 
 
 def target_modules(config: PretrainedConfig, form: LoraForm) -> list[str]:

@@ -4,20 +4,19 @@ import math
 
 import pytest
 import torch
-from helpers import form, silence, weights_hash
+from helpers import silence, weights_hash
 
 from scaleot_core.common.errors import UserError
-from scaleot_core.common.runtime import generator
+from scaleot_core.common.random import generator
 from scaleot_core.compression.dlr import (
     distinct_candidates,
-    finetune_after_src,
     sample_kept,
     train,
     updated_scores,
 )
 from scaleot_core.compression.layer_importance import new_harmonizers
 from scaleot_core.models.families import family
-from scaleot_core.models.forward import next_token_loss, swapped_layers
+from scaleot_core.models.forward import next_token_loss
 
 
 @pytest.mark.parametrize("layers, replaced", [(4, [2]), (8, [2, 2]), (30, [2] * 7 + [1]), (7, [2, 1])])
@@ -69,7 +68,7 @@ def test_score_update_equals_the_listing_and_credits_only_kept_layers():
 
 
 def test_training_moves_only_harmonizers_that_took_part(model, blocks, params):
-    harmonizers = new_harmonizers(model.config, form(8), seed=0)
+    harmonizers = new_harmonizers(model.config, 8, seed=0)
     before = {name: p.clone() for name, p in harmonizers.named_parameters()}
     whole = weights_hash(model)
     settings = params.dlr.model_copy(update={"steps": 1, "score_blocks": 2})
@@ -101,7 +100,7 @@ def learn(model, blocks, without: int) -> None:
 )
 def test_an_identity_layer_ends_with_the_lowest_score(model, blocks, params):
     learn(model, blocks, without=2)
-    harmonizers = new_harmonizers(model.config, form(8), seed=0)
+    harmonizers = new_harmonizers(model.config, 8, seed=0)
     settings = params.dlr.model_copy(
         update={"steps": 50, "lr": 1e-4, "score_interval": 1, "score_lr": 20.0, "score_blocks": 12, "batch_blocks": 12}
     )
@@ -113,21 +112,10 @@ def test_an_identity_layer_ends_with_the_lowest_score(model, blocks, params):
 def test_more_candidates_than_networks_are_refused(model, blocks, params):
     settings = params.dlr.model_copy(update={"candidates": 7})
     with pytest.raises(UserError, match=r"dlr\.candidates = 7.* 6 networks"):
-        train(model, new_harmonizers(model.config, form(8), seed=0), torch.zeros(4), blocks, settings, seed=0)
+        train(model, new_harmonizers(model.config, 8, seed=0), torch.zeros(4), blocks, settings, seed=0)
 
 
 def test_groups_larger_than_the_model_are_refused(model, blocks, params):
     settings = params.dlr.model_copy(update={"group_size": 5})
     with pytest.raises(UserError, match=r"dlr\.group_size = 5"):
-        train(model, new_harmonizers(model.config, form(8), seed=0), torch.zeros(4), blocks, settings, seed=0)
-
-
-def test_making_up_lowers_the_loss_and_moves_nothing_but_harmonizers(model, blocks, params):
-    harmonizers = new_harmonizers(model.config, form(8), seed=0)
-    settings = params.dlr.model_copy(update={"steps": 30, "lr": 1e-2, "batch_blocks": 12})
-    whole = weights_hash(model)
-    with swapped_layers(model, {1: harmonizers[1]}):
-        before = next_token_loss(model, blocks).item()
-        finetune_after_src(model, dict(harmonizers[1].named_parameters()), blocks, settings, seed=0)
-        assert next_token_loss(model, blocks).item() < before - 0.001
-    assert weights_hash(model) == whole and not any(p.requires_grad for p in harmonizers[1].parameters())
+        train(model, new_harmonizers(model.config, 8, seed=0), torch.zeros(4), blocks, settings, seed=0)

@@ -10,16 +10,16 @@ from helpers import (
     each_family,
     each_head,
     emulator_of,
-    form,
     give_harmonizers,
     make_emulator,
+    plan_of,
+    plan_of_kinds,
     tiny_model,
     trained_harmonizers,
     write_package,
 )
 
 from scaleot_core.compression.emulator import layer_parameters
-from scaleot_core.compression.plan import Plan
 from scaleot_core.exchange.package import Package
 from scaleot_core.models.families import decoder_layers
 from scaleot_core.models.forward import swapped_layers
@@ -37,17 +37,17 @@ def test_alpha_and_beta_at_zero_give_the_model_itself(name, tied):
 def test_harmonizers_that_were_given_stand_in_for_their_own_layers(name):
     real, model = tiny_model(name), tiny_model(name)
     harmonizers = trained_harmonizers(model)
-    plan = Plan(("harmonizer", "adapter", "compressed", "harmonizer"), 0.0, form(8))
+    plan = plan_of_kinds(("harmonizer", "adapter", "compressed", "harmonizer"))
     give_harmonizers(model, plan, harmonizers)
     with swapped_layers(real, {i: harmonizers[i] for i in (0, 3)}):
         assert torch.equal(model(IDS).logits, real(IDS).logits)
 
 
-@pytest.mark.parametrize("kinds", [PLAN.kinds, ("compressed", "harmonizer", "adapter", "harmonizer")])
+@pytest.mark.parametrize("plan", [PLAN, plan_of_kinds(("compressed", "harmonizer", "adapter", "harmonizer"))])
 @each_family
-def test_generation_with_a_cache_equals_generation_without(tmp_path, tokenizer, name, kinds):
-    plan = Plan(kinds, 0.8, form(8))
-    model = Package(write_package(tmp_path / "package", tiny_model(name), tokenizer, plan)).load(CPU)
+def test_generation_with_a_cache_equals_generation_without(tmp_path, tokenizer, name, plan):
+    real = tiny_model(name)
+    model = Package(write_package(tmp_path / "package", real, tokenizer, plan_of(real, plan))).load(CPU)
     options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
     cached, uncached = (model.generate(IDS, **options, use_cache=use) for use in (True, False))
     assert cached.shape == (1, 20) and torch.equal(cached, uncached)

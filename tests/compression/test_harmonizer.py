@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import form, streamed, tiny_model, trained_harmonizers, weights_hash
+from helpers import streamed, tiny_model, trained_harmonizers, weights_hash
 
 from scaleot_core.compression import local_fit
 from scaleot_core.compression.harmonizer import Harmonizer
@@ -18,13 +18,13 @@ def naive(h: Harmonizer, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_equals_the_equation():
-    h = Harmonizer(32, form(8))
+    h = Harmonizer(32, 8)
     x = torch.randn(2, 5, 32) * 3
     torch.testing.assert_close(h(x), naive(h, x))
 
 
 def test_untrained_is_the_identity_and_every_matrix_gets_a_gradient_in_two_steps(model, blocks):
-    harmonizers = new_harmonizers(model.config, form(8), seed=0)
+    harmonizers = new_harmonizers(model.config, 8, seed=0)
     before = {name: p.clone() for name, p in harmonizers[1].named_parameters()}
     x = torch.randn(1, 3, 32)
     assert torch.equal(hidden_of(harmonizers[1](x)), x)
@@ -64,12 +64,12 @@ def on_disk(model, folder):
     return streamed(folder)
 
 
-FITS = {"batch_tokens": 96, "lr": 3e-3, "seed": 0}
+FITS = {"lr": 3e-3, "seed": 0}
 
 
 @pytest.mark.slow
 def test_local_fit_approaches_the_layer(model, blocks, tmp_path):
-    harmonizers = new_harmonizers(model.config, form(8), seed=0)
+    harmonizers = new_harmonizers(model.config, 8, seed=0)
     history = fit_locally(on_disk(model, tmp_path), harmonizers, blocks, steps=150, **FITS)
     assert [row["step"] for row in history] == [*range(150)] and history[-1]["loss"] < 0.9 * history[0]["loss"]
     states = hidden_states(model, blocks)
@@ -81,7 +81,7 @@ def test_local_fit_approaches_the_layer(model, blocks, tmp_path):
 def test_fit_stopped_between_layers_goes_on_to_the_same_bytes(tmp_path, blocks, monkeypatch):
     model = tiny_model("llama")
     stored = on_disk(model, tmp_path / "model")
-    whole, begins, goes_on = (new_harmonizers(model.config, form(8), seed=0) for _ in range(3))
+    whole, begins, goes_on = (new_harmonizers(model.config, 8, seed=0) for _ in range(3))
     history = fit_locally(stored, whole, blocks, steps=6, **FITS)
     checkpoint, run, begun = Checkpoint(tmp_path / "fits", 0), local_fit.run_steps, []
 

@@ -1,63 +1,47 @@
-"""The plan: which layer becomes what."""
-
 import pytest
-from helpers import refusal, tiny_model
+from pydantic import ValidationError
 
-from scaleot_core.compression.plan import choose_layers, plan_for
-from scaleot_core.params import changed
+from scaleot_core.compression.plan import Layer, check_plan, layers_of, shared_layers
 
-
-def chosen(scores, adapter_layers=1, alpha=0.25, placement="importance"):
-    return choose_layers(scores, adapter_layers=adapter_layers, alpha=alpha, placement=placement)
+ADAPTER, CUT = Layer(kind="adapter"), Layer(kind="compressed", ranks={"q_proj": (3,)}, channels=4)
+SHARED, HARMONIZER = Layer(kind="shared", source=0), Layer(kind="harmonizer", harmonizer_rank=2)
 
 
-@pytest.mark.parametrize("layers", [5, 12, 24, 30, 48, 54])
-def test_count_of_harmonizers_is_rounded_half_up(layers):
-    for percent in range(101):
-        kinds = chosen([0.0] * layers, adapter_layers=4, alpha=percent / 100)
-        assert kinds.count("adapter") == 4
-        assert kinds.count("harmonizer") == (2 * percent * (layers - 4) + 100) // 200, percent
+def test_layers_are_found_by_kind_and_shared_ones_by_their_source():
+    plan = (ADAPTER, CUT, SHARED, HARMONIZER)
+    check_plan(plan)
+    assert layers_of(plan, "adapter", "shared") == [0, 2] and shared_layers(plan) == {2: 0}
 
 
-def test_highest_scores_are_adapters_and_lowest_are_replaced():
-    scores = [0.1, -3.0, 2.0, 0.3, 5.0, -1.0, 0.2]
-    assert chosen(scores, adapter_layers=2, alpha=0.4) == (
-        "compressed",
-        "harmonizer",
-        "adapter",
-        "compressed",
-        "adapter",
-        "harmonizer",
-        "compressed",
-    )
+def test_a_record_states_what_the_layer_has_and_nothing_else():
+    assert CUT.model_dump(mode="json") == {"kind": "compressed", "ranks": {"q_proj": [3]}, "channels": 4}
+    assert [layer.model_dump() for layer in (ADAPTER, HARMONIZER)] == [
+        {"kind": "adapter"},
+        {"kind": "harmonizer", "harmonizer_rank": 2},
+    ]
 
 
-@pytest.mark.parametrize(("count", "adapters"), [(1, [0]), (2, [0, 7]), (3, [0, 1, 7]), (4, [0, 1, 6, 7])])
-def test_ends_are_adapters_whatever_the_scores(count, adapters):
-    scores = [-9.0, -8.0, 1.0, 2.0, 3.0, 4.0, -7.0, -6.0]
-    kinds = chosen(scores, adapter_layers=count, alpha=1.0, placement="ends")
-    assert [i for i, kind in enumerate(kinds) if kind == "adapter"] == adapters
-    fewer = chosen(scores, adapter_layers=4, alpha=0.5, placement="ends")
-    assert fewer[2:6] == ("harmonizer", "harmonizer", "compressed", "compressed")
+@pytest.mark.parametrize(
+    ("plan", "reason"),
+    [
+        ((HARMONIZER, Layer(kind="removed")), "no decoder layer is left"),
+        ((Layer(kind="adapter", channels=3),), "layer 0 is cut"),
+        ((CUT, Layer(kind="harmonizer")), "layer 1: harmonizers"),
+        ((ADAPTER, Layer(kind="removed", harmonizer_rank=4)), "layer 1: harmonizers"),
+        ((ADAPTER, Layer(kind="shared")), "layer 1: shared"),
+        ((ADAPTER, Layer(kind="compressed", source=0)), "layer 1: shared"),
+        ((SHARED, ADAPTER), "layer 0 is shared with layer 0"),
+        ((ADAPTER, Layer(kind="shared", source=9)), "shared with layer 9"),
+    ],
+)
+def test_a_plan_that_contradicts_itself_is_refused(plan, reason):
+    with pytest.raises(ValueError, match=reason):
+        check_plan(plan)
 
 
-def test_alpha_takes_nothing_at_zero_and_everything_at_one():
-    assert set(chosen([3.0, 1.0, 2.0, 0.0], alpha=0.0)[1:]) == {"compressed"}
-    assert set(chosen([3.0, 1.0, 2.0, 0.0], alpha=1.0)[1:]) == {"harmonizer"}
-
-
-def test_no_layer_has_to_be_an_adapter_layer():
-    for placement in ("importance", "ends"):
-        kinds = chosen([3.0, 1.0, 2.0, 0.0], 0, alpha=0.25, placement=placement)
-        assert kinds == ("compressed", "compressed", "compressed", "harmonizer")
-
-
-def test_plan_that_leaves_no_decoder_layer_is_refused(params):
-    nothing = changed(params, {"adapters": ["lora"], "adapter_layers": 0, "alpha": 1.0})
-    assert "no decoder layer to tune" in refusal(plan_for, nothing, [0.0] * 4, tiny_model("llama"))
-
-
-@pytest.mark.parametrize("count", [4, 5])
-def test_some_layer_must_be_left_beside_the_adapters(count):
-    assert f"adapter_layers = {count}" in refusal(chosen, [1.0, 2.0, 3.0, 4.0], count)
-    assert chosen([1.0, 2.0, 3.0, 4.0], 3).count("adapter") == 3
+@pytest.mark.parametrize(
+    "field", [{"ranks": {"q": (0,)}}, {"channels": 0}, {"harmonizer_rank": -1}, {"source": -1}, {"beta": 0.8}]
+)
+def test_a_record_out_of_range_is_refused(field):
+    with pytest.raises(ValidationError):
+        Layer(kind="compressed", **field)

@@ -13,7 +13,7 @@ from helpers import VOCABULARY, fill_disk, refusal, tiny_model
 from torch import Tensor, nn
 
 from scaleot_core.common.errors import UserError
-from scaleot_core.common.runtime import generator
+from scaleot_core.common.random import generator
 from scaleot_core.common.tensors import read_tensors, write_tensors
 from scaleot_core.models.families import decoder_layers
 from scaleot_core.models.forward import next_token_loss
