@@ -49,7 +49,7 @@ def inspect(
 
 
 def _adapter_properties(manifest: "AdapterManifest") -> dict[str, Any]:
-    """List what an adapter, whose files are whole, says of itself."""
+    """List what an adapter says of itself."""
     return {
         "tuned on package": manifest.package,
         "layers": list(manifest.layers),
@@ -60,7 +60,7 @@ def _adapter_properties(manifest: "AdapterManifest") -> dict[str, Any]:
 
 
 def _package_properties(package: "Package") -> dict[str, Any]:
-    """List what a sound package is, and what records it takes."""
+    """List what a sound package is and which records it takes."""
     from scaleot_core.models.families import context_length
     from scaleot_core.records.probes import rendered_parts
 
@@ -82,7 +82,7 @@ def _package_properties(package: "Package") -> dict[str, Any]:
 
 
 def _measured_recovery(manifest: "PackageManifest") -> dict[str, Any]:
-    """Give the recovery that the model owner measured, if any: one line for a task and kind of adapters."""
+    """Return the recovery that the model owner measured, if any: a line for each task and kind of adapters."""
     lines = {
         f"{task}, {kind}": recovery for task, kinds in manifest.figures.items() for kind, recovery in kinds.items()
     }

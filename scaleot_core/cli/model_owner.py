@@ -78,8 +78,9 @@ def _measured(project: Path, package: str) -> dict[str, Any]:
     from scaleot_core.common.files import read_json
 
     files = {name: project / name for name in ("metrics.json", "attack.json")}
-    found = {name: read_json(file) for name, file in files.items() if file.is_file()}
-    return {name: each for name, each in found.items() if each.get("emulator", each).get("package") == package}
+    measured = {name: read_json(file) for name, file in files.items() if file.is_file()}
+    packages = {name: result.get("emulator", result).get("package") for name, result in measured.items()}
+    return {name: result for name, result in measured.items() if packages[name] == package}
 
 
 def check(adapter: AdapterArgument, package: PackageOption, as_json: AsJson = False) -> None:
@@ -133,13 +134,13 @@ def plug(
 
     if out is None and as_lora is None:
         raise UserError("nothing to write: name a folder with --out, or with --as-lora")
-    written = [new for new in (out, as_lora) if new is not None]
+    outputs = [path for path in (out, as_lora) if path is not None]
     if out and as_lora:
-        one, two = out.resolve(), as_lora.resolve()
-        if one == two or one in two.parents or two in one.parents:
+        folders = [path.resolve() for path in outputs]
+        if folders[0] == folders[1] or folders[0] in folders[1].parents or folders[1] in folders[0].parents:
             raise UserError("--out and --as-lora: one is the other, or lies in it; name two folders apart")
-    for new in written:
-        check_new(new)
+    for path in outputs:
+        check_new(path)
     with ExitStack() as opened:
         folder, unpacked_package = (opened.enter_context(unpacked(path)) for path in (adapter, package))
         shipped = Package(unpacked_package)
@@ -147,7 +148,7 @@ def plug(
         if as_lora and not isinstance(checked.adapter, TunedLora):
             raise UserError(f"{adapter}: it has whole layers, which are no LoRA; name --out alone")
         _check_limits(adapter, checked.layer_changes, max_change, max_outlier)
-        source = opened.enter_context(open_model(base, scratch=written[0].parent))
+        source = opened.enter_context(open_model(base, scratch=outputs[0].parent))
         model = source.streamed()
         check_base(base, model.read_stored, shipped)
         tuned = fitted(checked.adapter, shipped, model.model, private or private_file(package))
