@@ -30,15 +30,13 @@ def test_whole_layers_take_masters_gradients_and_moments_as_the_optimizer_has_th
 
 def test_data_owner_is_told_what_would_fit(package, tmp_path, monkeypatch):
     """Before the package's tensors are read."""
-    float32, int8, int4 = (
-        tuning_bytes(package, whole_layers=False, frozen=frozen) for frozen in (None, "int8", "int4")
-    )
+    float32, int8, int4 = (tuning_bytes(package, whole_layers=False, quantize=form) for form in (None, "int8", "int4"))
     assert float32 > int8 > int4 > 0
     (tmp_path / "records.jsonl").write_text('{"text": "a"}\n')
     command = ("tune", package.folder, "--data", tmp_path / "records.jsonl", "--out", tmp_path / "adapter")
-    for available, fits in ((int8, "with --frozen int8 it fits"), (int4, "with --frozen int4 it fits")):
+    for available, fits in ((int8, "with --quantize int8 it fits"), (int4, "with --quantize int4 it fits")):
         monkeypatch.setattr(memory, "device_memory", lambda device, available=available: available)
         message = refused(*command)
         assert "tuning this package takes at least" in message and fits in message
     monkeypatch.setattr(memory, "device_memory", lambda device: 10)
-    assert "a machine with" in refused(*command, "--frozen", "int8")
+    assert "a machine with" in refused(*command, "--quantize", "int8")

@@ -36,8 +36,8 @@ def show(metrics: Mapping[str, Any]) -> None:
     console.print(measurement_table(metrics["tasks"]))
     for task, measured in metrics["tasks"].items():
         metric = measured["metrics"][0]
-        for kind, own in measured["adapters"].items():
-            gap, recovery = own["gap"][metric], own["recovery"][metric]
+        for kind, figures in measured["adapters"].items():
+            gap, recovery = figures["gap"][metric], figures["recovery"][metric]
             share = "undefined (full fine-tuning gained nothing)" if recovery is None else f"{recovery:.2f}"
             console.print(f"{task}, adapters {kind}: gap {gap:+.3f} in {metric}, recovery {share}")
             for line in misordered(five(measured, kind)):

@@ -2,23 +2,23 @@
 
 import pytest
 import torch
-from helpers import CPU, PLAN, each_family, emulator_of, tiny_model
+from helpers import CPU, WHOLE, each_shape, emulator_of, plan_of, tiny_model
 
 from scaleot_core.attacks import exposure
 from scaleot_core.common.files import write_json
 from scaleot_core.common.runtime import Runtime
 from scaleot_core.compression.emulator import assemble
-from scaleot_core.compression.plan import Plan
+from scaleot_core.compression.plan import layers_of
 from scaleot_core.methods import METHODS, ModelOwner
 from scaleot_core.models.families import family
 from scaleot_core.params import changed
 from scaleot_core.training.checkpoint import Checkpoint
 
 
-@each_family
+@each_shape
 def test_exposure_tells_every_tensor_of_the_model_once(name):
     model = tiny_model(name)
-    rows = exposure.exposure(model, emulator_of(name), PLAN)
+    rows = exposure.exposure(model, emulator_of(name), plan_of(model))
     total = sum(t.numel() * 4 for key, t in model.state_dict().items() if key not in model.all_tied_weights_keys)
     assert sum(row["bytes"] for row in rows) == total and len({row["tensor"] for row in rows}) == len(rows)
     path = family(model.config).layers
@@ -32,7 +32,7 @@ def test_exposure_tells_every_tensor_of_the_model_once(name):
 
 
 def test_dense_product_of_low_rank_is_at_that_rank(tmp_path):
-    plan = Plan(PLAN.kinds, 0.1, PLAN.harmonizer)  # two factors would be larger
+    plan = plan_of(tiny_model("llama"), beta=0.1)  # two factors would be larger
     rows = exposure.exposure(tiny_model("llama"), emulator_of("llama", plan), plan)
     cut = [row for row in rows if row["given"] == "rank"]
     assert len(cut) == 8 and {row["rank"] for row in cut} == {29, 14} and all(0 < row["error"] < 0.5 for row in cut)
@@ -41,7 +41,10 @@ def test_dense_product_of_low_rank_is_at_that_rank(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "given"),
-    [({"method": "gradot", "max_bytes_ratio": 0.8}, "exact"), ({"channel_pruning.ratio": 0.25, "beta": 0.0}, "rank")],
+    [
+        ({"method": "gradot", "max_bytes_ratio": 0.8}, "exact"),
+        ({"method": "channels", "channels.ratio": 0.25}, "rank"),
+    ],
 )
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_kept_channels_count_as_given(name, method, given, params, blocks, tmp_path):
@@ -63,7 +66,7 @@ def test_kept_channels_count_as_given(name, method, given, params, blocks, tmp_p
     out = family(real.config).feed_forward_out
     kept = [row for row in rows if row["tensor"].endswith(f"{out}.weight (kept channels)")]
     whole = real.get_submodule(f"{family(real.config).layers}.0.{out}").weight
-    share = plan.cuts[plan.layers("compressed")[0]].channels / max(whole.shape)
+    share = plan[layers_of(plan, "compressed")[0]].channels / max(whole.shape)
     assert 0 < share < 1 and len(kept) == layers - 2
     assert all(row["bytes"] == round(whole.numel() * 4 * share) and row["given"] == given for row in kept)
     assert given == "exact" or all(row["rank"] == min(whole.shape) for row in kept)
@@ -73,5 +76,4 @@ def test_kept_channels_count_as_given(name, method, given, params, blocks, tmp_p
 
 
 def test_everything_is_given_where_nothing_is_cut():
-    plan = Plan(("adapter", *["compressed"] * 3), 0.0, PLAN.harmonizer)
-    assert exposure.shares(exposure.exposure(tiny_model("llama"), emulator_of("llama", plan), plan))["exact"] == 1
+    assert exposure.shares(exposure.exposure(tiny_model("llama"), emulator_of("llama", WHOLE), WHOLE))["exact"] == 1

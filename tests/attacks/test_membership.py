@@ -39,48 +39,27 @@ def test_calibration_takes_out_how_hard_a_record_is():
     assert found["extracted"] == {"members": 1, "others": 0}
 
 
-def told_of(model, tuned, *parts):
-    """The attacks on an adapter, whose plug-in says other answers than the model."""
-    base = [membership.answers(model, part, 4, "test") for part in parts]
-    with plugged_in(model, PLAN, tuned):
-        plugged = [membership.answers(model, part, 4, "test") for part in parts]
-    assert plugged != base
-    return membership.attack(base, plugged)
-
-
 @pytest.mark.slow
-def test_overfitted_adapter_gives_its_records_away_and_the_model_is_as_it_was(tokenizer, params):
+@pytest.mark.parametrize("kind", ["layers", "lora"])
+def test_overfitted_adapters_give_their_records_away_and_the_model_is_as_it_was(kind, tokenizer, params):
     model, tuned = tiny_model("llama"), tiny_model("llama")
     data = from_task(model, tokenizer, "piqa", piqa_rows(24), block_size=16)
-    members, others = data[::2], data[1::2]
+    form = LoraForm(rank=8, alpha=16.0, layers="all", modules="all")
+    adapters = layer_parameters(tuned, PLAN, "adapter") if kind == "layers" else insert_lora(tuned, PLAN, form, seed=0)
     settings = params.offsite_tune.model_copy(update={"epochs": 40, "batch_size": 4})
-    train(tuned, layer_parameters(tuned, PLAN, "adapter"), members, settings, lr=1e-2, seed=0, label="test")
-    adapter = TunedLayers({name: p.detach() for name, p in layer_parameters(tuned, PLAN, "adapter").items()})
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    found = told_of(model, adapter, members, others)
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert found["calibrated"]["auc"] > 0.6
-    assert "curve" not in membership.without_curve(found["loss"]) and found["extracted"].keys() == {"members", "others"}
+    train(tuned, adapters, data[::2], settings, lr=1e-2, seed=0, label="test")
+    weights = {name: parameter.detach() for name, parameter in adapters.items()}
+    adapter = TunedLayers(weights) if kind == "layers" else TunedLora.from_peft(form, weights, model.config)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
 
+    def answers():
+        return [membership.answers(model, part, 4, "test") for part in (data[::2], data[1::2])]
 
-@pytest.mark.slow
-def test_lora_gives_its_records_away_too_and_the_model_is_as_it_was(tokenizer, params):
-    model = tiny_model("llama")
-    data = from_task(model, tokenizer, "piqa", piqa_rows(24), block_size=16)
-    members, others = data[::2], data[1::2]
-    tuned, form = tiny_model("llama"), LoraForm(rank=8, alpha=16.0, layers="all", modules="all")
-    parameters = insert_lora(tuned, PLAN, form, seed=0)
-    settings = params.offsite_tune.model_copy(update={"epochs": 40, "batch_size": 4})
-    train(tuned, parameters, members, settings, lr=1e-2, seed=0, label="test")
-    factors = {
-        name.partition(".lora_A.")[0]: (p.detach(), parameters[name.replace("lora_A", "lora_B")].detach())
-        for name, p in parameters.items()
-        if ".lora_A." in name
-    }
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    found = told_of(model, TunedLora(form, factors, False), members, others)
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert found["calibrated"]["auc"] > 0.6
+    base = answers()
+    with plugged_in(model, PLAN, adapter):
+        plugged = answers()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert plugged != base and membership.attack(base, plugged)["calibrated"]["auc"] > 0.6
 
 
 def test_extraction_is_the_answer_said_word_for_word(tokenizer):
@@ -90,6 +69,6 @@ def test_extraction_is_the_answer_said_word_for_word(tokenizer):
     said = model(torch.tensor([tokens])).logits[0].argmax(-1)
     spoken = (tokens, [int(said[k]) if target != -100 else -100 for k, target in enumerate(targets)])
     found = membership.answers(model, [spoken, example], 2, "test")
-    assert [answer.said for answer in found] == [True, False]
+    assert [answer.extracted for answer in found] == [True, False]
     alone = [answer_loss(model, *collate([each])).item() for each in (spoken, example)]
     assert [answer.loss for answer in found] == pytest.approx(alone)

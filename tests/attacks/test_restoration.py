@@ -5,13 +5,12 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import IDS, PLAN, dies_after, each_family, emulator_of, logits, tiny_model
+from helpers import IDS, PLAN, dies_after, each_shape, emulator_of, logits, plan_of, plan_of_kinds, tiny_model
 
 from scaleot_core.attacks import restoration
 from scaleot_core.attacks.hidden import cut_parameters
 from scaleot_core.compression.emulator import layer_parameters
 from scaleot_core.compression.low_rank import LowRankLinear
-from scaleot_core.compression.plan import Plan
 from scaleot_core.models.families import decoder_layers, family
 from scaleot_core.models.forward import mean_loss
 from scaleot_core.training.checkpoint import Checkpoint
@@ -22,7 +21,7 @@ def budget(params):
     return params.attack.model_copy(update={"steps": 40, "batch_blocks": 4, "lr": 3e-3, "eval_points": 2})
 
 
-@each_family
+@each_shape
 def test_widened_emulator_starts_as_the_emulator_and_has_whole_layers(name):
     plain, wide = emulator_of(name), emulator_of(name)
     restoration.widen(wide, PLAN)
@@ -36,13 +35,13 @@ def test_widened_emulator_starts_as_the_emulator_and_has_whole_layers(name):
 
 
 def test_emulator_that_lacks_layers_can_be_widened_too():
-    plan = Plan(("harmonizer", "adapter", "removed", "compressed"), 0.8, PLAN.harmonizer)
+    plan = plan_of(tiny_model("llama"), plan_of_kinds(("harmonizer", "adapter", "removed", "compressed")))
     plain, wide = emulator_of("llama", plan), emulator_of("llama", plan)
     restoration.widen(wide, plan)
     torch.testing.assert_close(logits(wide), logits(plain), rtol=1e-4, atol=1e-5)
 
 
-@each_family
+@each_shape
 def test_forgetting_leaves_adapters_embeddings_and_head(name):
     known, forgotten = emulator_of(name), emulator_of(name)
     restoration.forget(forgotten, PLAN, seed=0)
@@ -72,7 +71,7 @@ def test_attack_trains_every_weight(blocks, budget, tmp_path):
 
 def test_attacker_of_what_was_cut_leaves_the_rest_as_it_was(blocks, budget, tmp_path):
     model, before = emulator_of("llama"), dict(emulator_of("llama").named_parameters())
-    trained = cut_parameters(tiny_model("llama"), model, PLAN)
+    trained = cut_parameters(tiny_model("llama"), model, plan_of(model))
     checkpoint = Checkpoint(tmp_path / "a", 1e9)
     options = {"seed": 0, "label": "attack", "checkpoint": checkpoint, "parameters": trained}
     curve = restoration.restore(model, blocks, blocks, budget, **options)
