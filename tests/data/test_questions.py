@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 from helpers import TEST_DATA, refusal
+from transformers import PreTrainedTokenizerFast
 
 from scaleot_core.common.errors import UserError
 from scaleot_core.data import embedded, questions
-from scaleot_core.evaluation.tasks import load_task
+from scaleot_core.evaluation.tasks import check_rows, load_task
 
 Row = dict[str, Any]
 
@@ -124,12 +125,16 @@ def test_folder_that_lacks_a_part_is_told_before_the_model_is_fetched(tmp_path: 
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_row_of_a_folder_that_lacks_a_field_is_named(tmp_path: Path, split: str) -> None:
+def test_row_of_a_folder_that_lacks_a_field_is_named(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, split: str
+) -> None:
     splits = {"train": rows(30), "validation": rows(10, start=30)}
     del splits[split][6]["goal"]
     folder = write_folder(tmp_path, "piqa", **splits)
-    with pytest.raises(UserError, match=rf"^task piqa, .*{split}\.jsonl, line 7: the field `goal` is missing"):
-        questions.load(str(folder), "piqa", wheel=None, train=20, evaluate=5, seed=0)
+    parts = questions.load(str(folder), "piqa", wheel=None, train=30, evaluate=10, seed=0)
+    part = parts[split == "validation"]
+    message = refusal(lambda: check_rows("piqa", part, tokenizer, context_length=128, part="training"))
+    assert message.startswith(f"task piqa, {folder}/piqa/{split}.jsonl, line 7: ") and "'goal' is undefined" in message
 
 
 def test_embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

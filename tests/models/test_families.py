@@ -191,15 +191,14 @@ def test_published_model_has_its_layers_and_a_smaller_emulator_that_lora_fits(na
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         assert model.num_parameters() == parameters and len(decoder_layers(model)) == count
-        scores = [float(i) for i in range(count)]
-        plan = plan_for(params, scores, layer_shapes(model))
+        plan = plan_for(changed(params, {"adapter_layers": 4}), range(count), layer_shapes(model))
         apply_plan(model, plan, empty_factors)
         assert 0.3 < model.num_parameters() / parameters < 0.95
-        there = layers_of(plan, "adapter", "compressed")
-        numbers = [attention(config, decoder_layers(model)[i]).layer_idx for i in there]
-        assert len(set(numbers)) == len(there) and 0 in numbers
+        kept = layers_of(plan, "adapter", "compressed")
+        numbers = [attention(config, decoder_layers(model)[i]).layer_idx for i in kept]
+        assert len(set(numbers)) == len(kept) and 0 in numbers
         matrices = len(family(config).projections) + len(family(config).feed_forward_in) + 1
-        assert len(lora_features(model, plan, LoraForm())) == len(there) * matrices
+        assert len(lora_features(model, plan, LoraForm())) == len(kept) * matrices
 
 
 @pytest.mark.parametrize("kind", [MixtralConfig, Qwen3MoeConfig, DeepseekV3Config])
@@ -210,14 +209,11 @@ def test_mixture_of_experts_is_refused_as_such(kind):
 @pytest.mark.parametrize("name", sorted(PAPER))
 def test_papers_model_has_its_layers_and_an_emulator_of_the_size_that_alpha_and_beta_say(name, params):
     config, count, parameters = PAPER[name]
-    row = changed(
-        params, {key: value for key, value in yaml.safe_load((ROOT / "presets.yaml").read_text())[name].items()}
-    )
+    row = changed(params, yaml.safe_load((ROOT / "presets.yaml").read_text())[name])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         assert model.num_parameters() == parameters and len(decoder_layers(model)) == count
-        scores = [float(i) for i in range(count)]
-        plan = plan_for(row, scores, layer_shapes(model))
+        plan = plan_for(row, range(count), layer_shapes(model))
         layer, size = decoder_layers(model)[0].parameters(), config.hidden_size
         whole = sum(p.numel() for p in layer)
         apply_plan(model, plan, empty_factors)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from damages import DAMAGES
-from helpers import CPU, each_head, each_shape, refusal, streamed, tiny_model
+from helpers import CPU, each_family, each_head, refusal, streamed, tiny_model
 
 from scaleot_core.common.files import write_json
 from scaleot_core.common.tensors import read_tensors, write_tensors
@@ -29,7 +29,7 @@ def stored(folder, name="llama", shard="1KB", **changes):
 
 
 @each_head
-@each_shape
+@each_family
 def test_every_tensor_is_the_models(tmp_path, name, tied):
     model, other = stored(tmp_path, name, tie_word_embeddings=tied), streamed(tmp_path)
     state = model.state_dict()
@@ -41,7 +41,7 @@ def test_every_tensor_is_the_models(tmp_path, name, tied):
     assert all(torch.equal(found[n], state[n]) for n in found)
 
 
-@each_shape
+@each_family
 @pytest.mark.parametrize("rows", [1, 5, 12, 99])
 def test_what_passes_the_layers_is_what_passes_the_models(tmp_path, blocks, name, rows):
     model, other = stored(tmp_path, name), streamed(tmp_path)
