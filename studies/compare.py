@@ -1,12 +1,9 @@
 """Compare: all methods on the same model, tasks, seeds, bytes and tuning, as DVC experiments; a table.
 
 Every method's emulator is tuned twice, by its own adapter layers and by LoRA in every layer that it has: a row each.
-Utility is what the plug-in has, privacy what the tuned emulator lacks of it; cost is what preparing the emulator took:
-for ScaleOT layer importance, DLR and compression, for the others compression. `make compare` runs it; on a GPU
-`make compare SET="data.train_questions=4000"` runs it larger.
-
-Every run's figures are kept in compare-runs.csv, so that a stopped comparison goes on, on another machine too: on one
-like the first, since seconds and MiB are the machine's, with as many experiments at once as it has room for.
+Utility is what the plug-in has, privacy what the tuned emulator lacks of it. `make compare` runs it; on a GPU
+`make compare SET="data.train_questions=4000"` runs it larger. Every run's figures are kept in compare-runs.csv, so that
+a stopped comparison goes on, on another machine too.
 """
 
 import sys
@@ -68,7 +65,8 @@ def main() -> None:
         return experiment_name("compare", method, "seed", seed, *sys.argv[1:])
 
     def measure(name: str, run: Run) -> Figures:
-        return by_kind(lambda kind: comparison_columns(run.metrics, kind), ROW_NAMES)
+        metrics = run.metrics
+        return by_kind(lambda kind: comparison_columns(metrics, kind), ROW_NAMES)
 
     experiments = {
         name(method, seed): {**changes, "method": method.partition(",")[0], **variant, "seed": seed}

@@ -8,6 +8,7 @@ Opacus's hooks, which give wrong ones where a decoder flattens the batch, as OPT
 
 import hashlib
 import warnings
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -40,20 +41,21 @@ def check(tuning: OffsiteTuning, examples: int) -> None:
 
 def noise_multiplier(tuning: OffsiteTuning, *, sample_rate: float, steps: int) -> float:
     """Return σ: the least noise with which so many steps keep to ε, to a tolerance; UserError where none does."""
+    return _noise_multiplier(tuning.epsilon, tuning.delta, sample_rate, steps)
+
+
+@cache  # the accountant takes seconds
+def _noise_multiplier(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
     opacus = _opacus()
     try:
         return float(
             opacus.accountants.utils.get_noise_multiplier(
-                target_epsilon=tuning.epsilon,
-                target_delta=tuning.delta,
-                sample_rate=sample_rate,
-                steps=steps,
-                accountant=ACCOUNTANT,
+                target_epsilon=epsilon, target_delta=delta, sample_rate=sample_rate, steps=steps, accountant=ACCOUNTANT
             )
         )
     except ValueError as error:
         raise UserError(
-            f"no noise keeps to it ({error}); raise it", parameter="offsite_tune.epsilon", value=tuning.epsilon
+            f"no noise keeps to it ({error}); raise it", parameter="offsite_tune.epsilon", value=epsilon
         ) from None
 
 

@@ -7,8 +7,8 @@ import xml.etree.ElementTree as ET
 import matplotlib.image
 import numpy as np
 import pytest
-from helpers import GOOD, HISTORIES, LAYERS, perplexity, task_of
 from matplotlib.colors import to_rgb
+from reported import GOOD, HISTORIES, LAYERS, perplexity, task_of
 
 from scaleot_core.reporting import figures
 

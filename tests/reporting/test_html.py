@@ -4,7 +4,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from helpers import GOOD, HISTORIES, LAYERS, perplexity, task_of
+from reported import GOOD, HISTORIES, LAYERS, perplexity, task_of
 
 from scaleot_core.reporting import html
 

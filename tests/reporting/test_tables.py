@@ -3,7 +3,8 @@
 import csv
 
 import pytest
-from helpers import GOOD, HISTORIES, LAYERS, measured, perplexity, refusal, task_of
+from helpers import refusal
+from reported import GOOD, HISTORIES, LAYERS, measured, perplexity, task_of
 
 from scaleot_core.reporting import measurements, tables
 

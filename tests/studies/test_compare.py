@@ -1,4 +1,4 @@
-"""`make compare`: means, errors, costs, the best of each column; what is run, kept and run anew."""
+"""`make compare`: means, errors, the best of each column; what is run, kept and run anew."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -103,7 +103,7 @@ def test_all_methods_run_with_all_seeds_and_the_table_is_written(compared: Compa
     assert {(changes["method"], changes["channels.ratio"], changes["seed"]) for changes in ran} == expected
     assert all(changes["data.eval_questions"] == 20 for changes in ran)
     Path("docs/results.md").write_text("no marks")
-    assert "marks" in refusal(compare.write_log, {}, "x")
+    assert "marks" in refusal(compare.replace_between_marks, compare.LOG, "compare", "x")
 
 
 def test_rows_are_kept_until_code_changes_beside_those_of_other_settings(compared: Compared) -> None:
