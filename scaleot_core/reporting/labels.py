@@ -44,7 +44,7 @@ def write_labels(figure: Figure, axis: Axes, labels: Sequence[Label]) -> None:
 def _covered(extent: Bbox, panel: Bbox, marks: np.ndarray, boxes: Sequence[Bbox]) -> int:
     """Count the marks (N, 2) that a text covers; other texts, and what lies outside the panel, weigh more."""
     inside = ((marks > extent.min) & (marks < extent.max)).all(1).sum()
-    outside = bool(np.any(extent.min < panel.min) or np.any(extent.max > panel.max))
+    outside = not (panel.x0 <= extent.x0 and extent.x1 <= panel.x1 and panel.y0 <= extent.y0 and extent.y1 <= panel.y1)
     return int(inside) + 100 * extent.count_overlaps(boxes) + 100 * int(outside)
 
 

@@ -383,6 +383,7 @@ def test_attack_tells_recovery_weights_and_membership(project: Path) -> None:
     (project / "studies").mkdir()
     shutil.copy(ROOT / "studies/dvc.yaml", project / "studies")
     change(project, attack={"steps": 8, "eval_points": 2, "eval_questions": 12, "membership_records": 20})
+    succeed(project, "sources")
     before = files(project / "artifacts")
     assert any("the model" in line for line in succeed(project, "attack"))
     attack = json.loads((project / "attack.json").read_text())
