@@ -5,8 +5,8 @@ PARALLEL := --numprocesses=2 --dist=loadscope
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: ablations attack attack-study bench bench-gpu budgets check-default choose compare demo help lint private-study report \
-	repro sweep table test test-quick
+.PHONY: ablations attack attack-study bench bench-gpu budgets check-default choose compare demo help lint pictures private-study \
+	report repro sweep table test test-quick
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -72,6 +72,9 @@ bench-gpu: .venv/ready  ## seconds and memory of every stage on a GPU, random we
 
 report: repro  ## report.html: what was measured on one page
 	python -m studies.report
+
+pictures: .venv/ready  ## draw the pictures of docs/ anew from the figures in git
+	python -m studies.pictures
 
 compare: repro  ## all methods on one model, three tasks, three seeds, both kinds of adapters: many hours on 2 cores
 	python -m studies.compare $(SET)

@@ -175,7 +175,9 @@ def prepare(params: Params, device: torch.device) -> list[Row]:
         say(f"{changes}: {seconds_taken:.0f} s, held-out loss {loss:.2f}")
         return seconds_taken, loss
 
-    stages = sum(read_json(COSTS / f"{stage}.json")["seconds"] for stage in EMULATOR_STAGES)
+    stages = sum(
+        read_json(COSTS / f"{stage}.json")["seconds"] for stage in ("layer_importance", "train_harmonizers", "compress")
+    )
     shipped = mean_loss(Package(ARTIFACTS.emulator, links=True).load(device), heldout)
     ours = {"the default run's stages": (stages, shipped), "feed-forward channels alone": make(CHANNELS_ALONE)}
     reached: dict[str, float] = {}

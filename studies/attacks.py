@@ -49,7 +49,7 @@ def dials(study: Mapping[str, Any]) -> dict[str, Dial]:
                 settings[f"alpha {alpha} beta {beta}"] = Dial(figures.line_of(beta), alpha, changes)
     for ratio in study["channels"]:
         changes = {"alpha": 0.0, "beta": 0.0, "channels.ratio": ratio}
-        settings[f"channels {ratio}"] = Dial("α = β = 0, over channels.ratio", ratio, changes)
+        settings[f"channels {ratio}"] = Dial("channels alone, over their share cut", ratio, changes)
     return settings | {name: Dial(name, "", changes) for name, changes in study["variants"].items()}
 
 

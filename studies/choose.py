@@ -32,7 +32,6 @@ from studies.means import Means, seed_means, spread
 SETTINGS, OUT = Path(__file__).with_suffix(".yaml"), Path("docs/studies")
 SHOWN = ("recovery", "remaining gap", "bytes", "exact")
 PLAIN: Any = {"highlight": False, "markup": False, "soft_wrap": True}
-GAP = figures.gap_panel("answer_nll", "answer nll, of texts token perplexity")
 UNSURE = 0.25  # standard error of a recovery above which settings can't be told apart
 
 Point = tuple[str, float]
@@ -177,8 +176,9 @@ def write(settings: Sequence[Setting]) -> None:
         {**row, "recovery answer_nll": row["recovery"], "gap answer_nll": row["gap"], "gap answer_nll ±": row["gap ±"]}
         for row in rows
     ]
+    panels = [figures.REMAINING_GAP, figures.GAP_NLL]
     with atomic_file(OUT / "choose.png") as temporary:
-        figures.save_png(figures.frontier(figures.by_line(points), [figures.REMAINING_GAP, GAP]), temporary)
+        figures.save_png(figures.frontier(figures.by_line(points), panels), temporary)
 
 
 def report(search: Search, needs: Needs, reported: Sequence[Setting]) -> None:

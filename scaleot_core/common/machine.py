@@ -1,6 +1,6 @@
 """Name the kind of machine: what two machines must share for the same parameters to give the same bytes on both.
 
-Every stage depends on it, so that DVC looks for a run of this kind instead of taking another kind's outputs for its own.
+Every stage depends on it, so that DVC looks for a run of this kind where the lock in git has another kind's outputs.
 """
 
 from typing import Any

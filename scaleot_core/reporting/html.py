@@ -1,7 +1,7 @@
 """The report: what was measured on one HTML page that needs nothing else, no network, no script."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +128,10 @@ def _attack(found: Mapping[str, Any], curves: Sequence[Row], tasks: Mapping[str,
         for kind, told in kinds.items()
         for name in ("loss", "calibrated")
     ]
+    title = "Corpus perplexity of the attacker's model (more is better for the model owner)"
     targets = dict.fromkeys(row["target"] for row in curves)
     lines = {target: [row for row in curves if row["target"] == target] for target in targets}
+    picture = figures.over_tokens(lines, "perplexity", title, yscale="log")
     text = (
         "Attackers train on public text, each on the same number of tokens. A share above floor or chance is 0 there "
         "and 1 for the real model. The floor is random weights of the same shapes with the same training; before the "
@@ -140,7 +142,13 @@ def _attack(found: Mapping[str, Any], curves: Sequence[Row], tasks: Mapping[str,
         "The last tables are the weights given away, and what the adapter tells of records."
     )
     tables = [table(rows) for rows in (attackers, capable, weights, membership)]
-    return Section("What an attacker makes of it", text, figures.svg(figures.recovered(lines)), tables)
+    return Section("What an attacker makes of it", text, figures.svg(picture), tables)
+
+
+COMPARED = [  # the comparison has a short name for answer NLL
+    figures.GAP_ACCURACY,
+    replace(figures.GAP_NLL, x="recovery nll", y="gap nll"),
+]
 
 
 def sections(
@@ -148,6 +156,7 @@ def sections(
     layers: Mapping[str, Any],
     histories: Mapping[str, Sequence[Row]],
     *,
+    costs: Mapping[str, Mapping[str, Any]] | None = None,
     sweep: Sequence[Row] = (),
     compared: Sequence[Row] = (),
     attacks: Sequence[Row] = (),
@@ -155,15 +164,15 @@ def sections(
 ) -> list[Section]:
     """Put the page's sections together.
 
-    `sweep`, `compared` and `attacks` are the tables of `make sweep`, `make compare` and `make attack-study`, where they
-    exist; `attack` is what `make attack` left: attack.json and its curves.
+    `costs` are what each stage's last run here took; `sweep`, `compared` and `attacks` the tables of `make sweep`,
+    `make compare` and `make attack-study`, where they exist; `attack` is what `make attack` left: attack.json and its
+    curves.
     """
     found = [_measurements(metrics["tasks"])]
-    costs = [{"stage": stage, **cost} for stage, cost in metrics["cost"].items()]
-    names = list(dict.fromkeys(name for cost in costs for name in cost))
-    found.append(
-        Section("What it cost", tables=[table({name: cost.get(name) for name in names} for cost in costs)]),
-    )
+    if costs:
+        rows = [{"stage": stage, **cost} for stage, cost in costs.items()]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        found.append(Section("What it cost", tables=[table({name: row.get(name) for name in names} for row in rows)]))
     if attack:
         found.append(_attack(*attack, metrics["tasks"]))
     if sweep:
@@ -171,15 +180,15 @@ def sections(
         found.append(_frontier("The dial", text, figures.by_beta(sweep)))
     if attacks:
         text = (
-            "ScaleOT over α, β and channel_pruning.ratio (the number beside a point), and variants of the default: "
+            "ScaleOT over α, β and channels.ratio (the number beside a point), and variants of the default: "
             "what an attacker is left without, and the paper's gap."
         )
         panels = [figures.REMAINING_GAP, figures.GAP_NLL]
         found.append(_frontier("The dial under attack", text, figures.by_line(attacks), panels))
     if compared:
-        lines = {row["method"]: [{**_renamed(row), "label": ""}] for row in compared}
+        lines = {row["method"]: [{**row, "label": ""}] for row in compared}
         text = "Each method at the same bytes, mean over tasks and seeds."
-        found.append(_frontier("Methods", text, lines, (figures.GAP_ACCURACY, figures.GAP_NLL)))
+        found.append(_frontier("Methods", text, lines, COMPARED))
     kinds = list(zip(*(layers[name] for name in ("prior", "scores", "kinds")), strict=True))
     rows = [{"layer": i, "prior": p, "score": s, "became": kind} for i, (p, s, kind) in enumerate(kinds)]
     text = "Scores over depth, and what became of each layer."
@@ -210,16 +219,6 @@ def answer(metrics: Mapping[str, Any]) -> list[str]:
         f"{perplexity['emulator']:.1f}, the model {perplexity['model']:.1f}."
     )
     return said
-
-
-def _renamed(row: Row) -> dict[str, Any]:
-    """Rename a row of the comparison to the sweep's metric names."""
-    return {
-        f"{figure} {metric}{error}": row[f"{figure} {short}{error}"]
-        for figure in ("recovery", "gap")
-        for metric, short in (("acc", "acc"), ("answer_nll", "nll"))
-        for error in ("", " ±")
-    }
 
 
 def write(

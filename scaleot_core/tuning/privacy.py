@@ -20,7 +20,7 @@ ACCOUNTANT = "prv"  # Gopi et al. 2021: tighter than Rényi's
 
 def _opacus() -> Any:
     try:
-        import opacus.accountants.utils
+        import opacus.accountants.utils  # noqa: F401
         import opacus.optimizers
     except ImportError:
         raise UserError("differential privacy needs Opacus: pip install '.[privacy]'") from None
