@@ -17,7 +17,7 @@ def test_attacks_are_over_the_dial_over_channels_and_on_the_variants() -> None:
         "alpha 1.0 beta 0.0": ("β = 0, over α", 1.0, {"alpha": 1.0, "beta": 0.0}),  # and no layer is left for β
         "alpha 0.5 beta 0.8": ("β = 0.8, over α", 0.5, {"alpha": 0.5, "beta": 0.8}),
         "channels 0.75": (
-            "α = β = 0, over channels.ratio",
+            "channels alone, over their share cut",
             0.75,
             {"alpha": 0.0, "beta": 0.0, "channels.ratio": 0.75},
         ),
