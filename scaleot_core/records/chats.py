@@ -122,4 +122,4 @@ def _has_end(conversation: Conversation, group: list[int], encoded: Encoded) -> 
     """Whether what is learnt of the last answer goes on after its words, with the end of its turn."""
     content = conversation.messages[group[-1]]["content"].strip()
     first, last = encoded.learnt[-1]
-    return not content or not conversation.tokenizer.decode(encoded.tokens[first:last]).endswith(content)
+    return not content or not str(conversation.tokenizer.decode(encoded.tokens[first:last])).endswith(content)

@@ -16,7 +16,7 @@ import numpy as np
 from scaleot_core.common.errors import UserError
 from scaleot_core.settings import OffsiteTuning
 
-ACCOUNTANT = "prv"  # Gopi et al. 2021: tighter than Rényi's
+TIGHT_UP_TO = 20.0  # ε; with the little noise of a larger one the tight accountant takes minutes and more
 
 
 def _opacus() -> Any:
@@ -27,6 +27,11 @@ def _opacus() -> Any:
         raise UserError("differential privacy needs Opacus: pip install '.[privacy]'") from None
     warnings.filterwarnings("ignore", "Optimal order is the largest alpha")  # of a first, coarser bound
     return opacus
+
+
+def _accountant(epsilon: float) -> str:
+    """Name the accountant: the tight one of Gopi et al. 2021, or for a large ε Rényi's, which takes seconds."""
+    return "prv" if epsilon <= TIGHT_UP_TO else "rdp"
 
 
 def check(tuning: OffsiteTuning, examples: int) -> None:
@@ -50,7 +55,12 @@ def _noise_multiplier(epsilon: float, delta: float, sample_rate: float, steps: i
     try:
         return float(
             opacus.accountants.utils.get_noise_multiplier(
-                target_epsilon=epsilon, target_delta=delta, sample_rate=sample_rate, steps=steps, accountant=ACCOUNTANT
+                target_epsilon=epsilon,
+                target_delta=delta,
+                sample_rate=sample_rate,
+                steps=steps,
+                accountant=_accountant(epsilon),
+                epsilon_tolerance=max(0.01, epsilon / 1000),
             )
         )
     except ValueError as error:
@@ -61,7 +71,7 @@ def _noise_multiplier(epsilon: float, delta: float, sample_rate: float, steps: i
 
 def spent(tuning: OffsiteTuning, *, noise: float, sample_rate: float, steps: int) -> float:
     """Return ε after so many steps, by the accountant."""
-    accountant = _opacus().accountants.create_accountant(mechanism=ACCOUNTANT)
+    accountant = _opacus().accountants.create_accountant(mechanism=_accountant(tuning.epsilon))
     accountant.history = [(noise, sample_rate, steps)]
     return float(accountant.get_epsilon(delta=tuning.delta))
 
