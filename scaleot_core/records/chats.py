@@ -34,7 +34,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat, context: Context
     Parts that don't fit into the context lose their oldest turns. ValueError where there is nothing to learn, and where
     the template leaves out what was said or can't be taken apart.
     """
-    conversation = in_template(tokenizer, chat)
+    conversation = in_template(tokenizer, chat, context.now)
     learnt = [i for i, is_learnt in enumerate(chat.learnt) if is_learnt]
     answers = [i for i in learnt if i > 0]  # no one asks a model to speak first
     if not answers:

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
+from datetime import datetime
 from difflib import get_close_matches
 from typing import Any
 
@@ -24,6 +25,10 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 OTHER_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "ai": "assistant", "model": "assistant"}
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
 REASONING = ("reasoning_content", "reasoning", "thinking")  # one field: transformers hands each over as the others too
+CLOCK = (  # transformers' own has today's date alone, and no function may be given to a template
+    "{%- macro strftime_now(format) -%}{%- set text = namespace(is=format) -%}{%- for name, value in clock.items() -%}"
+    "{%- set text.is = text.is | replace(name, value) -%}{%- endfor -%}{{- text.is -}}{%- endmacro -%}"
+)
 DOCUMENT = ("title", "text", "content", "contents", "snippet")  # what a document says
 
 
@@ -99,15 +104,18 @@ class Conversation:
             raise ValueError(f"the model's chat template refuses it ({one_line(error)})") from None
 
 
-def in_template(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> Conversation:
+def in_template(tokenizer: PreTrainedTokenizerBase, chat: Chat, now: datetime | None = None) -> Conversation:
     """Put a record's conversation in the model's chat template; ValueError where it has none, or not for a role."""
     if tokenizer.chat_template is None:
         raise ValueError("the model has no chat template; use `prompt` and `completion`")
-    reserved = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages"}
+    reserved = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages", "clock"}
     if taken := sorted(reserved & (chat.variables or {}).keys()):
         raise ValueError(f"`chat_template_kwargs`: `{taken[0]}` is no variable of a chat template")
     variables = {**(chat.variables or {}), "tools": chat.tools, "documents": chat.documents}
     conversation = Conversation(tokenizer, chat.messages, variables)
+    if now and "strftime_now" in conversation.source:
+        names = [f"%{flag}{letter}" for flag in ("-", "") for letter in "aAbBcdfGHIjmMpSuUVwWxXyYzZ"]
+        variables |= {"chat_template": CLOCK + conversation.source, "clock": {n: now.strftime(n) for n in names}}
     for number, message in enumerate(chat.messages, start=1):
         role = message["role"]
         if role not in ROLES and not any(f"{quote}{role}{quote}" in conversation.source for quote in "'\""):

@@ -1,11 +1,15 @@
 """What a record says beside its messages reaches the model, or is refused; nothing is lost without a word."""
 
 import json
+from datetime import datetime
 
 import pytest
 from helpers import refusal
 from private_records import HI, learnt, read, tokens_of, turns
 from tokenizer_kinds import STABLE, TOOLS
+
+from scaleot_core.records.context import Context
+from scaleot_core.records.reading import encode_records
 
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"x": {}}}}}
 
@@ -157,3 +161,11 @@ def test_template_that_refuses_is_quoted(tmp_path, bos):
 def test_template_in_the_sandbox_reaches_nothing(tmp_path, bos):
     bos.chat_template = "{{ ''.__class__.__mro__[1].__subclasses__() }}" + STABLE["chatml"]
     assert "the model's chat template refuses it (access to attribute" in refusal(read, tmp_path, bos, {"messages": HI})
+
+
+def test_date_in_a_template_is_the_one_that_is_given(tmp_path, bos):
+    bos.chat_template = "{{ strftime_now('%-d. %B %Y') }}" + STABLE["chatml"]
+    context = Context(2048, now=datetime(2026, 2, 1))
+    (tmp_path / "own.jsonl").write_text(json.dumps({"messages": HI}))
+    ((_, (encoded,)),) = encode_records(bos, tmp_path / "own.jsonl", context, packed=True)
+    assert bos.decode(encoded.tokens).startswith("1. February 2026<|im_start|>")
