@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from scaleot_core.common.errors import printable
+from scaleot_core.common.errors import UserError, printable
 from scaleot_core.settings import LoraForm
 
 if TYPE_CHECKING:
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def private_file(out: Path) -> Path:
-    """Name the file, beside `out`, of what stays with whoever wrote it."""
+    """Name the file, beside `out`, of what stays with whoever wrote `out`; UserError where `out` has no name."""
+    if not out.name:
+        raise UserError(f"{out}: it is there already; name another")
     return out.with_name(f"{out.name}.private.json")
 
 

@@ -155,6 +155,11 @@ def test_every_option_that_is_a_setting_is_among_those_above() -> None:
     assert {name for name in fields if option_name(name) in options_of_tune()} == SETTINGS.keys()
 
 
+@pytest.mark.parametrize("out", [".", "/", ".."])
+def test_output_that_is_no_new_name_is_one_line(package, records, out):
+    assert "is there already; name another" in refused("tune", package, "--data", records, "--out", out)
+
+
 # --- inspect ---------------------------------------------------------------------------------------------
 
 

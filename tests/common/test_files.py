@@ -357,3 +357,16 @@ def test_folder_bytes_counts_one_kind_of_file(tmp_path: Path) -> None:
     for name, size in (("a.bin", 3), ("b.bin", 4), ("c.txt", 100)):
         (folder / name).write_bytes(b"x" * size)
     assert files.folder_bytes(folder, ".bin") == 7
+
+
+def test_leftovers_of_a_killed_run_go_and_those_of_a_live_one_stay(tmp_path: Path) -> None:
+    killed, others = tmp_path / ".out.new-12345678", tmp_path / ".out.progress"
+    for folder in (killed, others):
+        folder.mkdir()
+    with atomic_folder(tmp_path / "out") as live:
+        (live / "a").write_text("live")
+        with atomic_folder(tmp_path / "out"):
+            pass
+        assert live.is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.progress", "out"]
+    assert (tmp_path / "out" / "a").read_text() == "live"

@@ -2,7 +2,7 @@
 
 import pytest
 from helpers import TEST_DATA, refusal
-from private_records import learnt, read, tokens_of, turns
+from private_records import HI, learnt, read, tokens_of, turns
 from tokenizer_kinds import MARKED, REWRITING, STABLE
 from transformers import AutoTokenizer
 
@@ -97,11 +97,72 @@ def test_marks_of_the_template_say_what_is_learnt(tmp_path, kind, template):
         assert mask_of(example) == [mark == 1 for mark in encoded["assistant_masks"]]
 
 
-def test_marks_may_leave_out_the_end_of_a_turn_or_take_in_more(tmp_path, bos):
-    message = "{{ m.role + '\n' }}{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>"
-    bos.chat_template = "{% for m in messages %}" + message + "{% endfor %}"
-    (example,) = read(tmp_path, bos, {"messages": turns("hi", "hello")})
-    assert bos.decode(learnt(example)) == "hihello"  # the template says so of the user too
+MARKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role + '\n' }}{% if m.role == 'assistant' %}ANSWER<|im_end|>\n{% else %}"
+    "OTHERS<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKED_CONTENT = "{% generation %}{{ m.content }}{% endgeneration %}"
+
+
+def test_end_of_a_turn_that_is_not_learnt_is_said(tmp_path, bos, capsys):
+    bos.chat_template = MARKS.replace("ANSWER", MARKED_CONTENT).replace("OTHERS", "{{ m.content }}")
+    (example,) = examples = read(tmp_path, bos, {"messages": turns("hi", "hello", "bye", "see you")})
+    assert bos.decode(learnt(example)) == "hellosee you" and examples.tally.endless == 1
+    assert "in 1 of 1 records no end of an answer is learnt" in capsys.readouterr().err
+    bos.chat_template = STABLE["chatml"]
+    assert read(tmp_path, bos, {"messages": HI}).tally.endless == 0
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        MARKS.replace("ANSWER", MARKED_CONTENT).replace("OTHERS", MARKED_CONTENT),
+        MARKS.replace("ANSWER", "{{ m.content }}").replace("OTHERS", MARKED_CONTENT),
+        "{% generation %}" + STABLE["chatml"].replace("{% if add", "{% endgeneration %}{% if add"),
+    ],
+    ids=["user too", "user alone", "everything"],
+)
+def test_nothing_but_what_the_assistant_says_is_ever_learnt(tmp_path, bos, template):
+    bos.chat_template = template
+    for messages in (HI, turns(("be kind",), "hi", "hello", "bye", "see you")):
+        assert "marks as the assistant's what others say" in refusal(read, tmp_path, bos, {"messages": messages})
+
+
+def test_beginning_of_an_answer_that_is_not_marked_is_refused(tmp_path, bos):
+    bos.chat_template = MARKS.replace("ANSWER", f"<think></think>{MARKED_CONTENT}").replace("OTHERS", "{{ m.content }}")
+    assert "doesn't mark the beginning" in refusal(read, tmp_path, bos, {"messages": HI})
+
+
+@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize("inline", [False, True])
+def test_earlier_answers_are_learnt_with_the_thoughts_that_a_template_drops_later(tmp_path, bos, inline, marked):
+    last = (
+        "{{ m.content }}"
+        if inline
+        else "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+    )
+    answer = (
+        f"«{{% if loop.index0 > ns.last %}}{last}{{% else %}}"
+        "{{ m.content.split('</think>')[-1] }}{% endif %}<|im_end|>\n»"
+    )
+    users = (
+        "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
+        "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    )
+    template = users + MARKS.replace("ANSWER<|im_end|>\n", answer).replace("OTHERS", "{{ m.content }}")
+    marks = ("{% generation %}", "{% endgeneration %}") if marked else ("", "")
+    bos.chat_template = template.replace("«", marks[0]).replace("»", marks[1])
+    messages = turns("q1", "a1", "q2", "a2")
+    for number, i in enumerate((1, 3), start=1):
+        said = {"content": f"<think>r{number}</think>a{number}"} if inline else {"reasoning_content": f"r{number}"}
+        messages[i] |= said
+    examples = read(tmp_path, bos, {"messages": messages})
+    assert [bos.decode(learnt(example)) for example in examples] == [
+        f"<think>r{number}</think>a{number}<|im_end|>\n" for number in (1, 2)
+    ]
+    for i, example in zip((1, 3), examples, strict=True):
+        prompt = in_use(bos, messages[:i])
+        assert tokens_of(example)[: len(prompt)] == prompt
 
 
 @pytest.mark.parametrize("template", REWRITING)

@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 
 import pytest
 import torch
@@ -150,6 +151,14 @@ def test_epsilon_is_kept_to_and_tells_its_steps(data, settings):
     assert privacy.spent(settings, noise=noise[0], sample_rate=0.2, steps=10) == pytest.approx(epsilon, abs=0.02)
     less = settings.model_copy(update={"epsilon": 1.0})
     assert privacy.noise_multiplier(less, sample_rate=0.2, steps=10) > noise[0]
+
+
+@pytest.mark.parametrize("epsilon", [50.0, 1e6, 1e12])
+def test_large_epsilon_is_answered_within_seconds_and_kept_to(settings, epsilon):
+    large, start = settings.model_copy(update={"epsilon": epsilon}), time.monotonic()
+    noise = privacy.noise_multiplier(large, sample_rate=1 / 3, steps=3)
+    spent = privacy.spent(large, noise=noise, sample_rate=1 / 3, steps=3)
+    assert 0.99 * epsilon <= spent <= epsilon and time.monotonic() - start < 30
 
 
 @pytest.mark.slow
