@@ -1,12 +1,12 @@
 # `make help` lists what there is.
 PYTHON ?= python3
-# Tests of one file share what they build; the longest files go first.
-PARALLEL := --numprocesses=2 --dist=loadscope --no-loadscope-reorder
+# Tests of one file share what they build; the files with most tests go first.
+PARALLEL := --numprocesses=2 --dist=loadscope
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: ablations attack attack-study bench bench-gpu budgets check-default choose compare demo help lint private-study report \
-	repro sweep table test test-quick
+.PHONY: ablations attack attack-study bench bench-gpu budgets check-default choose compare demo help lint pictures private-study \
+	report repro sweep table test test-quick
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -33,7 +33,6 @@ test-quick: .venv/ready  ## what to run after an edit: no whole pipeline, and tw
 	python -m pytest $(PARALLEL) -m "not slow"
 
 test test-quick: export OMP_NUM_THREADS := 1
-test test-quick: export PYTHONDONTWRITEBYTECODE :=  # else each of hundreds of processes compiles our modules anew
 
 lint: .venv/ready  ## format check, linter, type checker and spelling
 	ruff format --check .
@@ -73,6 +72,9 @@ bench-gpu: .venv/ready  ## seconds and memory of every stage on a GPU, random we
 
 report: repro  ## report.html: what was measured on one page
 	python -m studies.report
+
+pictures: .venv/ready  ## draw the pictures of docs/ anew from the figures in git
+	python -m studies.pictures
 
 compare: repro  ## all methods on one model, three tasks, three seeds, both kinds of adapters: many hours on 2 cores
 	python -m studies.compare $(SET)

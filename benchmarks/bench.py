@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from project import Project
 from rich.table import Table
-from torch import nn
 from transformers import PreTrainedModel
 
 from scaleot_core.artifacts import Artifacts
@@ -35,13 +34,12 @@ from scaleot_core.exchange.package import Package
 from scaleot_core.models.forward import mean_loss
 from scaleot_core.models.loading import load_model, load_tokenizer
 from scaleot_core.params import Params, load_params
-from scaleot_core.settings import Tuning
 from scaleot_core.tuning import examples
 from scaleot_core.tuning.tuner import train
-from studies.columns import EMULATOR_STAGES
 
 ARTIFACTS, COSTS, LOG = Artifacts(), Path("costs"), Path("docs/benchmarks.md")
 ROUNDS = 3
+EMULATOR_STAGES = ("layer_importance", "train_harmonizers", "compress")
 CHANNELS_ALONE = {"method": "channels", "channels.ratio": 0.51}  # the default's bytes
 
 Row = dict[str, str]
@@ -74,20 +72,6 @@ def alone(what: str, ours: str, note: str) -> Row:
     return {"what": what, "ours": ours, "baseline": "", "times faster": "", "note": note}
 
 
-def tune(params: Params, device: torch.device) -> list[Row]:
-    """Tuning the adapter layers offsite, and every weight of the model, for one epoch of some questions."""
-    package = Package(ARTIFACTS.emulator, links=True)
-    shipped = package.load(device)
-    adapters = emulator.layer_parameters(shipped, package.plan, "adapter")
-    offsite = params.offsite_tune.model_copy(update={"epochs": 1, "max_steps": 0})
-    rows = [_tuning("tuning", shipped, adapters, offsite, 160, params)]
-    del shipped, adapters
-    model = load_model(ARTIFACTS.model, device=device, dtype=DTYPES[params.dtype])
-    every = dict(model.named_parameters())
-    full = params.full_finetune.model_copy(update={"epochs": 1, "max_steps": 0})
-    return [*rows, _tuning("full fine-tuning", model, every, full, 80, params)]
-
-
 def training_examples(model: PreTrainedModel, count: int, params: Params) -> examples.Examples:
     """Return the first training questions of the first task, as tokens."""
     task = params.tasks[0]
@@ -96,11 +80,13 @@ def training_examples(model: PreTrainedModel, count: int, params: Params) -> exa
     return examples.from_task(model, tokenizer, task, rows, block_size=params.data.block_size)
 
 
-def _tuning(
-    what: str, model: PreTrainedModel, parameters: dict[str, nn.Parameter], settings: Tuning, count: int, params: Params
-) -> Row:
-    """One epoch by our loop, against one as in OT's scripts: shuffled batches, all logits, torch's own attention."""
-    data, device = training_examples(model, count, params), model.device
+def tune(params: Params, device: torch.device) -> list[Row]:
+    """Tuning the adapter layers for an epoch, against a loop as in OT's scripts: shuffled batches, all logits."""
+    package, count, what = Package(ARTIFACTS.emulator, links=True), 160, "tuning"
+    model = package.load(device)
+    parameters = emulator.layer_parameters(model, package.plan, "adapter")
+    settings = params.offsite_tune.model_copy(update={"epochs": 1, "max_steps": 0})
+    data = training_examples(model, count, params)
     start = {name: p.detach().clone() for name, p in parameters.items()}
     losses: dict[str, list[float]] = {}
 
@@ -124,7 +110,7 @@ def _tuning(
         steps = losses["baseline"] = []
         for at in range(0, len(order), settings.batch_size):
             inputs, targets = examples.collate([data[i] for i in order[at : at + settings.batch_size]])
-            logits = model(input_ids=ARTIFACTS.to(device), use_cache=False).logits.float()
+            logits = model(input_ids=inputs.to(device), use_cache=False).logits.float()
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten().to(device))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
@@ -136,7 +122,7 @@ def _tuning(
     medians = alternating(ours, baseline)
     ends = {name: statistics.fmean(values[-5:]) for name, values in losses.items()}
     note = f"last losses {ends['ours']:.2f} and {ends['baseline']:.2f}"
-    return row(f"{what}, an epoch of {count} questions", *medians, note)
+    return [row(f"{what}, an epoch of {count} questions", *medians, note)]
 
 
 def evaluation(params: Params, device: torch.device) -> list[Row]:
@@ -189,7 +175,9 @@ def prepare(params: Params, device: torch.device) -> list[Row]:
         say(f"{changes}: {seconds_taken:.0f} s, held-out loss {loss:.2f}")
         return seconds_taken, loss
 
-    stages = sum(read_json(COSTS / f"{stage}.json")["seconds"] for stage in EMULATOR_STAGES)
+    stages = sum(
+        read_json(COSTS / f"{stage}.json")["seconds"] for stage in ("layer_importance", "train_harmonizers", "compress")
+    )
     shipped = mean_loss(Package(ARTIFACTS.emulator, links=True).load(device), heldout)
     ours = {"the default run's stages": (stages, shipped), "feed-forward channels alone": make(CHANNELS_ALONE)}
     reached: dict[str, float] = {}

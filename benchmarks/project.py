@@ -41,7 +41,4 @@ class Project:
         done = subprocess.run(command, cwd=self.folder, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
         if done.returncode:
             raise UserError(f"{stage}: it failed; {' '.join(done.stderr.split())[-300:]}")
-        if script == "evaluate":
-            return read_json(self.folder / "metrics.json")["cost"][script]  # type: ignore[no-any-return]
-        cost = "artifacts/attack/cost.json" if script == "attack" else f"costs/{'-'.join([script, *item])}.json"
-        return read_json(self.folder / cost)  # type: ignore[no-any-return]
+        return read_json(self.folder / "costs" / f"{stage.replace(' ', '-')}.json")  # type: ignore[no-any-return]

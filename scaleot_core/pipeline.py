@@ -25,7 +25,7 @@ from scaleot_core.params import Params, load_params
 from scaleot_core.training.checkpoint import Checkpoint, scratch_dir
 from scaleot_core.training.cost import Meter
 
-DVC_YAML = Path("dvc.yaml")
+DVC_YAML, COSTS = Path("dvc.yaml"), Path("costs")
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class Entry:
     @property
     def code(self) -> tuple[Path, ...]:
         """The dependencies that are code, and not what an earlier stage wrote."""
-        return tuple(dep for dep in self.deps if dep.parts[0] not in ("artifacts", "costs"))
+        return tuple(dep for dep in self.deps if dep.parts[0] != "artifacts")
 
     @property
-    def cost(self) -> Path | None:
-        """The output that the stage's cost goes to, if it has one."""
-        return next((out for out in self.outs if out.parts[0] == "costs"), None)
+    def cost(self) -> Path:
+        """The file of what the stage's last run here cost, which is no output: no two runs take the same time."""
+        return COSTS / f"{self.name.replace('@', '-')}.json"
 
 
 def matrix_of(stage: str, file: Path = DVC_YAML) -> tuple[str, ...]:
@@ -119,8 +119,7 @@ def run_stage(stage: str, item: Mapping[str, str] | None = None, file: Path = DV
     checkpoint = Checkpoint(scratch_dir(f"{entry.name.replace('@', '-')}-{key}"), params.checkpoint_seconds)
     meter = Meter(runtime)
     yield Stage(params, runtime, entry, checkpoint, meter)
-    if entry.cost:
-        write_json(entry.cost, meter.read())
+    write_json(entry.cost, meter.read())
     checkpoint.remove()
 
 

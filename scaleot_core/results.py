@@ -108,10 +108,8 @@ def _evaluate_once(
     return figures
 
 
-def collect(
-    artifacts: Artifacts, questions: Mapping[str, Rows], evaluated: Evaluated, costs: Mapping[str, Any]
-) -> Metrics:
-    """Put all measurements, sizes, perplexities, costs and versions together: metrics.json."""
+def collect(artifacts: Artifacts, questions: Mapping[str, Rows], evaluated: Evaluated) -> Metrics:
+    """Put all measurements, sizes, perplexities and versions together: metrics.json."""
     tasks: dict[str, Measured] = {}
     for task, rows in questions.items():
         ceiling = artifacts.full_finetune(task)
@@ -139,7 +137,6 @@ def collect(
         "splits": "cut by prepare_data; not comparable to results on the official ones",
         "emulator": {"package": package.sha256, **_sizes(artifacts, package.plan)},
         "corpus_perplexity": {"model": math.exp(evaluated.model_loss), "emulator": math.exp(evaluated.emulator_loss)},
-        "cost": dict(costs),
         "versions": {name: version(name) for name in ("lm_eval", "torch", "transformers", "datasets")},
     }
 

@@ -12,7 +12,7 @@ from scaleot_core.pipeline import run_stage
 from scaleot_core.reporting import figures, tables
 from scaleot_core.results import collect, loss_histories, measure
 
-COSTS, PLOTS, METRICS = Path("costs"), Path("plots"), Path("metrics.json")
+PLOTS, METRICS = Path("plots"), Path("metrics.json")
 
 
 def main() -> None:
@@ -21,8 +21,7 @@ def main() -> None:
         questions = {task: artifacts.questions(task, "eval") for task in params.tasks}
         batch_size, cache = params.evaluate.batch_size, stage.checkpoint.folder
         evaluated = measure(artifacts, questions, params.adapters, stage.runtime, batch_size=batch_size, cache=cache)
-        costs = {file.stem: read_json(file) for file in sorted(COSTS.glob("*.json"))} | {"evaluate": stage.meter.read()}
-        metrics = collect(artifacts, questions, evaluated, costs)
+        metrics = collect(artifacts, questions, evaluated)
         histories = loss_histories(artifacts, params.tasks, params.adapters)
         layers = read_json(artifacts.harmonizers / "scores.json") | {
             "kinds": [layer.kind for layer in Package(artifacts.emulator, links=True).plan]

@@ -1,1 +1,1 @@
-"""What was found out with the pipeline, and what runs it again."""
+"""Questions that are asked of the pipeline, a module and a make target each."""

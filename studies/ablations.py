@@ -5,7 +5,6 @@ seeds. Finished experiments of this commit are not run again. `make ablations` r
 """
 
 import statistics
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from scaleot_core.common.entrypoint import run_command
 from scaleot_core.common.files import write_csv
 from scaleot_core.common.progress import console
 from scaleot_core.params import load_params
-from scaleot_core.reporting.measurements import five, over_seeds
+from scaleot_core.reporting.measurements import Measured, five, over_seeds
 from studies.experiments import experiment_name, run_all
 
 SEEDS = (0, 1, 2)
@@ -29,7 +28,7 @@ FIGURES = {
 }
 
 
-def moves(measured: Mapping[str, Any], default: Mapping[str, Any]) -> bool:
+def moves(measured: Measured, default: Measured) -> bool:
     """Say whether a task's gap or recovery is more than a standard error away from the default run's."""
     here, there = five(measured, "layers"), five(default, "layers")
     plugged, tuned = (there[name]["acc_stderr"] for name in ("plug_in", "emulator_finetune"))

@@ -22,18 +22,12 @@ from scaleot_core.common.files import atomic_file, write_csv
 from scaleot_core.common.progress import console
 from scaleot_core.params import changed, load_params
 from scaleot_core.reporting import figures
-from scaleot_core.reporting.measurements import over_seeds
 from studies.columns import attack_columns, by_kind
 from studies.experiments import Figures, Run, cached_figures, experiment_name
 from studies.keys import ATTACK, Changes
+from studies.means import ROW_NAMES, seed_means, spread
 
 STUDIES, OUT = Path(__file__).parent, Path("docs/studies")
-KINDS = {"layers": "{}", "lora": "{}, lora"}  # of adapters, and the names of a setting's rows
-COLUMNS = (
-    *("recovery acc", "recovery answer_nll", "gap acc", "gap answer_nll"),  # the paper's
-    *("remaining gap", "won back", "attacker acc", "model acc", "bytes exact", "difficulty"),  # the package's
-    *("membership AUC", "membership true positives", "answers said", "answers said of others"),  # the adapter's
-)
 SHOWN = ("recovery acc", "recovery answer_nll", "gap answer_nll", "remaining gap", "bytes exact", "membership AUC")
 
 
@@ -55,7 +49,7 @@ def dials(study: Mapping[str, Any]) -> dict[str, Dial]:
                 settings[f"alpha {alpha} beta {beta}"] = Dial(figures.line_of(beta), alpha, changes)
     for ratio in study["channels"]:
         changes = {"alpha": 0.0, "beta": 0.0, "channels.ratio": ratio}
-        settings[f"channels {ratio}"] = Dial("α = β = 0, over channels.ratio", ratio, changes)
+        settings[f"channels {ratio}"] = Dial("channels alone, over their share cut", ratio, changes)
     return settings | {name: Dial(name, "", changes) for name, changes in study["variants"].items()}
 
 
@@ -77,17 +71,13 @@ def main() -> None:
         metrics, attack = run.metrics, run.read("attack.json")
         return by_kind(lambda kind: attack_columns(metrics, attack, kind), kinds)
 
-    columns = [f"{column}, {kind}" for kind in kinds for column in COLUMNS]
-    runs = cached_figures(OUT / f"{name}-runs.csv", columns, experiments, measure, name, ATTACK)
+    runs = cached_figures(OUT / f"{name}-runs.csv", experiments, measure, name, ATTACK)
     rows = []
     for (setting, dial), kind in itertools.product(settings.items(), kinds):
         values = changed(params, dict(dial.changes))
-        row: dict[str, Any] = {"line": KINDS[kind].format(dial.line), "label": dial.label, "adapters": kind}
+        row: dict[str, Any] = {"line": ROW_NAMES[kind].format(dial.line), "label": dial.label, "adapters": kind}
         row |= {"method": values.method, "alpha": values.alpha, "beta": values.beta, "channels": values.channels.ratio}
-        for column in COLUMNS:
-            of_seeds = [runs[names[setting, seed]][f"{column}, {kind}"] for seed in seeds]
-            row[column], row[f"{column} ±"] = over_seeds(of_seeds) or (None, None)
-        rows.append(row)
+        rows.append(row | spread(seed_means([runs[names[setting, seed]] for seed in seeds], kind)))
     write_csv(OUT / f"{name}.csv", rows)
     panels = [figures.REMAINING_GAP, figures.GAP_NLL]
     with atomic_file(OUT / f"{name}.png") as temporary:
@@ -95,7 +85,7 @@ def main() -> None:
     table = Table("", *SHOWN, title=f"{name}: means of seeds {seeds}; all figures: {OUT}/{name}.csv")
     for (setting, kind), row in zip(itertools.product(settings, kinds), rows, strict=True):
         cells = ("–" if row[column] is None else f"{row[column]:.3g}" for column in SHOWN)
-        table.add_row(KINDS[kind].format(setting), *cells)
+        table.add_row(ROW_NAMES[kind].format(setting), *cells)
     console.print(table)
 
 

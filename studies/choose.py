@@ -6,6 +6,7 @@ one seed; the best one and its neighbours on the frontier are then confirmed wit
 these. Every run is a DVC experiment whose figures are kept in choose-runs.csv; interrupted, the same command goes on.
 """
 
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -22,18 +23,15 @@ from scaleot_core.common.files import atomic_file, write_csv
 from scaleot_core.common.progress import console, say
 from scaleot_core.params import load_params
 from scaleot_core.reporting import figures
-from scaleot_core.reporting.measurements import over_seeds
-from studies.columns import Columns, by_kind, choice_columns
+from studies.columns import by_kind, choice_columns
 from studies.experiments import Figures, Run, cached_figures, experiment_name, parse_overrides
 from studies.frontier import Needs, Setting, frontier, neighbours
 from studies.keys import ATTACK, Changes
+from studies.means import Means, seed_means, spread
 
 SETTINGS, OUT = Path(__file__).with_suffix(".yaml"), Path("docs/studies")
-KINDS = ("layers", "lora")
-COLUMNS = ("recovery", "recovery error", "gap", "remaining gap", "bytes", "exact")
 SHOWN = ("recovery", "remaining gap", "bytes", "exact")
 PLAIN: Any = {"highlight": False, "markup": False, "soft_wrap": True}
-GAP = figures.gap_panel("answer_nll", "answer nll, of texts token perplexity")
 UNSURE = 0.25  # standard error of a recovery above which settings can't be told apart
 
 Point = tuple[str, float]
@@ -81,19 +79,19 @@ class Search:
 
         def measure(name: str, run: Run) -> Figures:
             metrics, attack, kinds = run.metrics, run.read("attack.json"), experiments[name]["adapters"]
+            columns = by_kind(lambda kind: choice_columns(metrics, attack, kind), kinds)
             for kind in kinds:
-                columns = choice_columns(metrics, attack, kind)
-                check_task(columns)  # before the hours that the others take
-                say(f"{name}, {kind}: {described(columns)}")
-            return dict.fromkeys(names) | by_kind(lambda kind: choice_columns(metrics, attack, kind), kinds)
+                check_task(seed_means([columns], kind))  # before the hours that the others take
+                say(f"{name}, {kind}: {described(seed_means([columns], kind))}")
+            return columns
 
-        points, names = list(points), [f"{column}, {kind}" for kind in KINDS for column in COLUMNS]
+        points = list(points)
         experiments = {
             name(point, seed): {**self.changes, **self.changes_of(point), "seed": seed}
             for point in points
             for seed in seeds
         }
-        rows = cached_figures(OUT / "choose-runs.csv", names, experiments, measure, "choose", ATTACK)
+        rows = cached_figures(OUT / "choose-runs.csv", experiments, measure, "choose", ATTACK)
         for point in points:
             self.runs[point] = [rows[name(point, seed)] for seed in seeds]
 
@@ -103,12 +101,7 @@ class Search:
         for (line, value), rows in self.runs.items():
             changes = self.changes_of((line, value))
             for kind in changes["adapters"]:
-                means, errors = dict[str, float | None](), dict[str, float | None]()
-                for column in COLUMNS:
-                    means[column], errors[column] = (
-                        over_seeds([row[f"{column}, {kind}"] for row in rows]) or (None,) * 2
-                    )
-                settings.append(Setting(line, value, kind, changes, len(rows), means, errors))
+                settings.append(Setting(line, value, kind, changes, len(rows), seed_means(rows, kind)))
         return settings
 
     def recommend(self, needs: Needs) -> list[Setting]:
@@ -118,17 +111,19 @@ class Search:
             best = needs.best(settings)
             reported = [best, *neighbours(settings, best)]
             pending = [setting for setting in reported if setting.seeds < len(self.all_seeds)]
+            if best in pending:
+                pending = [best]  # its neighbours count only if it stays the best
             if not pending:
                 return reported
             self.run(dict.fromkeys((setting.line, setting.value) for setting in pending), self.all_seeds)
 
 
-def described(means: Mapping[str, float | None], errors: Mapping[str, float | None] | None = None) -> str:
+def described(means: Means) -> str:
     """Say a setting's figures in a line."""
 
     def figure(column: str, unit: str = "") -> str:
-        mean, error = means[column], (errors or {}).get(column)
-        return "–" if mean is None else f"{mean:.2f}{'' if error is None else f' ± {error:.2f}'}{unit}"
+        mean, error = means[column] or (math.nan, None)
+        return f"{mean:.2f}{'' if error is None else f' ± {error:.2f}'}{unit}"
 
     return (
         f"recovery {figure('recovery')}, remaining gap {figure('remaining gap', ' nats')}, "
@@ -142,14 +137,14 @@ def as_changes(setting: Setting) -> list[str]:
     return [f"{key}={value}" for key, value in changes.items()]
 
 
-def check_task(columns: Columns) -> None:
+def check_task(means: Means) -> None:
     """Raise UserError where the evaluated questions leave a recovery too uncertain to tell settings apart by it."""
-    if columns["recovery"] is None:
+    if means["recovery"] is None:
         raise UserError("choose: full fine-tuning gains nothing on one of `tasks`, so there is no utility to choose by")
-    if (error := columns["recovery error"] or 0.0) > UNSURE:
+    if (error := means["recovery error"]) and error[0] > UNSURE:
         raise UserError(
-            f"choose: a recovery is known only to within ± {error:.2f}, too uncertain to compare settings (the limit "
-            f"is {UNSURE}); raise data.eval_questions, or take another task"
+            f"choose: a recovery is known only to within ± {error[0]:.2f}, too uncertain to compare settings (the "
+            f"limit is {UNSURE}); raise data.eval_questions, or take another task"
         )
 
 
@@ -165,33 +160,38 @@ def main() -> None:
 
 def write(settings: Sequence[Setting]) -> None:
     """Write all settings as CSV, and draw them."""
-    rows = []
-    for setting in settings:
-        row = {"line": f"{setting.line}, {setting.adapters}", "label": setting.value, "adapters": setting.adapters}
-        row |= {"changes": " ".join(as_changes(setting)), "seeds": setting.seeds}
-        for column in COLUMNS:
-            row |= {column: setting.means[column], f"{column} ±": setting.errors[column]}
-        rows.append(row)
+    rows = [
+        {
+            "line": f"{setting.line}, {setting.adapters}",
+            "label": setting.value,
+            "adapters": setting.adapters,
+            "changes": " ".join(as_changes(setting)),
+            "seeds": setting.seeds,
+            **spread(setting.means),
+        }
+        for setting in settings
+    ]
     write_csv(OUT / "choose.csv", rows)
     points = [
         {**row, "recovery answer_nll": row["recovery"], "gap answer_nll": row["gap"], "gap answer_nll ±": row["gap ±"]}
         for row in rows
     ]
+    panels = [figures.REMAINING_GAP, figures.GAP_NLL]
     with atomic_file(OUT / "choose.png") as temporary:
-        figures.save_png(figures.frontier(figures.by_line(points), [figures.REMAINING_GAP, GAP]), temporary)
+        figures.save_png(figures.frontier(figures.by_line(points), panels), temporary)
 
 
 def report(search: Search, needs: Needs, reported: Sequence[Setting]) -> None:
     """Print the frontier and the reported settings, the recommended one first."""
     table = Table("", "recovery", "remaining gap, nats", "bytes", "exact", "seeds", title="the frontier")
     for setting in frontier(search.settings()):
-        name = Text(f"{setting.line}, {setting.adapters}, {setting.value}")
-        table.add_row(name, *(f"{setting.figure(column):.2f}" for column in SHOWN), str(setting.seeds))
+        title = Text(f"{setting.line}, {setting.adapters}, {setting.value}")
+        table.add_row(title, *(f"{setting.figure(column):.2f}" for column in SHOWN), str(setting.seeds))
     console.print(table)
     console.print(f"all settings: {OUT}/choose.csv", **PLAIN)
-    for title, setting in zip(("recommended", "neighbour", "neighbour"), reported, strict=False):
-        console.print(f"{title}: {' '.join(as_changes(setting))}", style="bold", **PLAIN)
-        console.print(f"  {described(setting.means, setting.errors)}", **PLAIN)
+    for role, setting in zip(("recommended", "neighbour", "neighbour"), reported, strict=False):
+        console.print(f"{role}: {' '.join(as_changes(setting))}", style="bold", **PLAIN)
+        console.print(f"  {described(setting.means)}", **PLAIN)
     for name, miss in needs.misses(reported[0]).items():
         console.print(f"no setting here meets {name.upper()}: the nearest misses it by {miss:.2f}", style="yellow")
     changes = [*as_changes(reported[0]), *(f"{key}={value}" for key, value in search.user_changes.items())]

@@ -10,8 +10,6 @@ from typing import Any
 
 from scaleot_core.reporting.measurements import MEASUREMENTS, judged_by, mean, of_kind, utility
 
-EMULATOR_STAGES = ("layer_importance", "train_harmonizers", "compress")  # the stages that ScaleOT's emulator takes
-
 Metrics = Mapping[str, Any]
 """All of metrics.json."""
 Attack = Mapping[str, Any]
@@ -31,7 +29,7 @@ def remaining_gap(metrics: Metrics, attack: Attack) -> float:
     return math.log(attack["restoration"]["package"]["perplexity"] / metrics["corpus_perplexity"]["model"])
 
 
-def comparison_columns(metrics: Metrics, kind: str, method: str) -> Columns:
+def comparison_columns(metrics: Metrics, kind: str) -> Columns:
     """Read what `make compare` compares methods by.
 
     Recovery is that of the means over tasks: where a task has little to gain, its own would divide by next to nothing.
@@ -41,7 +39,6 @@ def comparison_columns(metrics: Metrics, kind: str, method: str) -> Columns:
         for name in MEASUREMENTS
     }
     recovery = utility({**means, "metrics": ["acc", "answer_nll"], "lower_is_better": ["answer_nll"]})["recovery"]
-    costs = [metrics["cost"][stage] for stage in (EMULATOR_STAGES if method == "scaleot" else EMULATOR_STAGES[-1:])]
     return {
         "recovery acc": recovery["acc"],
         "recovery nll": recovery["answer_nll"],
@@ -54,9 +51,6 @@ def comparison_columns(metrics: Metrics, kind: str, method: str) -> Columns:
         "gap nll": over_tasks(metrics, kind, "gap", "answer_nll"),
         "share of bytes": metrics["emulator"]["share_of_model"],
         "perplexity": metrics["corpus_perplexity"]["emulator"],
-        "tokens": sum(cost["tokens"] for cost in costs),
-        "seconds": sum(cost["seconds"] for cost in costs),
-        "MiB": max(cost["peak_memory_mib"] for cost in costs),
     }
 
 

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,14 +78,6 @@ def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
             raise UserError(f"{argument!r}: a setting is KEY=VALUE, such as alpha=0.5")
         changes[key] = yaml.safe_load(value)
     return changes
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Name nested parameters as `dlr.steps`."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 def workers() -> int:
@@ -165,48 +157,46 @@ class _Pool:
         log.parent.mkdir(parents=True, exist_ok=True)
         say(f"experiment {name}{f', its output in {log}' * (self.jobs > 1)}", style="bold")
         for _ in range(LOCK_TRIES):
-            with self.lock:
-                if self.stopped:
-                    return
-                process = subprocess.Popen(
-                    command,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,  # so that a signal reaches it and its stage, and only from us
-                    encoding="utf-8",
-                    errors="replace",
-                )
-                self.running.add(process)
-            assert process.stdout
-            locked = False
-            with log.open("w", encoding="utf-8") as stream:
-                for line in process.stdout:
-                    stream.write(line)
-                    stream.flush()
-                    locked = locked or LOCKED in line
-                    if self.jobs == 1:
-                        say(line.rstrip())
-            exit_code = process.wait()
-            with self.lock:
-                self.running.discard(process)
-            if exit_code == 0:
+            if self._run(command, log) == 0 or self.stopped:
                 return
-            if not locked:
+            if LOCKED not in log.read_text(encoding="utf-8"):
                 break
             time.sleep(LOCK_SECONDS)
         raise UserError(f"experiment {name}: it failed; {log} says why; mend it, then run again: what is done is kept")
+
+    def _run(self, command: list[str], log: Path) -> int:
+        """Run a command with its output in `log`, and, if it is the only one, on the terminal; return its exit code."""
+        with self.lock:
+            if self.stopped:
+                return 1
+            process = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # so that a signal reaches DVC and its stage, and only from us
+                encoding="utf-8",
+                errors="replace",
+            )
+            self.running.add(process)
+        with log.open("w", encoding="utf-8") as stream:
+            for line in process.stdout or ():
+                stream.write(line)
+                stream.flush()
+                if self.jobs == 1:
+                    say(line.rstrip())
+        return process.wait()
 
     def stop(self) -> None:
         """Start no more, and end those that run: by an interruption, which tidies up, else by SIGTERM."""
         self.threads.shutdown(wait=False, cancel_futures=True)
         with self.lock:
-            self.stopped, processes = True, list(self.running)
+            self.stopped = True
         for number in (signal.SIGINT, signal.SIGTERM):
-            for process in processes:
+            for process in self.running:
                 if process.poll() is None:
                     os.killpg(process.pid, number)
             limit = time.monotonic() + GRACE_SECONDS
-            while any(process.poll() is None for process in processes) and time.monotonic() < limit:
+            while any(process.poll() is None for process in self.running) and time.monotonic() < limit:
                 time.sleep(0.1)
 
 
@@ -219,7 +209,6 @@ def _finished(base: str) -> dict[str, tuple[str, str]]:
 
 def cached_figures(
     path: Path,
-    columns: Collection[str],
     experiments: Mapping[str, Changes],
     measure: Callable[[str, Run], Figures],
     label: str,
@@ -227,31 +216,35 @@ def cached_figures(
 ) -> dict[str, Figures]:
     """Return the figures of every experiment by name: from the CSV file at `path`, or measured now and added there.
 
-    A row there counts for an experiment of the same key (`run_keys`), whatever its name, if it has all columns and the
-    code that reads figures is the same. Rows of other experiments stay.
+    A row there counts for an experiment of the same key (`run_keys`), whatever its name, if the code that reads figures
+    is the same too. Rows of other experiments stay.
 
     Raises:
         UserError: an experiment failed, or code or data were changed while it ran.
     """
-    rows = [row for row in (read_csv(path) if path.exists() else []) if row.keys() >= {"run", *columns, "made of"}]
-    cached = {row["made of"]: row for row in rows}
     keys = _row_keys(experiments, targets)
-    figures: dict[str, Figures] = {}
-    for name, key in keys.items():
-        if row := cached.get(key):
-            figures[name] = {column: None if row[column] == "" else row[column] for column in columns}
-    others = [row for row in rows if row["run"] not in keys and row["made of"] not in keys.values()]
+    stored = read_csv(path) if path.exists() else []
+    by_key = {row["made of"]: row for row in stored}
+    rows: dict[str, dict[str, Any]] = {
+        name: {**by_key[key], "run": name} for name, key in keys.items() if key in by_key
+    }
+    others = [row for row in stored if row["run"] not in keys and row["made of"] not in keys.values()]
 
     def add(name: str, run: Run) -> None:
-        measured = measure(name, run)
+        figures = {column: None if figure is None else float(figure) for column, figure in measure(name, run).items()}
+        rows[name] = {"run": name, **figures, "made of": keys[name]}
         if _row_keys({name: experiments[name]}, targets) != {name: keys[name]}:
             raise UserError(f"{path}: code or data were changed while {name} ran; run again, or undo it")
-        figures[name] = {column: None if measured[column] is None else float(measured[column]) for column in columns}
-        added = [{"run": name, **figures[name], "made of": keys[name]} for name in keys if name in figures]
-        write_csv(path, [*added, *others], ["run", *columns, "made of"])
+        ordered = [*(rows[name] for name in keys if name in rows), *others]
+        columns = dict.fromkeys(column for row in ordered for column in row if column != "made of")
+        write_csv(path, ordered, [*columns, "made of"])
 
-    run_all({name: experiments[name] for name in keys if name not in figures}, label, targets, add)
-    return {name: figures[name] for name in experiments}
+    run_all({name: experiments[name] for name in keys if name not in rows}, label, targets, add)
+    text = {"run", "made of"}
+    return {
+        name: {column: None if value == "" else value for column, value in rows[name].items() if column not in text}
+        for name in experiments
+    }
 
 
 def _row_keys(experiments: Mapping[str, Changes], targets: Sequence[str]) -> dict[str, str]:

@@ -1,10 +1,11 @@
 """What a setting is needed for, the best setting for it, and the frontier of utility and secrecy."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from studies.keys import Changes
+from studies.means import Means
 
 
 @dataclass(frozen=True)
@@ -21,15 +22,13 @@ class Setting:
     """To params.yaml."""
     seeds: int
     """How many it was run with."""
-    means: Mapping[str, float | None]
-    """By the column's name; None where a seed has none."""
-    errors: Mapping[str, float | None]
-    """Standard errors of several seeds, by the column's name."""
+    means: Means
+    """Over these seeds."""
 
     def figure(self, column: str) -> float:
         """Return a mean to compare by; one that is undefined is below all others."""
         mean = self.means[column]
-        return -math.inf if mean is None else mean
+        return -math.inf if mean is None else mean[0]
 
 
 @dataclass(frozen=True)

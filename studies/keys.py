@@ -29,7 +29,7 @@ def code(*targets: str) -> list[Path]:
         path, _, stage = target.partition(":")
         entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["stages"]
         stages += [entries[stage]] if stage else entries.values()
-    deps = {Path(dep) for stage in stages for dep in stage["deps"] if not dep.startswith(("artifacts/", "costs"))}
+    deps = {Path(dep) for stage in stages for dep in stage["deps"] if not dep.startswith("artifacts/")}
     files = [file for dep in sorted(deps) for file in (sorted(dep.rglob("*")) if dep.is_dir() else [dep])]
     return [file for file in files if file.suffix in {".py", ".yaml", ".lock"} and file != DRAWING]
 

@@ -7,6 +7,7 @@ Values that another preset put there before are first set back to those of the l
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,7 +51,7 @@ class Span(NamedTuple):
 def spans(text: str) -> dict[str, Span]:
     """Find the values of all parameters, by names such as `dlr.steps`."""
 
-    def walk(node: yaml.MappingNode, prefix: str) -> dict[str, Span]:
+    def walk(node: Any, prefix: str) -> dict[str, Span]:
         inner: dict[str, Span] = {}
         for key, value in node.value:
             if isinstance(value, yaml.MappingNode):
@@ -58,7 +59,8 @@ def spans(text: str) -> dict[str, Span]:
             else:
                 block_list = isinstance(value, yaml.SequenceNode) and not value.flow_style
                 end = (value.value[-1] if block_list else value).end_mark.index  # without the comments behind a list
-                start, parsed = value.start_mark, yaml.safe_load(text[value.start_mark.index : end])
+                start = value.start_mark
+                parsed = yaml.safe_load(" " * start.column + text[start.index : end])
                 inner[f"{prefix}{key.value}"] = Span(start.index, end, start.column, parsed)
         return inner
 
@@ -66,15 +68,16 @@ def spans(text: str) -> dict[str, Span]:
 
 
 def edit(text: str, values: Mapping[str, str]) -> str:
-    """Replace the texts of parameters' values; a comment behind one stays in its column where there is room."""
+    """Replace the texts of parameters' values; comments behind them begin in the file's usual column if they can."""
     places = spans(text)
+    columns = Counter(line.index(" #") + 1 for line in text.splitlines() if " #" in line)
     for name in sorted(values, key=lambda name: places[name].start, reverse=True):
         start, end = places[name].start, places[name].end
-        rest = text[end:]
-        if (comment := re.match(" +#", rest)) and "\n" not in text[start:end] + values[name]:
-            padding = len(comment[0]) - 1 + end - start - len(values[name])
-            rest = " " * max(1, padding) + rest.lstrip(" ")
-        text = text[:start] + values[name] + rest
+        before, rest = text[:start] + values[name], text[end:]
+        if re.match(" +#", rest) and "\n" not in text[start:end] + values[name]:
+            width = len(before) - before.rindex("\n") - 1
+            rest = " " * max(1, columns.most_common(1)[0][0] - width) + rest.lstrip(" ")
+        text = before + rest
     return text
 
 

@@ -50,19 +50,6 @@ def sweep_columns(metrics: Metrics) -> dict[str, float]:
     return columns | {"bytes": bytes_share, "perplexity": perplexity}
 
 
-def turns(rows: list[dict[str, float]], dial: str, other: str) -> list[str]:
-    """Say where turning one dial up makes plug-in or tuned emulator better in answer NLL by two standard errors."""
-    lines = []
-    for before, after in itertools.permutations(rows, 2):
-        if after[other] == before[other] and after[dial] > before[dial]:
-            where = f"{dial} {before[dial]} to {after[dial]} at {other} = {after[other]}"
-            for name in TUNED:
-                gained = before[f"{name} answer_nll"] - after[f"{name} answer_nll"]
-                if gained > 2 * after["gap answer_nll ±"]:
-                    lines.append(f"{where}: {name} gains {gained:.2f} nats")
-    return lines
-
-
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     """Draw gap against recovery in answer NLL, one line a β along α; accuracy is too noisy to draw."""
     figure = figures.frontier(figures.by_beta(rows), [figures.GAP_NLL])
@@ -83,8 +70,6 @@ def main() -> None:
     for row in rows:
         table.add_row(*(f"{value:.3g}" for value in row.values()))
     console.print(table)
-    for line in turns(rows, "alpha", "beta") + turns(rows, "beta", "alpha"):
-        console.print(f"not monotone: {line}", style="yellow")
 
 
 if __name__ == "__main__":

@@ -1,44 +1,59 @@
-"""What several processes of tests share; in each of them, what tests ask for is in shared_fixtures.py."""
-
-import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
+"""What every test may ask for: tiny models of all families, a tiny tokenizer, blocks of text, the settings."""
 
 import pytest
-from warm_python import warm_python
+import torch
+from helpers import CONFIGS, EIGHT, ROOT, VOCABULARY, tiny_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-ROOT = Path(__file__).parents[1]
-SHARED_BIN = "SCALEOT_TEST_WARM_BIN"  # the folder of `warm_bin`, where several processes run the tests
+from scaleot_core.params import Params, load_params
 
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Load the fixtures where tests run; start `warm_bin` once where tests are handed out to several processes."""
-    hands_out = config.getoption("numprocesses", None) and not config.option.collectonly
-    if hands_out and not hasattr(config, "workerinput"):
-        started = ExitStack()
-        os.environ[SHARED_BIN] = str(started.enter_context(warm_programs()))
-        config.add_cleanup(started.close)
-    else:
-        config.pluginmanager.import_plugin("shared_fixtures")
+QUICK_FAMILIES = {"gpt2", "llama"}  # of a test of every family, `make test-quick` takes these
 
 
-@contextmanager
-def warm_programs() -> Iterator[Path]:
-    """Start what answers the programs of `warm_bin`."""
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with TemporaryDirectory() as home:
-        offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": home}
-        with warm_python({"OMP_NUM_THREADS": "1", "PYTHONPATH": path, **offline}) as folder:
-            yield folder
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name bytes by their argument: as they stand they may differ between two processes (an archive has its time)."""
+    return argname if isinstance(val, bytes) else None
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark a test of any other family as slow."""
+    arguments = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    names = {arguments.get(argument) for argument in ("name", "model", "every_model", "family")} & CONFIGS.keys()
+    if names - QUICK_FAMILIES:
+        item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(params=EIGHT)
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """Return a tiny model of each shape of decoder layer."""
+    return tiny_model(request.param)
+
+
+@pytest.fixture(params=sorted(CONFIGS))
+def every_model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """Return a tiny model of each family."""
+    return tiny_model(request.param)
 
 
 @pytest.fixture(scope="session")
-def warm_bin() -> Iterator[Path]:
-    """A folder of programs, `python` and `dvc`, that need not import what stages and DVC import."""
-    if shared := os.environ.get(SHARED_BIN):
-        yield Path(shared)
-    else:
-        with warm_programs() as folder:
-            yield folder
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE with every byte, so that any text has tokens."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator([], trainers.BpeTrainer(special_tokens=["<eos>"], initial_alphabet=alphabet))
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<eos>", eos_token="<eos>", pad_token="<eos>")
+
+
+@pytest.fixture
+def blocks() -> torch.Tensor:
+    """Return twelve blocks of 16 random tokens."""
+    return torch.randint(1, VOCABULARY - 44, (12, 16), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+
+
+@pytest.fixture
+def params() -> Params:
+    """Return the settings of the repository's params.yaml."""
+    return load_params(ROOT / "params.yaml")

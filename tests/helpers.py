@@ -18,38 +18,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
-from copies import Copied
-from safetensors.torch import save_file
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    FalconConfig,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPTJConfig,
-    GPTNeoXConfig,
-    GraniteConfig,
-    LlamaConfig,
-    MistralConfig,
-    Olmo2Config,
-    OPTConfig,
-    Phi3Config,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-    SmolLM3Config,
-    StableLmConfig,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from scaleot_core import cli
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import read_json, sha256
 from scaleot_core.common.random import generator
-from scaleot_core.common.tensors import read_tensors
 from scaleot_core.compression.channels import channels_of, prune_channels
 from scaleot_core.compression.emulator import apply_plan, package_tensors
 from scaleot_core.compression.layer_choice import ranks_left
@@ -62,7 +37,6 @@ from scaleot_core.exchange.package import save
 from scaleot_core.models.families import decoder_layers, family, projection_name
 from scaleot_core.models.loading import read_config
 from scaleot_core.models.streaming import StreamedModel
-from scaleot_core.reporting import measurements
 from scaleot_core.settings import LoraForm, OffsiteTuning
 from scaleot_core.tuning.adapters import TunedLora, trainable
 from scaleot_core.tuning.lora import insert_lora
@@ -87,60 +61,46 @@ COMMON: dict[str, Any] = {
     "tie_word_embeddings": False,
     **TOKENS,
 }
-CONTEXT: dict[str, Any] = {"seq_length": 128}  # as BLOOM's files have it, and its class has not
 SHAPE: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "tie_word_embeddings": False, **TOKENS}
+GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128, **TOKENS}
+FALCON = {key: value for key, value in COMMON.items() if key != "intermediate_size"} | {"ffn_hidden_size": 64}
+GROUPED = {**COMMON, "num_key_value_heads": 2}
+SLIDING = {**GROUPED, "head_dim": 8, "sliding_window": 16}
+MIXED = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]}
+OPT = {**COMMON, "ffn_dim": 64}
 
 # Every family, and what one of them does in two ways: OPT-350m has its norms behind, and narrower embeddings; Falcon
 # has rotary positions and a head of keys for some of queries, or ALiBi and one head of keys for all.
+FIELDS: dict[str, dict[str, Any]] = {
+    "gpt_neox": COMMON,
+    "llama": GROUPED,
+    "mistral": SLIDING,
+    "qwen2": GROUPED,
+    "qwen3": {**GROUPED, "head_dim": 16},
+    "opt": {**OPT, "word_embed_proj_dim": 32},
+    "opt-350m": {**OPT, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
+    "gpt2": GPT2,
+    "gemma2": SLIDING,
+    "gemma3_text": {**SLIDING, **MIXED},
+    "bloom": {"n_layer": 4, "n_head": 4, "seq_length": 128, **SHAPE},  # its files have seq_length, its class has not
+    "falcon": {**FALCON, "num_kv_heads": 2, "new_decoder_architecture": True},
+    "falcon-alibi": {**FALCON, "alibi": True, "multi_query": True, "parallel_attn": False, "bias": True},
+    "gptj": {**GPT2, "rotary_dim": 4, "n_inner": 64},
+    "granite": {**GROUPED, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    "olmo2": GROUPED,
+    "phi3": {**GROUPED, "original_max_position_embeddings": 128},
+    "smollm3": {**GROUPED, "no_rope_layer_interval": 2},
+    "stablelm": {**GROUPED, "use_qkv_bias": True},
+}
+TYPES = {"opt-350m": "opt", "falcon-alibi": "falcon"}
 CONFIGS: dict[str, PretrainedConfig] = {
-    "gpt_neox": GPTNeoXConfig(**COMMON),
-    "llama": LlamaConfig(num_key_value_heads=2, **COMMON),
-    "mistral": MistralConfig(num_key_value_heads=2, head_dim=8, sliding_window=16, **COMMON),
-    "qwen2": Qwen2Config(num_key_value_heads=2, **COMMON),
-    "qwen3": Qwen3Config(num_key_value_heads=2, head_dim=16, **COMMON),
-    "opt": OPTConfig(word_embed_proj_dim=32, ffn_dim=64, **COMMON),
-    "opt-350m": OPTConfig(word_embed_proj_dim=16, ffn_dim=64, do_layer_norm_before=False, **COMMON),
-    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=4, n_head=4, n_positions=128, **TOKENS),
-    "gemma2": Gemma2Config(num_key_value_heads=2, head_dim=8, sliding_window=16, **COMMON),
-    "gemma3_text": Gemma3TextConfig(
-        num_key_value_heads=2,
-        head_dim=8,
-        sliding_window=16,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
-        **COMMON,
-    ),
-    "bloom": BloomConfig(n_layer=4, n_head=4, **SHAPE, **CONTEXT),
-    "falcon": FalconConfig(
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_kv_heads=2,
-        new_decoder_architecture=True,
-        ffn_hidden_size=64,
-        max_position_embeddings=128,
-        **SHAPE,
-    ),
-    "falcon-alibi": FalconConfig(
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        alibi=True,
-        multi_query=True,
-        parallel_attn=False,
-        bias=True,
-        ffn_hidden_size=64,
-        max_position_embeddings=128,
-        **SHAPE,
-    ),
-    "gptj": GPTJConfig(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=4, n_head=4, n_positions=128, rotary_dim=4, n_inner=64, **TOKENS
-    ),
-    "granite": GraniteConfig(num_key_value_heads=2, residual_multiplier=0.5, logits_scaling=2.0, **COMMON),
-    "olmo2": Olmo2Config(num_key_value_heads=2, **COMMON),
-    "phi3": Phi3Config(num_key_value_heads=2, original_max_position_embeddings=128, **COMMON),
-    "smollm3": SmolLM3Config(num_key_value_heads=2, no_rope_layer_interval=2, **COMMON),
-    "stablelm": StableLmConfig(num_key_value_heads=2, use_qkv_bias=True, **COMMON),
+    name: AutoConfig.for_model(TYPES.get(name, name), **fields) for name, fields in FIELDS.items()
 }
 IDS = torch.tensor([[5, 80, 200, 41, 17, 222, 9, 133]])
 each_family = pytest.mark.parametrize("name", sorted(CONFIGS))
+# One of each shape of decoder layer: what holds for these holds for the others, which differ in their attention alone.
+EIGHT = ("bloom", "falcon-alibi", "gemma3_text", "gpt2", "gpt_neox", "llama", "opt-350m", "phi3")
+each_shape = pytest.mark.parametrize("name", EIGHT)
 each_head = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
 _SQUARE = (32, 32)
@@ -169,24 +129,8 @@ SHAPES: dict[str, dict[str, list[tuple[int, int]]]] = {  # of every attention ma
 }
 
 
-KEPT_PARAMETERS = 10**6  # at most, of a model that is kept to be copied
-_KEPT: dict[tuple[str, str], tuple[Copied, torch.Tensor]] = {}  # with the state of the random draws after it
-
-
 def tiny_model(name: str, **changes: object) -> PreTrainedModel:
     """Make a seeded random model of one family: 4 layers of width 32, float32, frozen; or with a changed config."""
-    key = (name, repr(sorted(changes.items())))
-    if key not in _KEPT:
-        model = _initialised(name, **changes)
-        if model.num_parameters() > KEPT_PARAMETERS:
-            return model
-        _KEPT[key] = (Copied(model), torch.get_rng_state())
-    kept, draws = _KEPT[key]
-    torch.set_rng_state(draws)
-    return kept.copy()
-
-
-def _initialised(name: str, **changes: object) -> PreTrainedModel:
     torch.manual_seed(0)
     fields = CONFIGS[name].to_dict()
     if "num_hidden_layers" in changes:  # these lists follow the count
@@ -413,44 +357,6 @@ WEBQS: list[dict[str, Any]] = [
 PAGES = [{"page": f"page {i} says\n " + " ".join(str(k * i % 89) for k in range(30 + 25 * i))} for i in range(6)]
 
 
-# --- figures to report -----------------------------------------------------------------------------------
-
-HISTORIES = {
-    "local fits": [{"step": 0, "loss": 1.5, "more": 7}, {"step": 1, "loss": 1.25}],
-    "DLR": [{"step": 0, "loss": 3.0}],
-}
-LAYERS = {"prior": [0.5, -1.0, 0.25], "scores": [1.5, -2.0, 1.25], "kinds": ["adapter", "harmonizer", "compressed"]}
-
-
-def measured(acc: list[float], nll: list[float]) -> dict[str, Any]:
-    """Give the five measurements of a task of questions, in the order of `measurements.MEASUREMENTS`."""
-    rows = zip(measurements.MEASUREMENTS, acc, nll, strict=True)
-    five = {n: {"acc": a, "acc_stderr": 0.01, "answer_nll": b, "answer_nll_stderr": 0.1} for n, a, b in rows}
-    return five | {"metrics": ["acc", "answer_nll"], "lower_is_better": ["answer_nll"]}
-
-
-def perplexity(values: list[float]) -> dict[str, Any]:
-    """Give the five measurements of a task of texts, in the order of `measurements.MEASUREMENTS`."""
-    five: dict[str, Any] = {
-        n: {"perplexity": v, "perplexity_stderr": 0.5} for n, v in zip(measurements.MEASUREMENTS, values, strict=True)
-    }
-    return five | {"metrics": ["perplexity"], "lower_is_better": ["perplexity"]}
-
-
-def task_of(**kinds: dict[str, Any]) -> dict[str, Any]:
-    """Give a task as metrics.json has it, from the five measurements of every kind of adapters."""
-    shared = next(iter(kinds.values()))
-    adapters = {
-        kind: {name: five[name] for name in ("emulator_finetune", "plug_in")} | measurements.utility(five)
-        for kind, five in kinds.items()
-    }
-    return {key: shared[key] for key in shared.keys() - adapters[next(iter(kinds))].keys()} | {"adapters": adapters}
-
-
-# zero_shot, full_finetune, emulator_zero_shot, emulator_finetune, plug_in
-GOOD = measured([0.50, 0.60, 0.40, 0.52, 0.58], [20.0, 10.0, 30.0, 18.0, 12.0])
-
-
 # --- a tiny project --------------------------------------------------------------------------------------
 
 PER_TASK = ("offsite_tune", "zero_shot", "full_finetune")
@@ -543,6 +449,13 @@ def scaleot(*arguments: object) -> Ended:
     return _ended(["scaleot", *map(str, arguments)], cli.main)
 
 
+def gives(*arguments: object) -> Any:
+    """Give what `scaleot` prints in JSON with these arguments."""
+    ended = scaleot(*arguments, "--json")
+    assert ended.code == 0, ended.said
+    return json.loads(ended.out)
+
+
 def refused(*arguments: object) -> str:
     """Give the one line in which `scaleot` ends with these arguments."""
     ended = scaleot(*arguments)
@@ -617,36 +530,3 @@ def dies_after(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, name, until)
         yield
-
-
-WEIGHTS = "model.safetensors"
-
-
-def without_folder(folder: Path) -> None:
-    """Lose a model's folder."""
-    shutil.rmtree(folder)
-
-
-def without_weights(folder: Path) -> None:
-    """Lose a model's weights."""
-    (folder / WEIGHTS).unlink()
-
-
-def with_noise(folder: Path) -> None:
-    """Put bytes in the place of a model's weights that are no weights."""
-    (folder / WEIGHTS).write_bytes(bytes(range(256)) * 4)
-
-
-def cut_short(folder: Path) -> None:
-    """Lose the end of a model's weights."""
-    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
-
-
-def without_a_tensor(folder: Path) -> None:
-    """Lose one tensor, which transformers would fill with random numbers."""
-    tensors = read_tensors(folder / WEIGHTS)
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-
-
-DAMAGES = [without_folder, without_weights, with_noise, cut_short, without_a_tensor]

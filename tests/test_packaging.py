@@ -86,10 +86,3 @@ def test_wrong_python_is_told_in_one_line_before_any_download(make: Any, version
 def test_right_python_goes_on_to_make_the_environment(make: Any, version: str) -> None:
     code, said, asked = make(version)
     assert code == 2 and "needed is" not in said and asked.split()[-1] == "-m"
-
-
-def test_text_files_are_opened_with_an_encoding() -> None:
-    folders = ["scaleot_core", "stages", "studies", "benchmarks"]
-    command = ["ruff", "check", "--preview", "--select", "PLW1514", "--no-cache", *folders]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
-    assert done.returncode == 0, done.stdout

@@ -91,7 +91,8 @@ def test_checkpoint_is_keyed_by_what_dvc_watches(project: Path) -> None:
 def test_entry_of_an_item_has_its_own_paths(project: Path) -> None:
     entry = read_entry("offsite_tune", ITEM)
     assert Path("artifacts/tasks/piqa/train.jsonl") in entry.deps and Path("artifacts/adapters/piqa/lora") in entry.outs
-    assert entry.cost == Path("costs/offsite_tune-piqa-lora.json") and read_entry("evaluate").cost is None
+    assert entry.cost == Path("costs/offsite_tune-piqa-lora.json")
+    assert read_entry("evaluate").cost == Path("costs/evaluate.json")
 
 
 @pytest.mark.parametrize("arguments", [[], ["piqa"], ["nosuch", "lora"], ["piqa", "piqa"]])

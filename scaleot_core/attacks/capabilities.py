@@ -1,4 +1,4 @@
-"""What a model can do, with choices and without, and how much of it is above what random weights have.
+"""What a model can do, with choices and without, and how far it is above random weights.
 
 Multiple choice heals first under attack: a model that ranks the right answer first may still not be able to write. So
 answers are also asked for openly, and the questions' text, another domain than the corpus, is scored as running text.
@@ -20,8 +20,6 @@ from scaleot_core.tuning.examples import IGNORED, Example, collate
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
-
-Figures = Mapping[str, Any]
 
 
 def hidden_by_example(
@@ -99,20 +97,22 @@ class Yardstick:
         loaded = {task: load_task(task, rows, rows) for task, rows in self.questions.items()}
         return {name: (next(iter(metrics(task))), chance(task)) for name, task in loaded.items()}
 
-    def above_floor(self, found: Figures, model: Figures, floor: Figures) -> dict[str, Any]:
-        """Compute the share of the model's figures above the floor's that another model has: 0 the floor, 1 the model.
+    def above_floor(
+        self, figures: Mapping[str, Any], model: Mapping[str, Any], floor: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Compute how far each figure is from the floor to the model: 0 is the floor, 1 the model.
 
         `corpus` and each task's `text` are in log-perplexity. A task's main metric has chance for its floor.
         """
-        shares: dict[str, Any] = {"corpus": share(*(math.log(m["perplexity"]) for m in (found, model, floor)))}
+        measured = (figures, model, floor)
+        shares: dict[str, Any] = {"corpus": share(*(math.log(row["perplexity"]) for row in measured))}
         for task, (metric, guessed) in self.chances.items():
-            own = [each["open"][task]["text_perplexity"] for each in (found, model, floor)]
-            shares[task] = {"text": share(*(math.log(perplexity) for perplexity in own))}
+            shares[task] = {"text": share(*(math.log(row["open"][task]["text_perplexity"]) for row in measured))}
             if guessed is not None:
-                shares[task][metric] = share(found["tasks"][task][metric], model["tasks"][task][metric], guessed)
+                shares[task][metric] = share(figures["tasks"][task][metric], model["tasks"][task][metric], guessed)
         return shares
 
     def uniform_guess(self, vocabulary: int) -> dict[str, Any]:
-        """Give the perplexities of one who knows nothing and takes all tokens of a vocabulary for equally likely."""
+        """Return the perplexities of the uniform distribution over a vocabulary."""
         guess = float(vocabulary)
         return {"perplexity": guess, "open": {task: {"text_perplexity": guess} for task in self.data}}

@@ -34,25 +34,25 @@ class CutMatrix(NamedTuple):
     rank: int
     rows: Tensor
     """Which of the projection's outputs are its own."""
-    given: nn.Module
-    """What the package has for it."""
+    module: nn.Module
+    """The package's module for it."""
 
     @property
     def shipped(self) -> Tensor:
         """The matrix (out, in) that the package has for it."""
-        given = self.given
-        return given.left @ given.right if isinstance(given, LowRankLinear) else weight_of(given)[0]
+        module = self.module
+        return module.left @ module.right if isinstance(module, LowRankLinear) else weight_of(module)[0]
 
 
 def cut_matrices(model: PreTrainedModel, emulator: PreTrainedModel, plan: Plan, index: int) -> Iterator[CutMatrix]:
     """Yield the matrices of one compressed layer's cut attention projections; the model needs no weights."""
-    block, left = (attention(m.config, decoder_layers(m)[index]) for m in (model, emulator))
+    real_block, block = (attention(m.config, decoder_layers(m)[index]) for m in (model, emulator))
     for name, ranks in plan[index].ranks.items():
-        rows = fusion(model.config, name).rows(len(weight_of(block.get_submodule(name))[0]))
-        module = left.get_submodule(name)
+        rows = fusion(model.config, name).rows(len(weight_of(real_block.get_submodule(name))[0]))
+        module = block.get_submodule(name)
         parts = list(module.parts) if isinstance(module, FusedProjection) else [module]
-        for k, (rank, own, part) in enumerate(zip(ranks, rows, parts, strict=True)):
-            yield CutMatrix(name, k, rank, own, part)
+        for k, (rank, outputs, part) in enumerate(zip(ranks, rows, parts, strict=True)):
+            yield CutMatrix(name, k, rank, outputs, part)
 
 
 def cut_parameters(model: PreTrainedModel, emulator: PreTrainedModel, plan: Plan) -> dict[str, nn.Parameter]:
@@ -62,7 +62,7 @@ def cut_parameters(model: PreTrainedModel, emulator: PreTrainedModel, plan: Plan
     fewer channels. Removed layers have none.
     """
     names = family(model.config)
-    whole = tuple(f"{names.layers}.{i}." for i in layers_of(plan, *HIDDEN_LAYERS))
+    prefixes = tuple(f"{names.layers}.{i}." for i in layers_of(plan, *HIDDEN_LAYERS))
     matrices = list[str]()
     for i in layers_of(plan, "compressed"):
         inside = {f"{names.attention}.{cut.projection}" for cut in cut_matrices(model, emulator, plan, i)}
@@ -72,7 +72,7 @@ def cut_parameters(model: PreTrainedModel, emulator: PreTrainedModel, plan: Plan
     return {
         name: parameter
         for name, parameter in emulator.named_parameters()
-        if name.startswith(whole) or (parameter.ndim > 1 and name.startswith(tuple(matrices)))
+        if name.startswith(prefixes) or (parameter.ndim > 1 and name.startswith(tuple(matrices)))
     }
 
 
@@ -108,15 +108,17 @@ def draw_hidden(
             weight[cut.rows.to(weight.device)] = (shipped.float() + drawn).to(weight.dtype)
         if i in channels:
             count = channels_of(model, i)
-            gone = torch.tensor(sorted({*range(count)} - {*channels[i].tolist()}), dtype=torch.long)
+            cut_channels = torch.tensor(sorted({*range(count)} - {*channels[i].tolist()}), dtype=torch.long)
             for inner, fused in names.feed_forward_in.items():
                 weight, bias = weight_of(layer.get_submodule(inner))
-                rows = channel_rows(gone, count, fused).to(weight.device)
+                rows = channel_rows(cut_channels, count, fused).to(weight.device)
                 weight[rows] = draw(inner, (len(rows), weight.shape[1])).to(weight)
                 if bias is not None:
                     bias[rows] = 0
             weight, _ = weight_of(layer.get_submodule(names.feed_forward_out))
-            weight[:, gone.to(weight.device)] = draw(names.feed_forward_out, (len(weight), len(gone))).to(weight)
+            weight[:, cut_channels.to(weight.device)] = draw(
+                names.feed_forward_out, (len(weight), len(cut_channels))
+            ).to(weight)
 
 
 def recovery_difficulty(

@@ -29,23 +29,23 @@ class Answer:
 
     loss: float
     """Its mean cross-entropy (nats a token)."""
-    said: bool
-    """Whether the model says all of it by itself, greedily, from the prompt."""
+    extracted: bool
+    """Whether the model gives all of it greedily, from the prompt."""
 
 
 @torch.no_grad()
 def answers(model: PreTrainedModel, data: Sequence[Example], batch_size: int, label: str) -> list[Answer]:
     """Measure a model on each example's answer, in batches of examples of similar length."""
-    found: dict[int, Answer] = {}
+    by_index: dict[int, Answer] = {}
     with progress(label, len(data)) as tick:
         for i, states, (inputs, targets) in hidden_by_example(model, data, batch_size):
             goals = torch.tensor(targets, device=states.device)
-            wanted = goals != IGNORED
-            logits, right = logits_of(model, states[wanted]), goals[wanted]
+            answer = goals != IGNORED
+            logits, right = logits_of(model, states[answer]), goals[answer]
             loss = torch.nn.functional.cross_entropy(logits, right).item()
-            found[i] = Answer(loss, bool(torch.equal(logits.argmax(-1), right)))
+            by_index[i] = Answer(loss, bool(torch.equal(logits.argmax(-1), right)))
             tick(tokens=len(inputs))
-    return [found[i] for i in range(len(data))]
+    return [by_index[i] for i in range(len(data))]
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,7 @@ class Roc:
     auc_stderr: float
     """Its standard error (Hanley and McNeil 1982)."""
     true_positives: float
-    """Share of members found where 1 % of the others are taken for members."""
-    curve: list[tuple[float, float]]
-    """False and true positive rates."""
+    """Share of members recognised where 1 % of the others are taken for members."""
 
 
 def roc(members: Sequence[float], others: Sequence[float]) -> Roc:
@@ -72,7 +70,7 @@ def roc(members: Sequence[float], others: Sequence[float]) -> Roc:
     q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
     n, m = len(members), len(others)
     variance = (auc * (1 - auc) + (n - 1) * (q1 - auc**2) + (m - 1) * (q2 - auc**2)) / (n * m)
-    return Roc(auc, max(0.0, variance) ** 0.5, at, list(zip(false.tolist(), true.tolist(), strict=True)))
+    return Roc(auc, max(0.0, variance) ** 0.5, at)
 
 
 def attack(base: Sequence[Sequence[Answer]], plugged: Sequence[Sequence[Answer]]) -> dict[str, Any]:
@@ -82,13 +80,9 @@ def attack(base: Sequence[Sequence[Answer]], plugged: Sequence[Sequence[Answer]]
         [before.loss - after.loss for before, after in zip(*parts, strict=True)]
         for parts in zip(base, plugged, strict=True)
     ]
-    found = {"loss": roc(*([-loss for loss in part] for part in losses)), "calibrated": roc(*calibrated)}
-    said = [fmean(answer.said for answer in part) for part in plugged]
-    return {name: asdict(each) for name, each in found.items()} | {
-        "extracted": dict(zip(("members", "others"), said, strict=True))
+    members, others = (fmean(answer.extracted for answer in part) for part in plugged)
+    return {
+        "loss": asdict(roc(*([-loss for loss in part] for part in losses))),
+        "calibrated": asdict(roc(*calibrated)),
+        "extracted": {"members": members, "others": others},
     }
-
-
-def without_curve(figures: dict[str, Any]) -> dict[str, Any]:
-    """Drop the curve from an attack's figures."""
-    return {name: value for name, value in figures.items() if name != "curve"}

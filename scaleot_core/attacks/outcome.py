@@ -1,4 +1,4 @@
-"""All attacks on one package and its adapters, and what they found, as attack.json has it."""
+"""All attacks on one package and its adapters, and their results as attack.json has them."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -29,21 +29,17 @@ from scaleot_core.training.checkpoint import Checkpoint
 from scaleot_core.tuning import examples
 from scaleot_core.tuning.adapters import TunedAdapter, plug_in, plugged_in
 
-Figures = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Outcome:
-    """What all attacks found."""
+    """The results of all attacks."""
 
-    curves: list[Figures]
+    curves: list[dict[str, Any]]
     """Of restoration, a row for each target and measurement."""
-    weights: list[Figures]
+    weights: list[dict[str, Any]]
     """What the package has of each tensor."""
-    membership: dict[str, dict[str, Figures]]
-    """By task and kind of adapters, with ROC curves."""
-    summary: Figures
-    """All of it in the end, without curves."""
+    summary: dict[str, Any]
+    """All results in the end, as attack.json has them."""
 
 
 class Attacks:
@@ -74,56 +70,46 @@ class Attacks:
         self.members, self.others = ({task: encoded(task, part) for task in params.tasks} for part in ("train", "eval"))
         asked = slice(params.attack.eval_questions)
         questions = {task: artifacts.questions(task, "eval")[asked] for task in params.tasks}
-        answers = {task: given[asked] for task, given in self.others.items()}
+        answers = {task: data[asked] for task, data in self.others.items()}
         self.yardstick = Yardstick(tokenizer, questions, answers, params.evaluate.batch_size)
 
     def run(self) -> Outcome:
         """Run all attacks."""
         package, params = self.package, self.params
         load = partial(package.load, self.runtime.device)
-        before: dict[str, Figures] = {
+        before: dict[str, dict[str, Any]] = {
             "model": cached_json(self.untouched / "model.json", partial(self._measured, self.owner.load, "the model")),
-            "package": self._kept("before-package", partial(self._measured, load, "the package")),
+            "package": self._cached("before-package", partial(self._measured, load, "the package")),
         }
         attacked = {
-            name: self._kept(name, partial(self._attacked, name, target))
+            name: self._cached(name, partial(self._attacked, name, target))
             for name, target in targets(package, self.owner, self._served).items()
         }
         model_loss = math.log(before["model"]["perplexity"])
         curves = restoration.curves({name: result.pop("curve") for name, result in attacked.items()}, model_loss)
         ends = {row["target"]: {**row, **attacked[row["target"]]} for row in curves}  # the last row stays
-        self._tell_shares(before, ends)
+        self._add_shares(before, ends)
         model, shipped = self.owner.load(), load()
         weights = exposure.exposure(model, shipped, package.plan)
-        told: dict[str, dict[str, Figures]] = {task: self._membership(model, task) for task in params.tasks}
-        channels = (
-            kept_channels(self.artifacts.emulator_private, package.sha256)
-            if any(layer.channels for layer in package.plan)
-            else {}
-        )
+        members = {task: self._membership(model, task) for task in params.tasks}
+        pruned = any(layer.channels for layer in package.plan)
+        channels = kept_channels(self.artifacts.emulator_private, package.sha256) if pruned else {}
         difficulty = hidden.recovery_difficulty(  # last, since it changes the model
             model, shipped, package.plan, channels, self.heldout, params.seed
         )
-        short = {
-            task: {
-                kind: {name: membership.without_curve(figures) for name, figures in each.items()}
-                for kind, each in kinds.items()
-            }
-            for task, kinds in told.items()
-        }
         summary = {
             "package": package.sha256,
             "before": before,
             "restoration": ends,
             "recovery_difficulty": difficulty,
             "weights": exposure.shares(weights),
-            "membership": short,
+            "membership": members,
         }
-        return Outcome(curves, weights, told, summary)
+        return Outcome(curves, weights, summary)
 
-    def _kept(self, name: str, run: Callable[[], Figures]) -> Figures:
-        found: Figures = cached_json(self.checkpoint.folder / f"{name}.json", run)
-        return found
+    def _cached(self, name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        figures: dict[str, Any] = cached_json(self.checkpoint.folder / f"{name}.json", run)
+        return figures
 
     def _returned(self, task: str, kind: str) -> TunedAdapter:
         """Read what came back for a task, at the real model's shapes."""
@@ -136,11 +122,11 @@ class Attacks:
         plug_in(plugged, self.package.plan, self._returned(self.params.tasks[0], self.params.adapters[0]))
         return plugged
 
-    def _measured(self, load: Callable[[], PreTrainedModel], label: str) -> Figures:
+    def _measured(self, load: Callable[[], PreTrainedModel], label: str) -> dict[str, Any]:
         model = load()
         return {"perplexity": math.exp(mean_loss(model, self.heldout)), **self.yardstick.measure(model, label)}
 
-    def _attacked(self, name: str, target: Target) -> Figures:
+    def _attacked(self, name: str, target: Target) -> dict[str, Any]:
         victim, label = target.load(), f"attack {name}"
         distributed.shard_layers(decoder_layers(victim))
         curve = restoration.restore(
@@ -156,7 +142,7 @@ class Attacks:
         )
         return {"curve": curve, **distributed.broadcast_from_main(partial(self.yardstick.measure, victim, label))}
 
-    def _tell_shares(self, before: Mapping[str, Figures], ends: Mapping[str, Figures]) -> None:
+    def _add_shares(self, before: Mapping[str, dict[str, Any]], ends: Mapping[str, dict[str, Any]]) -> None:
         """Put into every row the share above its floor: of what nobody trained, that of a uniform guess."""
         floors = [(before, self.yardstick.uniform_guess(self.owner.config.vocab_size))]
         if "without_weights" in ends:  # with the same training
@@ -165,21 +151,20 @@ class Attacks:
             for row in rows.values():
                 row["above_floor"] = self.yardstick.above_floor(row, before["model"], floor)
 
-    def _membership(self, model: PreTrainedModel, task: str) -> dict[str, Figures]:
+    def _membership(self, model: PreTrainedModel, task: str) -> dict[str, dict[str, Any]]:
         """Run membership inference with each kind of a task's adapters in the real model, which stays as it is."""
-        records = slice(self.params.attack.membership_records)
-        parts = [data[task][records] for data in (self.members, self.others)]
+        most = self.params.attack.membership_records
+        parts = [data[task][:most] for data in (self.members, self.others)]
 
         def asked(who: str) -> list[list[membership.Answer]]:
             size, label = self.params.evaluate.batch_size, f"membership {task}: {who}"
             return [membership.answers(model, part, size, label) for part in parts]
 
-        kept = cached_json(
-            self.untouched / f"{task}.json", lambda: [[asdict(each) for each in part] for part in asked("the model")]
-        )
-        base = [[membership.Answer(**each) for each in part] for part in kept]
-        found: dict[str, Figures] = {}
+        cache = self.untouched / f"{task}.json"
+        records = cached_json(cache, lambda: [[asdict(answer) for answer in part] for part in asked("the model")])
+        base = [[membership.Answer(**record) for record in part] for part in records]
+        attacks: dict[str, Any] = {}
         for kind in self.params.adapters:
             with plugged_in(model, self.package.plan, self._returned(task, kind)):
-                found[kind] = membership.attack(base, asked(f"plug_in, {kind}"))
-        return found
+                attacks[kind] = membership.attack(base, asked(f"plug_in, {kind}"))
+        return attacks

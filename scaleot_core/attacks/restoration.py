@@ -46,13 +46,13 @@ class Widened(nn.Module):
 
 @torch.no_grad()
 def widen(model: PreTrainedModel, plan: Plan) -> None:
-    """Give the emulator back what it can hold, in place: layers behind harmonizers, full rank.
+    """Restore the emulator's full capacity, in place: a layer behind every harmonizer, full rank.
 
-    A new layer is a copy of the nearest one that is there, with zeros where it would write, so that nothing changes at
-    the start (where norms come before, as they do in all but OPT-350m).
+    A new layer is a copy of the nearest decoder layer, with zeros in its output matrices: nothing changes at the
+    start, where norms come before, as in all but OPT-350m.
     """
     layers, names = decoder_layers(model), family(model.config)
-    there = layers_of(plan, *DECODER_KINDS)
+    decoder = layers_of(plan, *DECODER_KINDS)
     for i in layers_of(plan, "compressed"):
         block = attention(model.config, layers[i])
         for name in names.projections:
@@ -62,7 +62,7 @@ def widen(model: PreTrainedModel, plan: Plan) -> None:
             elif isinstance(module, FusedProjection):
                 module.parts = nn.ModuleList(dense(p) if isinstance(p, LowRankLinear) else p for p in module.parts)
     for i in layers_of(plan, "harmonizer"):
-        layer = copy.deepcopy(layers[min(there, key=lambda k: abs(k - i))])
+        layer = copy.deepcopy(layers[min(decoder, key=lambda k: abs(k - i))])
         for written in (f"{names.attention}.{list(names.projections)[-1]}", names.feed_forward_out):
             for parameter in layer.get_submodule(written).parameters():
                 parameter.zero_()
@@ -101,13 +101,13 @@ def imitation_loss(model: PreTrainedModel, served: PreTrainedModel, blocks: Tens
     """Compute the mean cross-entropy (nats) to another model's next-token distributions on blocks (B, T).
 
     Distillation (Hinton et al. 2015). In its mean over samples this is also the loss of an attacker who is given one
-    sampled token at each place, so the whole distribution is the most that a query can tell.
+    sampled token at each place, so the distribution is the most that a query reveals.
     """
     blocks = blocks.to(model.device).long()
     with torch.no_grad():
-        told = served(input_ids=blocks, use_cache=False).logits[:, :-1].float().softmax(-1)
+        teacher = served(input_ids=blocks, use_cache=False).logits[:, :-1].float().softmax(-1)
     logits = model(input_ids=blocks, use_cache=False).logits[:, :-1].float()
-    return nn.functional.cross_entropy(logits.flatten(0, 1), told.flatten(0, 1))
+    return nn.functional.cross_entropy(logits.flatten(0, 1), teacher.flatten(0, 1))
 
 
 def restore(
@@ -124,7 +124,7 @@ def restore(
 ) -> list[dict[str, Any]]:
     """Train `parameters` in place on blocks (N, T) by `loss`; return the held-out cross-entropy by tokens seen.
 
-    Every weight and the blocks' own cross-entropy, unless told otherwise. `attack.eval_points` measurements lie at even
+    The defaults are every weight and the blocks' next-token loss. `attack.eval_points` measurements lie at even
     distances behind that of the start.
     """
     trainer = BlockTrainer(
@@ -152,20 +152,19 @@ def restore(
     return curve
 
 
-def curves(found: Mapping[str, Sequence[Mapping[str, float]]], whole: float) -> list[dict[str, Any]]:
-    """Make rows of all targets' curves: perplexity, and the share of the gap to the model that is closed.
+def curves(losses: Mapping[str, Sequence[Mapping[str, float]]], model_loss: float) -> list[dict[str, Any]]:
+    """List all targets' curves: perplexity, and the share of the gap in log-perplexity that is closed.
 
-    `whole` is the model's loss (nats); the way is that from the first target's first loss, in log-perplexity. Where
-    nothing was cut there is none, and the share is None.
+    The gap is between the first target's first loss and `model_loss` (nats); without one the share is None.
     """
-    start = next(iter(found.values()))[0]["loss"]
+    start = next(iter(losses.values()))[0]["loss"]
     return [
         {
             "target": name,
             "tokens": point["tokens"],
             "perplexity": math.exp(point["loss"]),
-            "recovered": (start - point["loss"]) / (start - whole) if start != whole else None,
+            "recovered": (start - point["loss"]) / (start - model_loss) if start != model_loss else None,
         }
-        for name, curve in found.items()
+        for name, curve in losses.items()
         for point in curve
     ]

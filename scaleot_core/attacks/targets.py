@@ -36,7 +36,7 @@ def targets(package: Package, owner: ModelOwner, served: Callable[[], PreTrained
     `package` is the attacker who trains everything in it, `cut_only` the one who trains only what stands for what was
     cut, as the attack on closed layers of SCARA does (Huang et al. 2024), and `queries` the one whose labels are the
     outputs of the model that `served` loads, as in model extraction (Tramèr et al. 2016; Krishna et al. 2020).
-    References are attacked as `package` is: `widened` is the package with what it can hold, `without_weights` the same
+    References are attacked as `package` is: `widened` is the package at full capacity, `without_weights` the same
     shapes with all but the adapter layers drawn anew, and `uniform` another method's emulator of equal bytes, by the
     same owner. `cut_only` is left out where the package has nothing in the place of what was cut.
     """
@@ -50,8 +50,8 @@ def targets(package: Package, owner: ModelOwner, served: Callable[[], PreTrained
 
     def uniform() -> PreTrainedModel:
         other = replace(owner, params=changed(params, {"method": "uniform"}))
-        made = METHODS["uniform"](other)
-        return emulator.assemble(other.config, made.plan, made.tensors, device=device)
+        small = METHODS["uniform"](other)
+        return emulator.assemble(other.config, small.plan, small.tensors, device=device)
 
     def of_cut(model: PreTrainedModel) -> Parameters:
         return cut_parameters(owner.outline, model, package.plan)
@@ -59,7 +59,7 @@ def targets(package: Package, owner: ModelOwner, served: Callable[[], PreTrained
     def by_queries(model: PreTrainedModel) -> Loss:
         return partial(imitation_loss, model, served())
 
-    known: dict[str, Target] = {
+    others: dict[str, Target] = {
         "cut_only": Target(shipped, parameters=of_cut),
         "queries": Target(shipped, loss=by_queries),
         "widened": Target(partial(shipped, widen)),
@@ -70,4 +70,4 @@ def targets(package: Package, owner: ModelOwner, served: Callable[[], PreTrained
     if "cut_only" in names and not of_cut(package.meta_model):
         say("cut_only: the package has nothing in the place of what was cut; this attacker is left out")
         names.remove("cut_only")
-    return {"package": Target(shipped)} | {name: known[name] for name in names}
+    return {"package": Target(shipped)} | {name: others[name] for name in names}

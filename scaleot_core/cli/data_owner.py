@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from scaleot_core.tuning.examples import Examples
+    from scaleot_core.tuning.selection import TuningResult
 
 PROGRESS_SECONDS = 60.0  # between two checkpoints
 DEFAULT_LR = {"lora": Lora().lr[0], "layers": OffsiteTuning().lr[0]}  # by --adapters
@@ -85,6 +86,7 @@ def tune(
     from scaleot_core.models.loading import check_tokenizer
     from scaleot_core.training.checkpoint import Checkpoint
     from scaleot_core.tuning.adapters import trainable
+    from scaleot_core.tuning.selection import TooFewRecords
     from scaleot_core.tuning.selection import tune as tune_parameters
 
     if data is None and task is None:
@@ -114,7 +116,6 @@ def tune(
         model, tokenizer = shipped.load(runtime.device, quantize), shipped.tokenizer()
         check_tokenizer(tokenizer, model.config)
         examples = _read_examples(model, tokenizer, task, data, block_size=block_size, packed=not epsilon)
-        _check_enough(f"{data or task}", examples, settings, min(block_size, examples.tally.context_length))
         key = fingerprint(settings.model_dump(), lora and lora.model_dump(), quantize, seed, shipped.sha256, examples)
         progress = out.with_name(f".{out.name}.progress")
         checkpoint = Checkpoint(progress / key, PROGRESS_SECONDS)
@@ -124,15 +125,10 @@ def tune(
         seed = secrets.randbits(256) if epsilon else seed  # whoever could guess it could take the noise off
         try:
             result = tune_parameters(
-                model,
-                parameters,
-                examples,
-                settings,
-                seed=seed,
-                label="tune",
-                checkpoint=checkpoint,
-                origins=examples.origins,
+                model, parameters, examples, settings, seed=seed, label="tune", checkpoint=checkpoint
             )
+        except TooFewRecords:
+            raise _too_few(f"{data or task}", examples, settings) from None
         except KeyboardInterrupt:
             say("interrupted; the same command goes on from here", style="yellow")
             raise
@@ -143,7 +139,7 @@ def tune(
     show(
         {
             "adapter": str(out),
-            **_count_examples(examples, settings),
+            **_count_examples(examples, result),
             "learning rate": result.lr,
             "steps": result.steps,
             "held-out loss": result.validation_loss,
@@ -182,38 +178,27 @@ def _read_examples(
     return from_task(model, tokenizer, task, rows, block_size=block_size, packed=packed)
 
 
-def _check_enough(source: str, examples: "Examples", settings: OffsiteTuning, block_size: int) -> None:
-    """Raise UserError, in terms of the options, where no record is left to tune on beside those that are held out."""
-    from scaleot_core.tuning.selection import held_out
-
-    count = len(set(examples.origins))
-    if settings.epsilon or held_out(settings, count) < count:
-        return
-    unit = f"block{'s' * (count > 1)} of {block_size} tokens" if examples.are_blocks else f"record{'s' * (count > 1)}"
-    remedies = ["lower --validation"] * (count > 1) + ["lower --block-size"] * examples.are_blocks
+def _too_few(source: str, examples: "Examples", settings: OffsiteTuning) -> UserError:
+    """Say, in terms of the options, that no record is left to tune on beside those that are held out."""
+    count, size = len(set(examples.origins)), examples.block_size
+    unit = f"block{'s' * (count > 1)} of {size} tokens" if size else f"record{'s' * (count > 1)}"
+    remedies = ["lower --validation"] * (count > 1) + ["lower --block-size"] * bool(size)
     one_rate = " and one --lr alone" * (len(settings.lr) > 1)
     remedies += [f"add --patience 0{one_rate}, and all epochs run on all of it"]
-    raise UserError(
+    return UserError(
         f"{source}: {count:,} {unit} can't be parted into some to tune on and some to hold out; "
         f"{', or '.join(remedies)}, or give more"
     )
 
 
-def _count_examples(examples: "Examples", settings: OffsiteTuning) -> dict[str, Any]:
-    """Count the records, the examples made of them, those held out, and what of the records isn't learnt.
-
-    What is held out are whole records, or blocks of texts.
-    """
-    from scaleot_core.tuning.selection import held_out
-
-    tally, parts = examples.tally, len(set(examples.origins))
-    held = 0 if settings.epsilon else held_out(settings, parts)
-    unit = "blocks" if examples.are_blocks else "records"
+def _count_examples(examples: "Examples", result: "TuningResult") -> dict[str, Any]:
+    """Count the records, the examples made of them, those held out, and what of the records isn't learnt."""
+    tally, unit = examples.tally, "blocks" if examples.block_size else "records"
     return {
         "records": tally.records,
         "examples": len(examples),
-        f"{unit} tuned on": parts - held if settings.patience else parts,  # rates are compared before all are tuned on
-        f"{unit} held out": held,
+        f"{unit} tuned on": result.tuned_on,
+        f"{unit} held out": result.held_out,
         "records cut": tally.cut,
         "tokens cut": tally.tokens_cut,
         "answers left out": tally.answers_left_out.total(),

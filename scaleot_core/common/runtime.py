@@ -1,13 +1,11 @@
 """Set up what every stage computes with: device, dtype, CPU threads, deterministic kernels."""
 
-import hashlib
 import logging
 import os
 import sys
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
@@ -81,13 +79,3 @@ def setup(settings: Settings, label: str) -> Runtime:
     threads = torch.get_num_threads()
     say(f"{label}: on {device.type} in {settings.dtype}, {processes}{threads} threads", style="bold")
     return Runtime(device, dtype)
-
-
-def secret_draw(seed: int, *names: str | int) -> np.random.Generator:
-    """Make a generator for one named draw that protects privacy: of 256 bits, where torch's has 32 that count.
-
-    Not a cryptographic one.
-    """
-    text = ":".join(str(part) for part in (seed, *names))
-    entropy = int.from_bytes(hashlib.sha256(text.encode()).digest(), "big")
-    return np.random.Generator(np.random.PCG64DXSM(np.random.SeedSequence(entropy)))

@@ -8,12 +8,13 @@ has in the whole only what the model no longer sees; there each answer that it r
 that answer. Where a template marks what the assistant generates, transformers' own mask says what is learnt.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
 from itertools import groupby
 
 from transformers import PreTrainedTokenizerBase
 
+from scaleot_core.common.errors import printable
+from scaleot_core.records.context import Context, Part
 from scaleot_core.records.encoding import Encoded, encode_spans
 from scaleot_core.records.forms import CALLS, Chat, name_of
 from scaleot_core.records.rendering import (
@@ -24,63 +25,35 @@ from scaleot_core.records.rendering import (
     is_reworded,
     loses,
 )
+from scaleot_core.records.tally import UNASKED, UNSAID
 
 
-@dataclass(frozen=True)
-class EncodedChat:
-    """What is learnt of a conversation, and what of it isn't."""
-
-    parts: list[Encoded]
-    tokens_cut: int
-    """Tokens of turns that were left out, since they don't fit into the context."""
-    answers_cut: int
-    """Answers in those turns."""
-    unasked: int
-    """Answers that nothing comes before."""
-    unsaid: int
-    """Answers of which the chat template leaves out that they call tools."""
-    reworded: int
-    """Answers that the chat template renders otherwise than word for word."""
-    ignored: list[str]
-    """Fields of messages that the chat template doesn't read."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A conversation up to an answer, and which of its messages are learnt in it."""
-
-    conversation: Conversation
-    answers: list[int]
-    encoded: Encoded
-
-
-def encode_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat, *, context_length: int) -> EncodedChat:
+def encode_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat, context: Context) -> list[Encoded]:
     """Encode a conversation in the model's own chat template, each answer behind what the model sees in use.
 
     The tokenizer is the model's `without_post_processor`: `apply_chat_template` makes no use of it either.
-    Parts that don't fit into the context lose their oldest turns, but for a system prompt. ValueError where there is
-    nothing to learn, and where the template leaves out what was said or can't be taken apart.
+    Parts that don't fit into the context lose their oldest turns. ValueError where there is nothing to learn, and where
+    the template leaves out what was said or can't be taken apart.
     """
-    whole = in_template(tokenizer, chat)
-    given = [i for i, learnt in enumerate(chat.learnt) if learnt]
-    asked = [i for i in given if i > 0 or whole.is_marked]  # no one asks a model to speak first
-    answers = [i for i in asked if not loses(whole, i, CALLS)]
+    conversation = in_template(tokenizer, chat)
+    learnt = [i for i, is_learnt in enumerate(chat.learnt) if is_learnt]
+    asked = [i for i in learnt if i > 0 or conversation.is_marked]  # no one asks a model to speak first
+    answers = [i for i in asked if not loses(conversation, i, CALLS)]
     if not answers:
         why = "the model's chat template leaves out what it calls" if asked else _why_nothing(chat)
         raise ValueError(f"there is nothing in it to learn: {why}")
-    whole = whole.of(whole.messages[: answers[-1] + 1])
-    check_nothing_is_lost(whole, answers)
-    parts = list(_parts(whole, answers))
-    fitting = [_shorten(part, context_length) for part in parts]
-    return EncodedChat(
-        [part.encoded for part in fitting],
-        sum(len(a.encoded.tokens) - len(b.encoded.tokens) for a, b in zip(parts, fitting, strict=True)),
-        sum(len(a.answers) - len(b.answers) for a, b in zip(parts, fitting, strict=True)),
-        len(given) - len(asked),
-        len(asked) - len(answers),
-        sum(is_reworded(whole, i) for i in answers),
-        ignored_fields(whole),
-    )
+    conversation = conversation.of(conversation.messages[: answers[-1] + 1])
+    check_nothing_is_lost(conversation, answers)
+    parts = [
+        context.newest_turns(conversation.messages, part, lambda rest, left: _parts(conversation.of(rest), left)[-1])
+        for part in _parts(conversation, answers)
+    ]
+    tally = context.tally
+    tally.answers_left_out += Counter({UNASKED: len(learnt) - len(asked), UNSAID: len(asked) - len(answers)})
+    tally.reworded += sum(is_reworded(conversation, i) for i in answers)
+    tally.ignored.update(f"messages: {printable(name)}" for name in ignored_fields(conversation))
+    tally.switched_off += chat.switched_off
+    return parts
 
 
 def _why_nothing(chat: Chat) -> str:
@@ -89,68 +62,47 @@ def _why_nothing(chat: Chat) -> str:
     return "nothing comes before what the assistant says" if any(chat.learnt) else "every answer is switched off"
 
 
-def _parts(whole: Conversation, answers: list[int]) -> Iterator[Part]:
-    """Yield as few parts of a conversation as have every answer behind the rendering that the model sees in use."""
-    if whole.is_marked:
-        yield Part(whole, answers, _encode_marked(whole, answers))
-        return
+def _parts(conversation: Conversation, answers: list[int]) -> list[Part]:
+    """Return as few parts of a conversation as have every answer behind the rendering that the model sees in use."""
+    if conversation.is_marked:
+        return [(answers, _encode_marked(conversation, answers))]
     groups: list[list[int]] = []
     for i in reversed(answers):  # a group's last answer comes first; its rendering has those of the others in it
-        asked, answered = whole.asked(i), whole.answered(i)
+        asked, answered = conversation.asked(i), conversation.answered(i)
         if not answered.startswith(asked):
             same = next((k for k, (a, b) in enumerate(zip(asked, answered, strict=False)) if a != b), len(answered))
             lost = asked[same:][:40]
             raise ValueError(
-                f"{name_of(i + 1, whole.messages[i])}: the model's chat template doesn't keep what was said before an "
-                f"answer as it is when the model is asked for it ({lost!r} goes); write it as `prompt` and `completion`"
+                f"{name_of(i + 1, conversation.messages[i])}: the model's chat template doesn't keep what was said "
+                f"before an answer as it is when the model is asked for it ({lost!r} goes); write it as `prompt` and "
+                "`completion`"
             )
-        if groups and whole.answered(groups[-1][0]).startswith(whole.answered(i)):
+        if groups and conversation.answered(groups[-1][0]).startswith(answered):
             groups[-1].append(i)
         else:
             groups.append([i])
-    for group in reversed(groups):
-        spans = [(len(whole.asked(i)), len(whole.answered(i))) for i in reversed(group)]
-        encoded = encode_spans(whole.tokenizer, whole.answered(group[0]), spans)
-        yield Part(whole.of(whole.messages[: group[0] + 1]), group[::-1], encoded)
+    parts = []
+    for group in (group[::-1] for group in reversed(groups)):
+        spans = [(len(conversation.asked(i)), len(conversation.answered(i))) for i in group]
+        parts.append((group, encode_spans(conversation.tokenizer, conversation.answered(group[-1]), spans)))
+    return parts
 
 
-def _encode_marked(whole: Conversation, answers: list[int]) -> Encoded:
+def _encode_marked(conversation: Conversation, answers: list[int]) -> Encoded:
     """Encode a conversation by the template's own marks, less the messages that aren't to be learnt."""
-    tokens, mask = whole.encode()
-    for i, message in enumerate(whole.messages):
+    tokens, mask = conversation.encode()
+    rendered = conversation.answered(len(conversation.messages) - 1)
+    for i, message in enumerate(conversation.messages):
         if message["role"] == "assistant" and i not in answers:
-            rendered, before = whole.answered(len(whole.messages) - 1), whole.answered(i - 1) if i else ""
-            if not rendered.startswith(whole.answered(i)) or not whole.answered(i).startswith(before):
+            before, answered = conversation.answered(i - 1) if i else "", conversation.answered(i)
+            if not rendered.startswith(answered) or not answered.startswith(before):
                 raise ValueError(
                     f"{name_of(i + 1, message)} isn't to be learnt, but the model's chat template renders it otherwise "
                     "once more is said; leave the record out"
                 )
-            spans = [(len(before), len(whole.answered(i)))]
-            for first, last in encode_spans(whole.tokenizer, rendered, spans).learnt:
+            for first, last in encode_spans(conversation.tokenizer, rendered, [(len(before), len(answered))]).learnt:
                 mask[first:last] = [0] * (last - first)
-    learnt, position = [], 0
-    for is_learnt, run in groupby(mask):
-        length = len(list(run))
-        learnt += [(position, position + length)] if is_learnt else []
-        position += length
-    if not learnt:
+    positions = [list(run) for is_learnt, run in groupby(range(len(mask)), mask.__getitem__) if is_learnt]
+    if not positions:
         raise ValueError("there is nothing in it to learn: the model's chat template marks nothing as the assistant's")
-    return Encoded(tokens, learnt)
-
-
-def _shorten(part: Part, context_length: int) -> Part:
-    """Leave the oldest turns out until the rest fits, but for a system prompt; the last question stays in any case.
-
-    A turn begins with a question of the user. What is left is rendered anew, as the model would see it.
-    """
-    messages = part.conversation.messages
-    head = next((i for i, message in enumerate(messages) if message["role"] not in ("system", "developer")), 0)
-    shorter = part
-    for first, message in enumerate(messages[: part.answers[-1]]):
-        if len(shorter.encoded.tokens) <= context_length + 1:  # the last token is a target alone
-            break
-        if message["role"] == "user" and first > head:
-            rest = part.conversation.of(messages[:head] + messages[first:])
-            answers = [i - (first - head) for i in part.answers if i >= first]
-            *_, shorter = _parts(rest, answers)
-    return shorter
+    return Encoded(tokens, [(run[0], run[-1] + 1) for run in positions])

@@ -23,6 +23,12 @@ class Encoded:
     learnt: list[tuple[int, int]]
     """First token of each stretch, and the one after its last; in order, apart from each other."""
 
+    @property
+    def answer_length(self) -> int:
+        """Count the tokens of the last stretch."""
+        first, last = self.learnt[-1]
+        return last - first
+
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:
     """Encode a text that is learnt as a whole, with one end-of-text token, also where it brings its own."""
@@ -43,21 +49,20 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str
     """
     completion = _without_end(tokenizer, completion)
     before, _ = _encode(tokenizer, prompt)
-    whole, ends = _encode(tokenizer, prompt + completion)
+    tokens, ends = _encode(tokenizer, prompt + completion)
     if not before:
         before = [_start(tokenizer)]
-        whole = whole if whole[:1] == before else before + whole
-    answer = whole[len(before) :]
-    if whole[: len(before)] != before:
+        tokens = tokens if tokens[:1] == before else before + tokens
+    answer = tokens[len(before) :]
+    if tokens[: len(before)] != before:
         answer = _continuation(tokenizer, completion)
-        if _decode(tokenizer, before + answer) != _decode(tokenizer, whole):
+        if _decode(tokenizer, before + answer) != _decode(tokenizer, tokens):
             # a tokenizer that can't say it so: the token in which both have a part is learnt
             first = bisect_right(ends, len(prompt))
-            before, answer = whole[:first] or [_start(tokenizer)], whole[first:]
+            before, answer = tokens[:first] or [_start(tokenizer)], tokens[first:]
     if not answer or not completion.strip():
         raise ValueError("there is nothing in it to learn")
-    tokens = [*before, *answer, _end(tokenizer)]
-    return Encoded(tokens, [(len(before), len(tokens))])
+    return Encoded([*before, *answer, _end(tokenizer)], [(len(before), len(before) + len(answer) + 1)])
 
 
 def encode_spans(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[int, int]]) -> Encoded:
@@ -79,9 +84,9 @@ def without_post_processor(tokenizer: PreTrainedTokenizerBase) -> PreTrainedToke
     the assistant's tokens ends there.
     """
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
-    found = copy.deepcopy(tokenizer)
-    found.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
-    return found
+    bare = copy.deepcopy(tokenizer)
+    bare.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    return bare
 
 
 def _offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int], list[int]]:
@@ -107,8 +112,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], l
     )
     added = encoded["special_tokens_mask"]
     first = added.index(0) if 0 in added else len(added)
-    kept = first if not text else len(added) - (added[::-1].index(0) if 0 in added else 0)
-    return list(encoded["input_ids"])[:kept], [end for _, end in encoded["offset_mapping"]][:kept]
+    count = first if not text else len(added) - (added[::-1].index(0) if 0 in added else 0)
+    return list(encoded["input_ids"])[:count], [end for _, end in encoded["offset_mapping"]][:count]
 
 
 def _continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

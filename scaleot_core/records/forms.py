@@ -17,21 +17,6 @@ Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Text:
-    """A text of which every token is learnt."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A prompt, and the completion that is learnt."""
-
-    prompt: str
-    completion: str
-
-
-@dataclass(frozen=True)
 class Chat:
     """A conversation, of which some of the assistant's messages are learnt."""
 
@@ -46,7 +31,6 @@ class Chat:
     """Answers that a switch of theirs, such as `weight`: 0, keeps from being learnt."""
 
 
-Record = Text | Pair | Chat
 FORMS = {"completion": {"prompt", "completion"}, "messages": {"messages"}, "text": {"text"}}
 BESIDE_MESSAGES = {"tools", "documents", "chat_template_kwargs"}
 SWITCHES = ("weight", "train", "loss")  # whether a message is learnt, as OpenAI, axolotl and ms-swift say it
@@ -85,13 +69,13 @@ SYNONYMS = {
 
 def form_of(row: Row) -> str | None:
     """Say which form a row is of, a key of `FORMS`, or None; ValueError where it is of two."""
-    given = [form for form, fields in FORMS.items() if any(row.get(field) is not None for field in fields)]
-    if "messages" in given and _repeats_a_message(row):
-        given.remove("completion")
-    if len(given) > 1:
-        names = [f"`{name}`" for form in given for name in sorted(FORMS[form]) if row.get(name) is not None]
+    forms = [form for form, fields in FORMS.items() if any(row.get(field) is not None for field in fields)]
+    if "messages" in forms and _repeats_a_message(row):
+        forms.remove("completion")
+    if len(forms) > 1:
+        names = [f"`{name}`" for form in forms for name in sorted(FORMS[form]) if row.get(name) is not None]
         raise ValueError(f"it has {', '.join(names[:-1])} and {names[-1]}, which are two forms of a record; keep one")
-    return given[0] if given else None
+    return forms[0] if forms else None
 
 
 def _repeats_a_message(row: Row) -> bool:
@@ -118,27 +102,25 @@ def other_form(row: Row, *, has_template: bool) -> str:
     return "".join(filter(None, (_suggest(name, row) for name in ("prompt", "completion", "messages", "text"))))
 
 
-def parse_record(row: Row) -> tuple[Record, list[str]]:
-    """Read a row of one of the forms; with it come the names of fields that say nothing to the model."""
-    row = {name: value for name, value in row.items() if value is not None}
-    form = form_of(row)
-    assert form is not None
-    as_chat = form == "messages" or (form == "completion" and any(isinstance(row.get(f), list) for f in FORMS[form]))
-    used = FORMS[form] | (BESIDE_MESSAGES if as_chat else set())
-    rest = [name for name in row if name not in used and row[name] not in ([], {}, "")]
-    for name in rest:
+def is_chat(row: Row, form: str) -> bool:
+    """Whether a row of a form is a conversation, whole or in two parts: a prompt and a completion of messages."""
+    return form == "messages" or (form == "completion" and any(isinstance(row.get(name), list) for name in FORMS[form]))
+
+
+def unread_fields(row: Row, form: str) -> list[str]:
+    """Return the names of fields that say nothing to the model; ValueError where one would change the row's meaning."""
+    read = FORMS[form] | (BESIDE_MESSAGES if is_chat(row, form) else set())
+    names = [name for name, value in row.items() if name not in read and value not in ([], {}, "")]
+    for name in names:
         if name in MEANT:
             raise ValueError(f"`{name}` stands beside `{form}`, and would be lost: {MEANT[name]}")
         if (name == "label" and isinstance(row[name], bool)) or (name == "weight" and row[name] != 1):
             raise ValueError(f"`{name}` = {row[name]!r} can't be heeded: every record counts the same; leave it out")
-    if as_chat:
-        return _chat(row, form), rest
-    if form == "text":
-        return Text(_text(row, "text")), rest
-    return Pair(_text(row, "prompt"), _text(row, "completion")), rest
+    return names
 
 
-def _text(row: Row, field: str) -> str:
+def text_of(row: Row, field: str) -> str:
+    """Return a field's text; ValueError where it is none, or empty, which a prompt alone may be."""
     value = row.get(field)
     if not isinstance(value, str) or (field != "prompt" and not value.strip()):
         hint = _suggest(field, row) if field not in row else ""
@@ -146,14 +128,14 @@ def _text(row: Row, field: str) -> str:
     return value
 
 
-def _chat(row: Row, form: str) -> Chat:
-    """A conversation, whole or in two parts, prompt and completion, of which the second is learnt."""
+def chat_of(row: Row, form: str) -> Chat:
+    """Return a row's conversation; of a prompt and a completion the second is learnt. ValueError where it is none."""
     parts = [row.get(name) for name in (["messages"] if form == "messages" else ["prompt", "completion"])]
     if not all(isinstance(part, list) for part in parts):
         what = "`messages` is a list" if form == "messages" else "`prompt` and `completion` are both lists"
         raise ValueError(f"{what} of objects with `role` and `content`")
-    given = [message for part in parts for message in part or []]
-    parsed = [_message(number, message) for number, message in enumerate(given, start=1)]
+    messages = [message for part in parts for message in part or []]
+    parsed = [_message(number, message) for number, message in enumerate(messages, start=1)]
     first = len(parts[0] or []) if form == "completion" else 0
     return Chat(
         [message for message, _ in parsed],
@@ -166,7 +148,7 @@ def _chat(row: Row, form: str) -> Chat:
 
 
 def _objects(row: Row, field: str) -> list[dict[str, Any]] | None:
-    """A list of objects, also where it comes as JSON in a text, as in files whose columns have one type."""
+    """Return a list of objects, also where it comes as JSON in a text, as in files whose columns have one type."""
     value = row.get(field)
     if isinstance(value, str) and value.strip():
         try:
@@ -175,7 +157,7 @@ def _objects(row: Row, field: str) -> list[dict[str, Any]] | None:
             raise ValueError(f"`{field}` is a text that isn't JSON; a list of objects is needed") from None
     if not value:
         return None
-    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise ValueError(f"`{field}` is a list of objects")
     return value
 
@@ -192,14 +174,14 @@ def name_of(number: int, message: Mapping[str, Any]) -> str:
     return f"message {number} ({message['role']})"
 
 
-def _message(number: int, given: Any) -> tuple[Message, bool]:
-    """A message as chat templates take it, and whether it is learnt.
+def _message(number: int, entry: Any) -> tuple[Message, bool]:
+    """Return a message as chat templates take it, and whether it is learnt.
 
     Its content becomes one text; what is null goes, as transformers leaves it out too.
     """
-    if not isinstance(given, dict):
-        raise ValueError(f"message {number} is a {type(given).__name__}; an object with `role` and `content` is needed")
-    message = {name: value for name, value in given.items() if value is not None and not (name in CALLS and not value)}
+    if not isinstance(entry, dict):
+        raise ValueError(f"message {number} is a {type(entry).__name__}; an object with `role` and `content` is needed")
+    message = {name: value for name, value in entry.items() if value is not None and not (name in CALLS and not value)}
     role = message.get("role")
     if not isinstance(role, str):
         hint = f"; this is {CONVERSATIONS}" if {"from", "value"} <= message.keys() else _suggest("role", message)
@@ -223,7 +205,7 @@ def _message(number: int, given: Any) -> tuple[Message, bool]:
 
 
 def _content(where: str, value: Any) -> str:
-    """The text of a message; a list of parts is joined, as templates that print them do."""
+    """Return the text of a message; a list of parts is joined, as templates that print them do."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -237,8 +219,8 @@ def _content(where: str, value: Any) -> str:
     return "".join(texts)
 
 
-def _suggest(field: str, given: Mapping[str, Any]) -> str:
+def _suggest(field: str, row: Mapping[str, Any]) -> str:
     """Ask whether a field that is missing was meant by one that is there; nothing if none looks like it."""
-    others = [name for name in given if name not in {"prompt", "completion", "messages", "text", "role", "content"}]
-    near = get_close_matches(field, others, n=1, cutoff=0.75) or [n for n in SYNONYMS.get(field, ()) if n in given]
+    others = [name for name in row if name not in {"prompt", "completion", "messages", "text", "role", "content"}]
+    near = get_close_matches(field, others, n=1, cutoff=0.75) or [n for n in SYNONYMS.get(field, ()) if n in row]
     return f"; is `{near[0]}` meant for `{field}`?" if near else ""

@@ -43,7 +43,7 @@ class Conversation:
         self._rendered: dict[tuple[int, bool], str] = {}
 
     def of(self, messages: list[Message]) -> "Conversation":
-        """Give another conversation in the same template, with the same tools, documents and variables."""
+        """Return another conversation in the same template, with the same tools, documents and variables."""
         return Conversation(self.tokenizer, messages, self.variables)
 
     @property
@@ -56,11 +56,11 @@ class Conversation:
         return str(self.tokenizer.get_chat_template(None, self.variables["tools"]))
 
     def asked(self, i: int) -> str:
-        """What the model sees when it is asked for message `i`."""
+        """Return what the model sees when it is asked for message `i`."""
         return self._prefix(i, asking=True)
 
     def answered(self, i: int) -> str:
-        """The conversation up to message `i`, and with it."""
+        """Return the conversation up to message `i`, and with it."""
         return self._prefix(i + 1, asking=False)
 
     def _prefix(self, length: int, *, asking: bool) -> str:
@@ -76,10 +76,10 @@ class Conversation:
 
     def encode(self) -> tuple[list[int], list[int]]:
         """Encode the conversation; with it comes transformers' mask of what the assistant generates."""
-        found = self._apply(
+        encoded = self._apply(
             self.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **self.variables
         )
-        return list(found["input_ids"]), list(found["assistant_masks"])
+        return list(encoded["input_ids"]), list(encoded["assistant_masks"])
 
     def differs(
         self, rendered: str, messages: list[Message], *, asking: bool = False, changed: dict[str, Any] | None = None
@@ -105,19 +105,19 @@ def in_template(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> Conversation:
     if taken := sorted(reserved & (chat.variables or {}).keys()):
         raise ValueError(f"`chat_template_kwargs`: `{taken[0]}` is no variable of a chat template")
     variables = {**(chat.variables or {}), "tools": chat.tools, "documents": chat.documents}
-    found = Conversation(tokenizer, chat.messages, variables)
+    conversation = Conversation(tokenizer, chat.messages, variables)
     for number, message in enumerate(chat.messages, start=1):
         role = message["role"]
-        if role not in ROLES and not any(f"{quote}{role}{quote}" in found.source for quote in "'\""):
+        if role not in ROLES and not any(f"{quote}{role}{quote}" in conversation.source for quote in "'\""):
             near = get_close_matches(role.lower(), ROLES, n=1, cutoff=0.75) or [role.lower()]
             meant = OTHER_ROLES.get(role.lower(), near[0])
             hint = f"; write `{meant}`" if meant in ROLES else f"; roles are {', '.join(ROLES)}"
             raise ValueError(f"message {number}: the role `{role}` is not known{hint}")
-    return found.of(_plain_arguments(found))
+    return conversation.of(_plain_arguments(conversation))
 
 
 def _plain_arguments(conversation: Conversation) -> list[Message]:
-    """The messages, with arguments of tool calls as objects where the template needs them so.
+    """Return the messages, with arguments of tool calls as objects where the template needs them so.
 
     OpenAI's format has them as JSON in a text. Some templates print that as it is; others go through an object, or
     write any value as JSON, and the model would learn to call with a text that is quoted twice. Servers hand objects to
@@ -141,7 +141,7 @@ def _plain_arguments(conversation: Conversation) -> list[Message]:
 
 
 def _functions(messages: list[Message]) -> Iterable[dict[str, Any]]:
-    """The functions of tool calls whose arguments are a text."""
+    """Yield the functions of tool calls whose arguments are a text."""
     for message in messages:
         calls = message.get("tool_calls")
         for call in calls if isinstance(calls, list) else []:
@@ -151,20 +151,20 @@ def _functions(messages: list[Message]) -> Iterable[dict[str, Any]]:
 
 
 def check_nothing_is_lost(conversation: Conversation, answers: list[int]) -> None:
-    """ValueError where the template leaves out tools, documents, a message before an answer, or its reasoning."""
+    """Raise ValueError where the template leaves out tools, documents, a message before an answer, or its reasoning."""
     messages, shown = conversation.messages, conversation.answered(answers[-1])
-    given = messages[: answers[-1] + 1]
+    read = messages[: answers[-1] + 1]
     for field in ("tools", "documents"):
-        if conversation.variables[field] and not conversation.differs(shown, given, changed={field: None}):
-            lost = any(loses(conversation, i, CALLS) for i in range(len(given)))
+        if conversation.variables[field] and not conversation.differs(shown, read, changed={field: None}):
+            lost = any(loses(conversation, i, CALLS) for i in range(len(read)))
             calls = ", and calls of tools too" if field == "tools" and lost else ""
             raise LeftOut(field, f"{calls}; write them into a system message")
     for i, after in zip(answers, [-1, *answers], strict=False):
         for j in range(after + 1, i):
-            said = messages[j]["content"].strip()
-            changed = [*messages[:j], {**messages[j], "content": f"{said}."}, *messages[j + 1 : i]]
-            seen = conversation.asked(i)
-            if said and said not in seen and not conversation.differs(seen, changed, asking=True):
+            content = messages[j]["content"].strip()
+            changed = [*messages[:j], {**messages[j], "content": f"{content}."}, *messages[j + 1 : i]]
+            rendered = conversation.asked(i)
+            if content and content not in rendered and not conversation.differs(rendered, changed, asking=True):
                 raise ValueError(f"{name_of(j + 1, messages[j])}: the model's chat template leaves it out")
     for i in answers:
         if loses(conversation, i, REASONING):
@@ -189,9 +189,9 @@ def is_reworded(conversation: Conversation, i: int) -> bool:
 
 
 def ignored_fields(conversation: Conversation) -> list[str]:
-    """Fields of messages, beside those that say something, that make no difference to the rendering."""
-    known = {"role", "content", *CALLS, *REASONING}
-    names = sorted({name for message in conversation.messages for name in message} - known)
+    """Return fields of messages, beside those that say something, that make no difference to the rendering."""
+    meaningful = {"role", "content", *CALLS, *REASONING}
+    names = sorted({name for message in conversation.messages for name in message} - meaningful)
     rendered = conversation.answered(len(conversation.messages) - 1) if names else ""
 
     def matter(dropped: Iterable[str]) -> bool:

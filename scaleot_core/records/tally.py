@@ -10,8 +10,7 @@ CUT = "their turns don't fit into the context"
 TOO_LONG = "they are longer than the context"
 UNSAID = "the model's chat template leaves their calls of tools out"
 UNASKED = "nothing comes before them in their conversation"
-PRIVATE = "with --epsilon a record is one example, and the chat template rewrites them in the one of its last answer"
-
+PRIVATE = "a private record is one example, and the chat template rewrites them in the one of its last answer"
 
 LOST = "cut"  # why a record has a place among `Tally.places`, beside the reasons above
 NAMED = 5  # places that a line names
@@ -27,8 +26,6 @@ def name_places(places: list[str]) -> str:
 class Tally:
     """How many records there are, and what of them isn't learnt."""
 
-    context_length: int
-    """Tokens, of the model."""
     records: int = 0
     cut: int = 0
     """Records that are too long for the context."""
@@ -48,20 +45,19 @@ class Tally:
     """Where the records lie that are cut, or lose answers, by the reason of the latter."""
 
     @contextmanager
-    def noting(self, place: str) -> Iterator[None]:
-        """Note a record's place for all that is counted of it meanwhile."""
-        cut, left_out = self.cut, self.answers_left_out.copy()
+    def record(self, place: str) -> Iterator[None]:
+        """Count one record, and note its place for all that is counted of it meanwhile."""
+        tokens_cut, left_out = self.tokens_cut, self.answers_left_out.copy()
         yield
-        reasons = [reason for reason in self.answers_left_out if self.answers_left_out[reason] > left_out[reason]]
-        for reason in [*reasons, *([LOST] if self.cut > cut else [])]:
+        self.records += 1
+        reasons = list(self.answers_left_out - left_out)
+        if self.tokens_cut > tokens_cut:
+            self.cut += 1
+            reasons.append(LOST)
+        for reason in reasons:
             self.places.setdefault(reason, []).append(place)
 
-    def count_cut(self, tokens: int) -> None:
-        """Count a record that lost so many tokens, if it lost any."""
-        self.cut += tokens > 0
-        self.tokens_cut += tokens
-
-    def lines(self) -> Iterator[str]:
+    def lines(self, context_length: int) -> Iterator[str]:
         """Say each of it in a line for a person; nothing where all is learnt."""
         if self.untemplated:
             yield (
@@ -71,7 +67,7 @@ class Tally:
         if self.cut:
             yield (
                 f"{self.cut:,} of {self.records:,} records are too long for the model's context of "
-                f"{self.context_length:,} tokens and lost their beginning, {self.tokens_cut:,} tokens in all"
+                f"{context_length:,} tokens and lost their beginning, {self.tokens_cut:,} tokens in all"
                 f"{self._where(LOST)}"
             )
         for reason, count in self.answers_left_out.items():

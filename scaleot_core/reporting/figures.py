@@ -10,36 +10,51 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
+from scaleot_core.reporting.labels import Label, write_labels
 from scaleot_core.reporting.measurements import Measured, by_row, judged_by
 
 matplotlib.rcParams.update(
     {
         "axes.spines.top": False,
         "axes.spines.right": False,
+        "axes.titlesize": 10,
+        "axes.labelsize": 9,
+        "xtick.labelsize": 8,
+        "ytick.labelsize": 8,
+        "legend.fontsize": 8,
+        "legend.frameon": False,
         "figure.dpi": 120,
-        "figure.autolayout": True,
+        "figure.constrained_layout.use": True,
         "svg.fonttype": "none",  # text stays text
         "svg.hashsalt": "scaleot",  # the same figures give the same bytes
     }
 )
-KIND_COLOURS = {
-    "adapter": "#d1495b",
-    "compressed": "#00798c",
-    "harmonizer": "#edae49",
-    "shared": "#9aa5b1",
-    "removed": "#d8d8d8",
+LAYER_KINDS = {  # colour, words
+    "adapter": ("#d1495b", "adapter layer"),
+    "compressed": ("#00798c", "compressed, frozen"),
+    "harmonizer": ("#edae49", "replaced by a harmonizer"),
+    "shared": ("#9aa5b1", "replaced by another layer"),
+    "removed": ("#d8d8d8", "removed"),
 }
-MEASUREMENT_COLOURS = {
-    "zero_shot": "#9aa5b1",
-    "full_finetune": "#3e4c59",
-    "emulator_zero_shot": "#edae49",
-    "emulator_finetune": "#e07b39",
-    "plug_in": "#d1495b",
+MEASUREMENTS = {  # colour, words
+    "zero_shot": ("#9aa5b1", "original model"),
+    "full_finetune": ("#3e4c59", "full fine-tuning"),
+    "emulator_zero_shot": ("#edae49", "untuned package"),
+    "emulator_finetune": ("#e07b39", "tuned emulator"),
+    "plug_in": ("#d1495b", "plug-in"),
+}
+WORDS = {
+    "acc": "accuracy",
+    "answer_nll": "answer NLL (nats)",
+    "layers": "adapter layers",
+    "lora": "LoRA",
+    "scaleot": "ScaleOT",
+    "gradot": "GradOT",
+    "crash": "CRaSh",
 }
 MARKERS = "os^DvP*X"
-
-Row = Mapping[str, Any]
 
 
 def save_png(figure: Figure, path: Path) -> None:
@@ -57,43 +72,58 @@ def svg(figure: Figure) -> str:
 
 def measurements(tasks: Mapping[str, Measured]) -> Figure:
     """Draw the measurements of every task with their standard errors, in the metrics that it is judged by."""
-    shown = {task: by_row(measured) for task, measured in tasks.items()}
-    most = max(map(len, shown.values()))
-    figure = Figure(figsize=(4.4 * len(tasks) + 1, 2 * (0.34 * most + 0.9)))
-    rows = figure.subplots(2, len(tasks), squeeze=False)
+    rows = {task: by_row(measured) for task, measured in tasks.items()}
+    figure = Figure(figsize=(4.4 * len(tasks) + 1, 2 * (0.34 * max(map(len, rows.values())) + 0.9)))
+    axes = figure.subplots(2, len(tasks), squeeze=False)
     for column, (task, measured) in enumerate(tasks.items()):
-        for axis in rows[len(judged_by(measured)) :, column]:
+        metrics = judged_by(measured)
+        for axis in axes[len(metrics) :, column]:
             axis.axis("off")
-        for axis, metric in zip(rows[:, column], judged_by(measured), strict=False):
-            for at, (name, figures) in enumerate(shown[task].items()):
-                colour = MEASUREMENT_COLOURS[name.partition(",")[0]]
-                axis.errorbar(figures[metric], at, xerr=figures[f"{metric}_stderr"], fmt="o", color=colour, capsize=3)
-            axis.set_yticks(range(len(shown[task])), list(shown[task]), fontsize=8)
-            axis.set_ylim(len(shown[task]) - 0.5, -0.5)
+        for axis, metric in zip(axes[:, column], metrics, strict=False):
+            names = []
+            for height, (name, figures) in enumerate(rows[task].items()):
+                measurement, _, adapters = name.partition(", ")
+                colour, words = MEASUREMENTS[measurement]
+                names.append(f"{words}, {WORDS[adapters]}" if adapters else words)
+                error = figures[f"{metric}_stderr"]
+                axis.errorbar(figures[metric], height, xerr=error, fmt="o", color=colour, capsize=3)
+            axis.set_yticks(range(len(names)), names)
+            axis.set_ylim(len(names) - 0.5, -0.5)
             axis.grid(axis="x", color="#e4e7eb", linewidth=0.6)
-            better = "← better" if metric in measured["lower_is_better"] else "better →"
-            axis.set_xlabel(f"{metric} ({better})", fontsize=8)
-            axis.set_title(task if axis is rows[0, column] else "", fontsize=9)
+            axis.set_xlabel("← better" if metric in measured["lower_is_better"] else "better →")
+            axis.set_title(f"{task}: {WORDS.get(metric, metric)}")
     return figure
 
 
 def layers(scores: Mapping[str, Any]) -> Figure:
-    """Draw every layer's score over depth, coloured by its kind; `scores` has `prior`, `scores` and `kinds`."""
-    figure = Figure(figsize=(8.4, 3.2))
-    axis = figure.subplots()
-    for kind, colour in KIND_COLOURS.items():
-        members = [i for i, k in enumerate(scores["kinds"]) if k == kind]
-        if members:
-            axis.bar(members, [scores["scores"][i] for i in members], color=colour, label=kind)
-    axis.plot(range(len(scores["prior"])), scores["prior"], "k.", markersize=4, label="prior")
-    axis.axhline(0, color="black", linewidth=0.6)
-    axis.set_xlabel("decoder layer")
-    axis.set_ylabel("score")
-    axis.legend(fontsize=8, ncols=4, frameon=False)
+    """Draw which layer became what, and over it, where there are any, its scores.
+
+    `scores` has `kinds` and, for a method that needs them, `prior` and `scores`.
+    """
+    scored = any(scores["scores"])
+    figure = Figure(figsize=(8.4, 3.6 if scored else 1.3))
+    *upper, strip = figure.subplots(1 + scored, 1, sharex=True, squeeze=False, height_ratios=[7] * scored + [1])[:, 0]
+    for kind, (colour, words) in LAYER_KINDS.items():
+        indices = [i for i, other in enumerate(scores["kinds"]) if other == kind]
+        if indices:
+            strip.bar(indices, 1, width=0.92, color=colour, label=words)
+            for axis in upper:
+                axis.bar(indices, [scores["scores"][i] for i in indices], width=0.7, color=colour)
+    for axis in upper:
+        axis.plot(scores["prior"], "k.", markersize=4, label="score at the start")
+        axis.axhline(0, color="black", linewidth=0.6)
+        axis.set_ylabel("importance score")
+    strip.set_yticks([])
+    strip.set_xlim(-0.6, len(scores["kinds"]) - 0.4)
+    strip.spines[:].set_visible(False)
+    strip.set_xlabel("decoder layer")
+    strip.xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle("Which layer became what" + ", and its importance score" * scored, fontsize=10)
+    figure.legend(loc="outside lower center", ncols=5)
     return figure
 
 
-def curves(histories: Mapping[str, Sequence[Row]]) -> Figure:
+def curves(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """Draw the loss of every step, one panel per stage."""
     columns = min(3, len(histories))
     count = math.ceil(len(histories) / columns)
@@ -103,43 +133,42 @@ def curves(histories: Mapping[str, Sequence[Row]]) -> Figure:
         axis.axis("off")
     for axis, (stage, history) in zip(axes.flat, histories.items(), strict=False):
         axis.plot([row["step"] for row in history], [row["loss"] for row in history], linewidth=0.9)
-        axis.set_title(stage, fontsize=9)
-        axis.set_xlabel("step", fontsize=8)
-        axis.set_ylabel("loss", fontsize=8)
+        axis.set(title=f"loss: {stage}", xlabel="step")
     return figure
 
 
 @dataclass(frozen=True)
 class Panel:
-    """What one panel of a frontier shows: names of a point's figures, of which `y ±` is y's error, and its texts."""
+    """One panel of a frontier: the names of a point's figures, of which `x ±` and `y ±` are the errors, and texts."""
 
     x: str
     y: str
     title: str
     y_label: str
-    x_label: str = "recovery: share of full fine-tuning's gain (better →)"
+    x_label: str = "recovery in answer NLL: share of full fine-tuning's gain (better →)"
 
 
-def gap_panel(metric: str, title: str) -> Panel:
-    """Make the panel of gap against recovery in one metric."""
-    return Panel(f"recovery {metric}", f"gap {metric}", title, "gap: plug-in minus tuned emulator (better ↑)")
-
-
-GAP_ACCURACY, GAP_NLL = gap_panel("acc", "accuracy"), gap_panel("answer_nll", "answer nll (nats)")
 REMAINING_GAP = Panel(
     "recovery answer_nll",
     "remaining gap",
-    "after the restoration attack",
-    "remaining log-perplexity gap after the attack (nats, better ↑)",
+    "Remaining gap after the restoration attack (nats)",
+    "attacker's log-perplexity above the model's (better ↑)",
+)
+GAP_NLL = Panel(
+    "recovery answer_nll", "gap answer_nll", "Gap in answer NLL (nats)", "plug-in minus tuned emulator (better ↑)"
+)
+GAP_ACCURACY = Panel(
+    "recovery acc", "gap acc", "Gap in accuracy", GAP_NLL.y_label, GAP_NLL.x_label.replace("answer NLL", "accuracy")
 )
 
 
-def by_line(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
-    """Group a frontier's rows by their `line`, in order; a point is labelled with its row's `label`, if any."""
+def by_line(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Group a frontier's rows by their `line` in words, in order; a numeric `label` is the label of its point."""
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         label = f"{row['label']:g}" if isinstance(row["label"], int | float) else ""
-        lines.setdefault(row["line"], []).append({**row, "label": label})
+        name = ", ".join(WORDS.get(part, part) for part in row["line"].split(", "))
+        lines.setdefault(name, []).append({**row, "label": label})
     return lines
 
 
@@ -148,49 +177,68 @@ def line_of(beta: float) -> str:
     return f"β = {beta:g}, over α"
 
 
-def by_beta(rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
+def by_beta(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Group a frontier's rows into one line per β, along α."""
     dial = sorted(rows, key=lambda row: row["beta"])
     return by_line([{**row, "line": line_of(row["beta"]), "label": row["alpha"]} for row in dial])
 
 
-def frontier(lines: Mapping[str, Sequence[Row]], panels: Sequence[Panel]) -> Figure:
+def frontier(lines: Mapping[str, Sequence[Mapping[str, Any]]], panels: Sequence[Panel]) -> Figure:
     """Draw privacy against utility, one line per name of `lines`; a row has its panels' figures and a `label`.
 
-    A point is left out where a figure is undefined (None or NaN).
+    The ends of a line are labelled, and a legend names the lines; where no row has a label, the lines' ends are named.
+    A row with `hollow` has a hollow marker. A row is left out where a figure is undefined (None or NaN).
     """
-    figure = Figure(figsize=(5 * len(panels), 4.8), layout="constrained")
+    figure = Figure(figsize=(5.4 * len(panels), 4.8))
     axes = figure.subplots(1, len(panels), squeeze=False)
-    colours = matplotlib.colormaps["viridis"]
-    for axis, panel in zip(axes.flat, panels, strict=True):
-        for k, (name, points) in enumerate(lines.items()):
-            known = [p for p in points if p[panel.x] not in (None, "") and p[panel.y] not in (None, "")]
-            x, y, errors = ([float(p[part] or 0) for p in known] for part in (panel.x, panel.y, f"{panel.y} ±"))
-            marker = MARKERS[k % len(MARKERS)]
-            axis.errorbar(x, y, errors, color=colours(k / len(lines)), marker=marker, label=name)
-            aside = (5, 5) if k % 2 == 0 else (5, -11)  # neighbouring lines' labels on either side
-            for point, at, height in zip(known, x, y, strict=True):
-                if math.isfinite(at):
-                    style = {"textcoords": "offset points", "fontsize": 7, "color": colours(k / len(lines))}
-                    axis.annotate(point["label"], (at, height), aside, **style)
+    handles, labelled = {}, any(row["label"] for rows in lines.values() for row in rows)
+    labels: list[list[Label]] = [[] for _ in panels]
+    for axis, panel, texts in zip(axes.flat, panels, labels, strict=True):
+        for k, (name, rows) in enumerate(lines.items()):
+            colour, marker = f"C{k}", MARKERS[k % len(MARKERS)]
+            points = [row for row in rows if _defined(row[panel.x]) and _defined(row[panel.y])]
+            x, y = ([point[column] for point in points] for column in (panel.x, panel.y))
+            x_errors, y_errors = ([point.get(f"{column} ±") or 0 for point in points] for column in (panel.x, panel.y))
+            bars = axis.errorbar(x, y, y_errors, x_errors, color=colour, marker=marker, elinewidth=0.7)
+            hollow = [k for k, point in enumerate(points) if point.get("hollow")]
+            axis.plot(
+                *([v[k] for k in hollow] for v in (x, y)), marker, color=colour, markerfacecolor="white", zorder=3
+            )
+            ends = [*zip(points, x, y, strict=True)][:: max(1, len(points) - 1)]
+            if labelled:
+                handles[name] = bars
+                texts += [Label(point["label"], at, height, colour) for point, at, height in ends]
+            else:
+                texts += [Label(name, at, height, colour) for _, at, height in ends[-1:]]
         axis.axhline(0, color="black", linewidth=0.6)
-        axis.set_xlabel(panel.x_label, fontsize=9)
-        axis.set_ylabel(panel.y_label, fontsize=9)
-        axis.set_title(panel.title, fontsize=9)
-    figure.legend(
-        *axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False
-    )
+        axis.margins(x=0.1)
+        axis.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
+    if handles:
+        figure.legend([*handles.values()], [*handles], loc="outside lower center", ncols=3)
+    for axis, texts in zip(axes.flat, labels, strict=True):
+        write_labels(figure, axis, texts)
     return figure
 
 
-def recovered(curves: Mapping[str, Sequence[Row]]) -> Figure:
-    """Draw attacks: perplexity over tokens seen, one line per target; a row has `tokens` and `perplexity`."""
-    figure = Figure(figsize=(6.4, 3.8))
+def over_tokens(
+    lines: Mapping[str, Sequence[Mapping[str, float]]], column: str, title: str, *, yscale: str = "linear"
+) -> Figure:
+    """Draw a column over the tokens that attackers have trained on, one line per name; a row has it and `tokens`."""
+    figure = Figure(figsize=(7, 4))
     axis = figure.subplots()
-    for name, points in curves.items():
-        axis.plot([p["tokens"] for p in points], [p["perplexity"] for p in points], marker="o", label=name)
-    axis.set_yscale("log")
-    axis.set_xlabel("tokens that the attacker has trained on")
-    axis.set_ylabel("corpus perplexity (more is better for the model owner)")
-    axis.legend(fontsize=8, frameon=False)
+    for k, rows in enumerate(lines.values()):
+        axis.plot([row["tokens"] for row in rows], [row[column] for row in rows], marker=MARKERS[k % len(MARKERS)])
+    if yscale == "linear":
+        axis.axhline(0, color="black", linewidth=0.6)
+    axis.margins(x=0.25)
+    axis.set(title=title, xlabel="tokens that the attacker has trained on", yscale=yscale)
+    if all(row["tokens"] for rows in lines.values() for row in rows):
+        axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(EngFormatter(places=0))
+    ends = [Label(name, rows[-1]["tokens"], rows[-1][column], f"C{k}") for k, (name, rows) in enumerate(lines.items())]
+    write_labels(figure, axis, ends)
     return figure
+
+
+def _defined(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

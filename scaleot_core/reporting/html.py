@@ -1,7 +1,7 @@
 """The report: what was measured on one HTML page that needs nothing else, no network, no script."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,6 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from scaleot_core.common.files import atomic_file
 from scaleot_core.reporting import figures
 from scaleot_core.reporting.measurements import by_row, five
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ def _number(value: Any) -> str:
     return "–" if value is None or value == "" else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def table(rows: Iterable[Row]) -> list[list[str]]:
+def table(rows: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     """Turn rows of one shape into cells under their names."""
     rows = list(rows)
     return [list(rows[0]), *([_number(value) for value in row.values()] for row in rows)] if rows else []
@@ -44,9 +42,9 @@ def _measurements(tasks: Mapping[str, Any]) -> Section:
             [name, *(f"{figures[m]:.3f} ± {figures[f'{m}_stderr']:.3f}" for m in measured["metrics"])]
             for name, figures in by_row(measured).items()
         ]
-        for kind, own in measured["adapters"].items():
+        for kind, utility in measured["adapters"].items():
             for name in ("gap", "recovery"):
-                cells.append([f"{name}, {kind}", *(_number(own[name][metric]) for metric in measured["metrics"])])
+                cells.append([f"{name}, {kind}", *(_number(utility[name][metric]) for metric in measured["metrics"])])
         tables.append([header, *cells])
     text = (
         "Adapters are the adapter layers, as in the paper (layers), or LoRA in every layer that is there (lora). "
@@ -58,13 +56,13 @@ def _measurements(tasks: Mapping[str, Any]) -> Section:
 def _frontier(
     title: str,
     text: str,
-    lines: Mapping[str, Sequence[Row]],
+    lines: Mapping[str, Sequence[Mapping[str, Any]]],
     panels: Sequence[figures.Panel] = (figures.GAP_NLL,),
 ) -> Section:
     return Section(title, text, figures.svg(figures.frontier(lines, panels)))
 
 
-def _capable(name: str, measured: Row, judged: Mapping[str, str]) -> list[Row]:
+def _capable(name: str, measured: Mapping[str, Any], judged: Mapping[str, str]) -> list[Mapping[str, Any]]:
     """Make a row a task of what a model can do: with choices, openly, and as shares of the way from floor to model.
 
     `judged` is each task's main metric.
@@ -98,7 +96,7 @@ ATTACKERS = {
 }
 
 
-def _attack(found: Mapping[str, Any], curves: Sequence[Row], tasks: Mapping[str, Any]) -> Section:
+def _attack(attack: Mapping[str, Any], curves: Sequence[Mapping[str, Any]], tasks: Mapping[str, Any]) -> Section:
     judged = {task: measured["metrics"][0] for task, measured in tasks.items()}
     attackers = [
         {
@@ -107,29 +105,32 @@ def _attack(found: Mapping[str, Any], curves: Sequence[Row], tasks: Mapping[str,
             "tokens": end["tokens"],
             "of the way to the model": end["recovered"],
         }
-        for target, end in found["restoration"].items()
+        for target, end in attack["restoration"].items()
     ]
-    known = {"the real model": found["before"]["model"], "before the attack": found["before"]["package"]}
-    capable = [row for name, each in (known | found["restoration"]).items() for row in _capable(name, each, judged)]
-    difficulty = found["recovery_difficulty"]
-    weights = [{"of the model's bytes": given, "share": share} for given, share in found["weights"].items()]
+    models = {"the real model": attack["before"]["model"], "before the attack": attack["before"]["package"]}
+    models |= attack["restoration"]
+    capable = [row for name, measured in models.items() for row in _capable(name, measured, judged)]
+    difficulty = attack["recovery_difficulty"]
+    weights = [{"of the model's bytes": kind, "share": share} for kind, share in attack["weights"].items()]
     membership = [
         {
             "task": task,
             "adapters": kind,
             "attack": name,
-            "AUC": told[name]["auc"],
-            "±": told[name]["auc_stderr"],
-            "true positives at 1 % false": told[name]["true_positives"],
-            "private answers said": told["extracted"]["members"],
-            "held-out answers said": told["extracted"]["others"],
+            "AUC": auc[name]["auc"],
+            "±": auc[name]["auc_stderr"],
+            "true positives at 1 % false": auc[name]["true_positives"],
+            "private answers extracted": auc["extracted"]["members"],
+            "held-out answers extracted": auc["extracted"]["others"],
         }
-        for task, kinds in found["membership"].items()
-        for kind, told in kinds.items()
+        for task, kinds in attack["membership"].items()
+        for kind, auc in kinds.items()
         for name in ("loss", "calibrated")
     ]
+    title = "Corpus perplexity of the attacker's model (more is better for the model owner)"
     targets = dict.fromkeys(row["target"] for row in curves)
     lines = {target: [row for row in curves if row["target"] == target] for target in targets}
+    picture = figures.over_tokens(lines, "perplexity", title, yscale="log")
     text = (
         "Attackers train on public text, each on the same number of tokens. A share above floor or chance is 0 there "
         "and 1 for the real model. The floor is random weights of the same shapes with the same training; before the "
@@ -140,86 +141,83 @@ def _attack(found: Mapping[str, Any], curves: Sequence[Row], tasks: Mapping[str,
         "The last tables are the weights given away, and what the adapter tells of records."
     )
     tables = [table(rows) for rows in (attackers, capable, weights, membership)]
-    return Section("What an attacker makes of it", text, figures.svg(figures.recovered(lines)), tables)
+    return Section("What an attacker makes of it", text, figures.svg(picture), tables)
+
+
+COMPARED = [  # the comparison has a short name for answer NLL
+    figures.GAP_ACCURACY,
+    replace(figures.GAP_NLL, x="recovery nll", y="gap nll"),
+]
 
 
 def sections(
     metrics: Mapping[str, Any],
     layers: Mapping[str, Any],
-    histories: Mapping[str, Sequence[Row]],
+    histories: Mapping[str, Sequence[Mapping[str, Any]]],
     *,
-    sweep: Sequence[Row] = (),
-    compared: Sequence[Row] = (),
-    attacks: Sequence[Row] = (),
-    attack: tuple[Mapping[str, Any], Sequence[Row]] | None = None,
+    costs: Mapping[str, Mapping[str, Any]] | None = None,
+    sweep: Sequence[Mapping[str, Any]] = (),
+    compared: Sequence[Mapping[str, Any]] = (),
+    attacks: Sequence[Mapping[str, Any]] = (),
+    attack: tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]] | None = None,
 ) -> list[Section]:
     """Put the page's sections together.
 
-    `sweep`, `compared` and `attacks` are the tables of `make sweep`, `make compare` and `make attack-study`, where they
-    exist; `attack` is what `make attack` left: attack.json and its curves.
+    `costs` are what each stage's last run here took; `sweep`, `compared` and `attacks` the tables of `make sweep`,
+    `make compare` and `make attack-study`, where they exist; `attack` is what `make attack` left: attack.json and its
+    curves.
     """
-    found = [_measurements(metrics["tasks"])]
-    costs = [{"stage": stage, **cost} for stage, cost in metrics["cost"].items()]
-    names = list(dict.fromkeys(name for cost in costs for name in cost))
-    found.append(
-        Section("What it cost", tables=[table({name: cost.get(name) for name in names} for cost in costs)]),
-    )
+    parts = [_measurements(metrics["tasks"])]
+    if costs:
+        rows = [{"stage": stage, **cost} for stage, cost in costs.items()]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        parts.append(Section("What it cost", tables=[table({name: row.get(name) for name in names} for row in rows)]))
     if attack:
-        found.append(_attack(*attack, metrics["tasks"]))
+        parts.append(_attack(*attack, metrics["tasks"]))
     if sweep:
         text = "ScaleOT over α, the number beside a point, and β."
-        found.append(_frontier("The dial", text, figures.by_beta(sweep)))
+        parts.append(_frontier("The dial", text, figures.by_beta(sweep)))
     if attacks:
         text = (
-            "ScaleOT over α, β and channel_pruning.ratio (the number beside a point), and variants of the default: "
+            "ScaleOT over α, β and channels.ratio (the number beside a point), and variants of the default: "
             "what an attacker is left without, and the paper's gap."
         )
         panels = [figures.REMAINING_GAP, figures.GAP_NLL]
-        found.append(_frontier("The dial under attack", text, figures.by_line(attacks), panels))
+        parts.append(_frontier("The dial under attack", text, figures.by_line(attacks), panels))
     if compared:
-        lines = {row["method"]: [{**_renamed(row), "label": ""}] for row in compared}
+        lines = {row["method"]: [{**row, "label": ""}] for row in compared}
         text = "Each method at the same bytes, mean over tasks and seeds."
-        found.append(_frontier("Methods", text, lines, (figures.GAP_ACCURACY, figures.GAP_NLL)))
+        parts.append(_frontier("Methods", text, lines, COMPARED))
     kinds = list(zip(*(layers[name] for name in ("prior", "scores", "kinds")), strict=True))
     rows = [{"layer": i, "prior": p, "score": s, "became": kind} for i, (p, s, kind) in enumerate(kinds)]
     text = "Scores over depth, and what became of each layer."
-    found.append(Section("Layers", text, figures.svg(figures.layers(layers)), [table(rows)]))
-    found.append(Section("Losses", "Of every stage that trains.", figures.svg(figures.curves(histories))))
-    return found
+    parts.append(Section("Layers", text, figures.svg(figures.layers(layers)), [table(rows)]))
+    parts.append(Section("Losses", "Of every stage that trains.", figures.svg(figures.curves(histories))))
+    return parts
 
 
 def answer(metrics: Mapping[str, Any]) -> list[str]:
-    """Say in a sentence a task and kind of adapters what was gained, and in one what the emulator gives away."""
-    said = []
+    """Return a sentence a task and kind of adapters on what was gained, and one on what the emulator gives away."""
+    sentences = []
     for task, measured in metrics["tasks"].items():
         metric = measured["metrics"][0]
         for kind in measured["adapters"]:
-            own = five(measured, kind)
+            measurements = five(measured, kind)
             before, after, ceiling, tuned = (
-                own[name][metric] for name in ("zero_shot", "plug_in", "full_finetune", "emulator_finetune")
+                measurements[name][metric] for name in ("zero_shot", "plug_in", "full_finetune", "emulator_finetune")
             )
-            recovery = own["recovery"][metric]
+            recovery = measurements["recovery"][metric]
             share = "" if recovery is None else f", {recovery:.0%} of its gain"
-            said.append(
+            sentences.append(
                 f"{task}, adapters {kind}: the plug-in has {metric} {after:.3f}, the model had {before:.3f} and has "
                 f"{ceiling:.3f} with full fine-tuning{share}; the tuned emulator alone has {tuned:.3f}."
             )
     emulator, perplexity = metrics["emulator"], metrics["corpus_perplexity"]
-    said.append(
+    sentences.append(
         f"The emulator gives away {emulator['share_of_model']:.0%} of the model's bytes and has a corpus perplexity of "
         f"{perplexity['emulator']:.1f}, the model {perplexity['model']:.1f}."
     )
-    return said
-
-
-def _renamed(row: Row) -> dict[str, Any]:
-    """Rename a row of the comparison to the sweep's metric names."""
-    return {
-        f"{figure} {metric}{error}": row[f"{figure} {short}{error}"]
-        for figure in ("recovery", "gap")
-        for metric, short in (("acc", "acc"), ("answer_nll", "nll"))
-        for error in ("", " ±")
-    }
+    return sentences
 
 
 def write(

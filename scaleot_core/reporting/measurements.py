@@ -51,8 +51,6 @@ class Metrics(TypedDict):
     emulator: dict[str, Any]
     """The package's hash, its sizes, and how many layers became what."""
     corpus_perplexity: dict[str, float]
-    cost: dict[str, Any]
-    """By stage."""
     versions: dict[str, str]
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
-from scaleot_core.common.files import write_csv
+from scaleot_core.common.errors import UserError
+from scaleot_core.common.files import atomic_file, write_csv
 from scaleot_core.common.progress import console
 from scaleot_core.reporting.measurements import Measured, by_row, five, misordered
 
@@ -35,8 +36,8 @@ def show(metrics: Mapping[str, Any]) -> None:
     console.print(measurement_table(metrics["tasks"]))
     for task, measured in metrics["tasks"].items():
         metric = measured["metrics"][0]
-        for kind, own in measured["adapters"].items():
-            gap, recovery = own["gap"][metric], own["recovery"][metric]
+        for kind, figures in measured["adapters"].items():
+            gap, recovery = figures["gap"][metric], figures["recovery"][metric]
             share = "undefined (full fine-tuning gained nothing)" if recovery is None else f"{recovery:.2f}"
             console.print(f"{task}, adapters {kind}: gap {gap:+.3f} in {metric}, recovery {share}")
             for line in misordered(five(measured, kind)):
@@ -46,6 +47,20 @@ def show(metrics: Mapping[str, Any]) -> None:
         f"emulator: {emulator['share_of_model']:.0%} of the model's bytes; "
         f"corpus perplexity {perplexity['emulator']:.1f} against the model's {perplexity['model']:.1f}"
     )
+
+
+def replace_between_marks(path: Path, name: str, text: str) -> None:
+    """Replace a document's text between `<!-- name -->` and `<!-- end of name -->`; UserError if a mark is missing."""
+    document = path.read_text(encoding="utf-8")
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+    before, begins, rest = document.partition(begin)
+    _, ends, after = rest.partition(end)
+    if not (begins and ends):
+        raise UserError(
+            f"{path}: the marks {begin.strip()} and {end.strip()} are missing; put them where the text goes"
+        )
+    with atomic_file(path) as temporary:
+        temporary.write_text(f"{before}{begin}{text.rstrip()}\n{end}{after}", encoding="utf-8")
 
 
 def write_curves(folder: Path, histories: Mapping[str, Sequence[Mapping[str, float]]]) -> None:

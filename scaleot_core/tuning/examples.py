@@ -1,6 +1,6 @@
-"""What tuning sees: tokens and targets, of a task's questions or of the data owner's own records (method section 5)."""
+"""Make what tuning sees of a task's questions, or of the data owner's own records (method section 5)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -13,7 +13,10 @@ from scaleot_core.common.progress import say
 from scaleot_core.evaluation.harness import lm
 from scaleot_core.evaluation.tasks import Rows, answer_pairs, load_task, texts
 from scaleot_core.models.families import context_length
-from scaleot_core.records.tally import CUT, PRIVATE, Tally
+from scaleot_core.records.context import Context
+from scaleot_core.records.encoding import Encoded
+from scaleot_core.records.reading import encode_records
+from scaleot_core.records.tally import Tally
 
 IGNORED = -100  # no loss at this target
 
@@ -27,17 +30,17 @@ class Examples(list[Example]):
     def __init__(
         self,
         examples: Iterable[Example],
-        tally: Tally,
+        tally: Tally | None = None,
         *,
         origins: Sequence[int] | None = None,
-        are_blocks: bool = False,
+        block_size: int | None = None,
     ) -> None:
         super().__init__(examples)
-        self.tally = tally
+        self.tally = Tally() if tally is None else tally
         self.origins = range(len(self)) if origins is None else origins
         """Of each example, the number of the record that it comes from; of a block, its own."""
-        self.are_blocks = are_blocks
-        """Whether they are blocks of packed texts."""
+        self.block_size = block_size
+        """Tokens of a block of packed texts; None where examples are no blocks."""
 
 
 def from_task(
@@ -57,26 +60,31 @@ def from_task(
     `packed`, each is an example of its own. UserError where there are none.
     """
     view, loaded = lm(model, tokenizer), load_task(task, rows)
-    tally = Tally(view.max_length)
-    if loaded.OUTPUT_TYPE == "loglikelihood_rolling":
-        end = _end(tokenizer, task)
-        encoded = [[*view.tok_encode(text), end] for text in texts(loaded)]
-        tally.records = len(encoded)
-        made = _from_texts(encoded, tally, block_size if packed else None)
-    else:
-        ends = [_end(tokenizer, task)] if loaded.OUTPUT_TYPE == "generate_until" else []
-        cut = []
-        for context, continuation in answer_pairs(loaded, tokenizer, context_length=view.max_length):
-            before, answer = view._encode_pair(context, continuation)
-            tokens = [*before, *answer, *ends]
-            tally.count_cut(_excess(tokens, tally))
-            cut.append(_cut(tokens, [(len(before), len(tokens))], tally))
-        tally.records = len(cut)
-        made = Examples(cut, tally)
-    if not made:
+    context = Context(view.max_length)
+    is_text, generates = loaded.OUTPUT_TYPE == "loglikelihood_rolling", loaded.OUTPUT_TYPE == "generate_until"
+    if (is_text or generates) and tokenizer.eos_token_id is None:
+        raise UserError(f"{task}: the model's tokenizer has no end-of-text token to end a text with; use another")
+
+    def encoded() -> Iterator[Encoded]:
+        if is_text:
+            for text in texts(loaded):
+                tokens = [*view.tok_encode(text), tokenizer.eos_token_id]
+                yield Encoded(tokens, [(0, len(tokens))])
+            return
+        for question, answer in answer_pairs(loaded, tokenizer, context_length=view.max_length):
+            before, after = view._encode_pair(question, answer)
+            tokens = [*before, *after, *([tokenizer.eos_token_id] if generates else [])]
+            yield Encoded(tokens, [(len(before), len(tokens))])
+
+    records = []
+    for number, record in enumerate(encoded(), start=1):
+        with context.tally.record(f"question {number}"):
+            records.append(record if is_text and packed else context.cut(record))
+    examples = _pack(records, context, block_size) if is_text and packed else _examples(records, context)
+    if not examples:
         raise UserError(f"task {task}: there are no training questions")
-    _tell(f"task {task}", tally)
-    return made
+    _tell(f"task {task}", context)
+    return examples
 
 
 def from_file(
@@ -89,78 +97,45 @@ def from_file(
     example, as privacy needs it: of a conversation that takes several, the last. What isn't learnt is said. UserError
     names the first record that can't be used (`encode_records`).
     """
-    from scaleot_core.records.encoded import encode_records  # no stage comes by here
-
-    tally = Tally(context_length(model.config))
-    whole: list[list[int]] = []
-    made: list[Example] = []
+    context = Context(context_length(model.config))
+    records: list[Encoded] = []
     origins: list[int] = []
-    for number, record in enumerate(encode_records(tokenizer, file, tally)):
-        if record.is_text:
-            whole.append(record.parts[0].tokens)
-            continue
-        parts = record.parts if packed else record.parts[-1:]
-        if left_out := sum(len(part.learnt) for part in record.parts[: -len(parts)]):
-            tally.answers_left_out[PRIVATE] += left_out
-        tally.count_cut(record.tokens_cut + sum(_excess(part.tokens, tally) for part in parts))
-        for part in parts:
-            excess = _excess(part.tokens, tally)
-            kept = [(first, last) for first, last in part.learnt if not excess or first > excess]
-            if len(kept) < len(part.learnt):  # an answer that has lost its own beginning
-                tally.answers_left_out[CUT] += len(part.learnt) - len(kept)
-            made.append(_cut(part.tokens, kept, tally, bos=tokenizer.bos_token_id))
-            origins.append(number)
-    size = block_size if packed else None
-    found = _from_texts(whole, tally, size) if whole else Examples(made, tally, origins=origins)
-    _tell(str(file), tally)
-    return found
+    is_packed = False
+    for number, (form, parts) in enumerate(encode_records(tokenizer, file, context, packed=packed)):
+        records += parts
+        origins += [number] * len(parts)
+        is_packed = form == "text" and packed
+    examples = _pack(records, context, block_size) if is_packed else _examples(records, context, origins)
+    _tell(str(file), context)
+    return examples
 
 
-def _end(tokenizer: PreTrainedTokenizerBase, what: str) -> int:
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{what}: the model's tokenizer has no end-of-text token to end a text with; use another")
-    return int(tokenizer.eos_token_id)
-
-
-def _tell(what: str, tally: Tally) -> None:
-    for line in tally.lines():
+def _tell(what: str, context: Context) -> None:
+    for line in context.tally.lines(context.length):
         say(f"{what}: {line}", style="yellow")
 
 
-def _excess(tokens: Sequence[int], tally: Tally) -> int:
-    """How many tokens there are too many: the last one is a target alone."""
-    return max(0, len(tokens) - tally.context_length - 1)
+def _examples(records: Iterable[Encoded], context: Context, origins: Sequence[int] | None = None) -> Examples:
+    """Make an example of each record that fits into the context, with targets where it is learnt."""
+    examples = []
+    for record in records:
+        targets = [IGNORED] * len(record.tokens)
+        for first, last in record.learnt:
+            targets[first:last] = record.tokens[first:last]
+        examples.append((record.tokens[:-1], targets[1:]))
+    return Examples(examples, context.tally, origins=origins)
 
 
-def _cut(tokens: Sequence[int], learnt: Sequence[tuple[int, int]], tally: Tally, bos: int | None = None) -> Example:
-    """Make an example, with targets where it is learnt, at most as long as the context.
-
-    What is too much goes at the beginning, behind a BOS where there is one.
-    """
-    start = _excess(tokens, tally)
-    targets = [IGNORED] * len(tokens)
-    for first, last in learnt:
-        targets[first:last] = tokens[first:last]
-    inputs = list(tokens[start:-1])
-    if start and tokens[0] == bos:
-        inputs[0] = tokens[0]
-    return inputs, targets[start + 1 :]
-
-
-def _from_texts(texts: list[list[int]], tally: Tally, block_size: int | None) -> Examples:
-    """Make examples of texts, each with its end: packed into blocks as long as the context allows, or one by one."""
-    if block_size is None:
-        for text in texts:
-            tally.count_cut(_excess(text, tally))
-        return Examples([_cut(text, [(0, len(text))], tally) for text in texts], tally)
-    block_size = min(block_size, tally.context_length)
-    tokens = list(chain.from_iterable(texts))
-    cuts = (tokens[start : start + block_size + 1] for start in range(0, len(tokens) - 1, block_size))
-    return Examples([(block[:-1], block[1:]) for block in cuts], tally, are_blocks=True)
+def _pack(texts: Iterable[Encoded], context: Context, block_size: int) -> Examples:
+    """Make blocks of texts, each with its end, as long as the context allows."""
+    block_size = min(block_size, context.length)
+    tokens = list(chain.from_iterable(text.tokens for text in texts))
+    blocks = (tokens[start : start + block_size + 1] for start in range(0, len(tokens) - 1, block_size))
+    return Examples([(block[:-1], block[1:]) for block in blocks], context.tally, block_size=block_size)
 
 
 def collate(batch: list[Example]) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (B, T), padded on the right, where a causal model's answer tokens never look."""
+    """Return inputs and targets (B, T), padded on the right, where a causal model's answer tokens never look."""
     width = max(len(tokens) for tokens, _ in batch)
     inputs = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens, _ in batch])
     targets = torch.tensor([goal + [IGNORED] * (width - len(goal)) for _, goal in batch])

@@ -1,11 +1,10 @@
 """Tune with what held-out examples decide: the learning rate, and when to stop (method section 5)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +19,20 @@ from scaleot_core.common.tensors import read_tensors, write_tensors
 from scaleot_core.settings import OffsiteTuning, Tuning
 from scaleot_core.training.checkpoint import Checkpoint
 from scaleot_core.training.loop import Diverged
-from scaleot_core.tuning.examples import Example
+from scaleot_core.tuning.examples import Example, Examples
 from scaleot_core.tuning.tuner import mean_answer_loss, train, train_privately
+
+History = list[dict[str, float]]
+Parameters = dict[str, nn.Parameter]
+Fit = Callable[..., History]
+Measure = Callable[[], float]
 
 
 @dataclass(frozen=True)
 class TuningResult:
-    """How a tuning went."""
+    """What a tuning came to."""
 
-    history: list[dict[str, float]]
+    history: History
     """The loss a step."""
     lr: float
     """The peak learning rate that was taken."""
@@ -38,150 +42,141 @@ class TuningResult:
     """By learning rate, or by epoch, on examples that weren't tuned on; None where a rate diverged."""
     epsilon: float | None = None
     """What the examples' privacy came to, where it was protected."""
+    tuned_on: int = 0
+    """Records, or blocks of texts, that led to the parameters as they are now."""
+    held_out: int = 0
+    """Records, or blocks of texts, that the learning rate or the end of training was chosen on."""
+
+
+class TooFewRecords(UserError):
+    """There are too few records to tune on some and hold out others."""
 
 
 def tune(
     model: PreTrainedModel,
-    parameters: dict[str, nn.Parameter],
-    data: list[Example],
+    parameters: Parameters,
+    data: Examples,
     tuning: Tuning,
     *,
     seed: int,
     label: str,
     checkpoint: Checkpoint,
-    origins: Sequence[int] | None = None,
 ) -> TuningResult:
     """Train, with the learning rate and the end of training chosen on held-out examples.
 
-    Of several rates the one is taken that is best on a share of the examples after training on the others; then all are
-    trained on. With `patience` that share is never trained on: training stops once its loss hasn't got better for so
-    many epochs, and the best epoch's parameters stay. Without a share (`validation_fraction` is 0) all epochs run on
-    all examples. With `epsilon` it is `train_privately` instead. `origins` has the number of the record that each
-    example comes from, where several come from one: they are held out together. UserError where there are too few
-    examples, or all rates diverge.
+    Several rates: train on the rest, keep the rate with the lowest held-out loss, retrain on everything. `patience`:
+    train on the rest alone, stop once the held-out loss hasn't got better for so many epochs, and keep the best epoch's
+    parameters. `validation_fraction` 0: all epochs run on all examples. `epsilon`: `train_privately` instead. UserError
+    where all rates diverge, and TooFewRecords.
     """
-    how: dict[str, Any] = {"seed": seed, "label": label, "checkpoint": checkpoint}
+    count = len(set(data.origins))
     if isinstance(tuning, OffsiteTuning) and tuning.epsilon:
-        history, epsilon = train_privately(model, parameters, data, tuning, **how)
-        return TuningResult(history, tuning.lr[0], len(history), {}, epsilon)
-    records = [[i] for i in range(len(data))] if origins is None else _by_record(origins)
-    held = held_out(tuning, len(records))
-    if not held:
-        history = train(model, parameters, data, tuning, lr=tuning.lr[0], **how)
-        return TuningResult(history, tuning.lr[0], len(history), {})
-    if held >= len(records):
-        raise UserError(
-            f"{label}: {len(records)} examples are too few to hold some out; lower `validation_fraction`, set "
-            "`patience` to 0 or give more"
+        history, epsilon = train_privately(
+            model, parameters, data, tuning, seed=seed, label=label, checkpoint=checkpoint
         )
-    order = torch.randperm(len(records), generator=generator(seed, "validation")).tolist()
-    validation, rest = ([data[i] for k in part for i in records[k]] for part in (order[:held], order[held:]))
+        return TuningResult(history, tuning.lr[0], len(history), {}, epsilon, tuned_on=count)
+    rest, validation, held_out = _split(data, tuning, seed, label)
+    fit = partial(train, model, parameters, tuning=tuning, seed=seed)
+    measure = partial(mean_answer_loss, model, validation, tuning.batch_size)
     lr, losses = tuning.lr[0], {}
-    if len(tuning.lr) > 1:
-        losses = _search_lr(model, parameters, rest, validation, tuning, **how)
+    if held_out and len(tuning.lr) > 1:
+        losses = _search_lr(partial(fit, rest), measure, parameters, tuning.lr, label, checkpoint)
         finite = {rate: loss for rate, loss in losses.items() if loss is not None}
         if not finite:
             raise UserError(f"{label}: the loss is not finite with any learning rate of {tuning.lr}; name lower ones")
         lr = min(finite, key=finite.__getitem__)
         say(f"{label}: of the learning rates {tuning.lr}, {lr} has the lowest held-out loss")
-    if tuning.patience:
-        history, steps, epochs = _train_with_early_stopping(model, parameters, rest, validation, tuning, lr=lr, **how)
-        return TuningResult(history, lr, steps, {f"epoch {epoch}": loss for epoch, loss in enumerate(epochs, start=1)})
-    history = train(model, parameters, data, tuning, lr=lr, **how)
-    return TuningResult(history, lr, len(history), {str(rate): loss for rate, loss in losses.items()})
+    if held_out and tuning.patience:
+        run = partial(fit, rest, lr=lr, label=label, checkpoint=checkpoint)
+        history, steps, epochs = _train_with_early_stopping(
+            run, measure, parameters, tuning.patience, label, checkpoint
+        )
+        by_epoch: dict[str, float | None] = {f"epoch {epoch}": loss for epoch, loss in enumerate(epochs, start=1)}
+        return TuningResult(history, lr, steps, by_epoch, tuned_on=count - held_out, held_out=held_out)
+    history = fit(data, lr=lr, label=label, checkpoint=checkpoint)
+    by_rate = {str(rate): loss for rate, loss in losses.items()}
+    return TuningResult(history, lr, len(history), by_rate, tuned_on=count, held_out=held_out)
 
 
-def held_out(tuning: Tuning, records: int) -> int:
-    """Count the records that are held out of training: none where nothing is decided by them."""
+def _split(data: Examples, tuning: Tuning, seed: int, label: str) -> tuple[list[Example], list[Example], int]:
+    """Return the examples to train on, those held out, and of how many records these are, which stay together.
+
+    None are held out where nothing is decided by them. TooFewRecords where none are left to train on.
+    """
+    records: dict[int, list[Example]] = {}
+    for origin, example in zip(data.origins, data, strict=True):
+        records.setdefault(origin, []).append(example)
     if not tuning.validation_fraction or (len(tuning.lr) == 1 and not tuning.patience):
-        return 0
-    return max(1, round(tuning.validation_fraction * records))
-
-
-def _by_record(origins: Sequence[int]) -> list[list[int]]:
-    """Group the examples' numbers by record."""
-    by_record: dict[int, list[int]] = {}
-    for i, origin in enumerate(origins):
-        by_record.setdefault(origin, []).append(i)
-    return list(by_record.values())
+        return data, [], 0
+    held_out = max(1, round(tuning.validation_fraction * len(records)))
+    if held_out >= len(records):
+        raise TooFewRecords(
+            f"{label}: {len(records)} examples are too few to hold some out; lower `validation_fraction`, set "
+            "`patience` to 0 or give more"
+        )
+    by_number = list(records.values())
+    order = torch.randperm(len(records), generator=generator(seed, "validation")).tolist()
+    validation, rest = ([e for k in part for e in by_number[k]] for part in (order[:held_out], order[held_out:]))
+    return rest, validation, held_out
 
 
 def _search_lr(
-    model: PreTrainedModel,
-    parameters: dict[str, nn.Parameter],
-    rest: list[Example],
-    validation: list[Example],
-    tuning: Tuning,
-    *,
-    seed: int,
-    label: str,
-    checkpoint: Checkpoint,
+    run: Fit, measure: Measure, parameters: Parameters, rates: list[float], label: str, checkpoint: Checkpoint
 ) -> dict[float, float | None]:
     """Measure each learning rate's held-out loss, None where it diverged; the parameters are then what they were."""
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
     def loss(lr: float) -> float | None:
-        own = checkpoint.within(f"lr-{lr}")
+        progress = checkpoint.within(f"lr-{lr}")
         try:
-            train(model, parameters, rest, tuning, lr=lr, seed=seed, label=f"{label}, lr {lr}", checkpoint=own)
-            held_out_loss = mean_answer_loss(model, validation, tuning.batch_size)
+            run(lr=lr, label=f"{label}, lr {lr}", checkpoint=progress)
+            held_out_loss = measure()
         except Diverged:
             held_out_loss = math.nan
         _restore(parameters, start)
-        own.remove()
+        progress.remove()
         return held_out_loss if math.isfinite(held_out_loss) else None
 
-    return {lr: cached_json(checkpoint.folder / f"lr-{lr}.json", partial(loss, lr)) for lr in tuning.lr}
+    return {lr: cached_json(checkpoint.folder / f"lr-{lr}.json", partial(loss, lr)) for lr in rates}
 
 
 def _train_with_early_stopping(
-    model: PreTrainedModel,
-    parameters: dict[str, nn.Parameter],
-    rest: list[Example],
-    validation: list[Example],
-    tuning: Tuning,
-    *,
-    lr: float,
-    seed: int,
-    label: str,
-    checkpoint: Checkpoint,
-) -> tuple[list[dict[str, float]], int, list[float]]:
-    """Train until the validation loss is no better for `patience` epochs; the best epoch's parameters stay.
+    run: Fit, measure: Measure, parameters: Parameters, patience: int, label: str, checkpoint: Checkpoint
+) -> tuple[History, int, list[float]]:
+    """Train until the held-out loss is no better for `patience` epochs; the best epoch's parameters stay.
 
-    Returns the history, the best epoch's steps and every epoch's loss.
+    Return the history, the best epoch's steps and every epoch's loss.
     """
     losses: list[float] = []
     steps: list[int] = []
 
-    def kept(epoch: int) -> Path:
+    def saved(epoch: int) -> Path:
         return checkpoint.folder / f"epoch-{epoch}.safetensors"
 
-    def measure(epoch: int) -> float:
-        write_tensors(kept(epoch), parameters)
-        loss = mean_answer_loss(model, validation, tuning.batch_size)
+    def measure_epoch(epoch: int) -> float:
+        write_tensors(saved(epoch), parameters)
+        loss = measure()
         if not math.isfinite(loss):
             raise Diverged(f"{label}: the held-out loss is {loss} after epoch {epoch + 1}; lower the learning rate")
         return loss
 
     def no_better(epoch: int, step: int) -> bool:
-        losses.append(cached_json(checkpoint.folder / f"epoch-{epoch}.json", partial(measure, epoch)))
+        losses.append(cached_json(checkpoint.folder / f"epoch-{epoch}.json", partial(measure_epoch, epoch)))
         steps.append(step)
         best = losses.index(min(losses))
         for other in range(epoch + 1):
             if other != best:
-                kept(other).unlink(missing_ok=True)
+                saved(other).unlink(missing_ok=True)
         say(f"{label}: held-out loss {losses[-1]:.4f} after epoch {epoch + 1}; the best is {losses[best]:.4f}")
-        return epoch - best >= tuning.patience
+        return epoch - best >= patience
 
-    history = train(
-        model, parameters, rest, tuning, lr=lr, seed=seed, label=label, checkpoint=checkpoint, after_epoch=no_better
-    )
+    history = run(after_epoch=no_better)
     best = losses.index(min(losses))
-    _restore(parameters, read_tensors(kept(best)))
+    _restore(parameters, read_tensors(saved(best)))
     return history, steps[best], losses
 
 
 @torch.no_grad()
-def _restore(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+def _restore(parameters: Parameters, values: dict[str, Tensor]) -> None:
     for name, parameter in parameters.items():
         parameter.copy_(distributed.distribute_like(values[name], parameter))

@@ -25,7 +25,7 @@ def test_open_answers_are_those_of_a_forward_pass_a_question(asked):
         greedy = model(torch.tensor([tokens])).logits[0].argmax(-1)
         own = [int(greedy[i]) if target != -100 and k % 2 else target for i, target in enumerate(targets)]
         said.append((tokens, own))
-    assert 0 < sum(answer.said for answer in answers(model, said, 1, "test")) < 7
+    assert 0 < sum(answer.extracted for answer in answers(model, said, 1, "test")) < 7
     nats = tokens = 0.0
     for inputs, targets in data:
         logits = model(torch.tensor([inputs])).logits[0]
@@ -35,7 +35,7 @@ def test_open_answers_are_those_of_a_forward_pass_a_question(asked):
     for size in (1, 3, 8):
         found = open_answers(model, data, size)
         assert found["text_perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
-        assert found["answers"] == sum(answer.said for answer in answers(model, data, 1, "test")) / 7
+        assert found["answers"] == sum(answer.extracted for answer in answers(model, data, 1, "test")) / 7
 
 
 def test_an_answer_that_the_model_gives_counts_whole_and_by_token(asked):

@@ -2,19 +2,18 @@
 
 import pytest
 import torch
-from helpers import IDS, PLAN, WHOLE, each_family, emulator_of, logits, pruned_emulator, tiny_model
+from helpers import IDS, WHOLE, each_shape, emulator_of, logits, plan_of, plan_of_kinds, pruned_emulator, tiny_model
 
 from scaleot_core.attacks import hidden
 from scaleot_core.attacks.hidden import cut_parameters, draw_hidden, recovery_difficulty
-from scaleot_core.compression.plan import Plan
 from scaleot_core.models.families import family
 from scaleot_core.models.forward import mean_loss
 
 
-@each_family
+@each_shape
 def test_only_what_stands_for_what_was_cut_is_trained(name):
     real, emulator = tiny_model(name), emulator_of(name)
-    trained = cut_parameters(real, emulator, PLAN)
+    trained = cut_parameters(real, emulator, plan_of(real))
     path, inside = family(real.config).layers, family(real.config).attention
     same = {
         key for key, tensor in real.state_dict().items() if torch.equal(tensor, emulator.state_dict().get(key, IDS))
@@ -26,7 +25,7 @@ def test_only_what_stands_for_what_was_cut_is_trained(name):
     assert not [key for key in cut if trained[key].ndim < 2]  # biases are as they were
 
 
-@each_family
+@each_shape
 def test_pruned_feed_forward_matrices_are_among_them(name):
     found = pruned_emulator(name)
     trained = cut_parameters(found.real, found.emulator, found.plan)
@@ -36,15 +35,15 @@ def test_pruned_feed_forward_matrices_are_among_them(name):
 
 
 def test_nothing_stands_for_what_was_removed_or_not_cut():
-    plan = Plan(("removed", "adapter", "compressed", "compressed"), 0.0, PLAN.harmonizer)
+    plan = plan_of_kinds(("removed", "adapter", "compressed", "compressed"))
     for cut in (plan, WHOLE):
         assert not cut_parameters(tiny_model("llama"), emulator_of("llama", cut), cut)
 
 
-@each_family
+@each_shape
 def test_what_is_hidden_is_drawn_anew_and_the_rest_stays(name):
     real, drawn, emulator = tiny_model(name), tiny_model(name), emulator_of(name)
-    draw_hidden(drawn, emulator, PLAN, {}, seed=0)
+    draw_hidden(drawn, emulator, plan_of(real), {}, seed=0)
     names = family(real.config)
     for key, weight in real.named_parameters():
         index, _, inner = key.removeprefix(f"{names.layers}.").partition(".")
@@ -55,11 +54,12 @@ def test_what_is_hidden_is_drawn_anew_and_the_rest_stays(name):
             assert torch.equal(weight, drawn.get_parameter(key)) != anew, key
 
 
-@each_family
+@each_shape
 def test_what_the_package_has_of_a_cut_matrix_stays(name):
     real, emulator = tiny_model(name), emulator_of(name)
-    draw_hidden(real, emulator, PLAN, {}, seed=0)
-    for cut in hidden.cut_matrices(real, emulator, PLAN, 2):
+    plan = plan_of(real)
+    draw_hidden(real, emulator, plan, {}, seed=0)
+    for cut in hidden.cut_matrices(real, emulator, plan, 2):
         where = f"{family(real.config).attention}.{cut.projection}"
         layer = real.get_submodule(f"{family(real.config).layers}.2")
         weight = layer.get_submodule(where).weight
@@ -71,7 +71,7 @@ def test_what_the_package_has_of_a_cut_matrix_stays(name):
         assert torch.linalg.matrix_rank(matrix) > cut.rank
 
 
-@each_family
+@each_shape
 def test_only_the_channels_that_are_not_there_are_drawn(name):
     found, before = pruned_emulator(name), tiny_model(name)
     draw_hidden(found.real, found.emulator, found.plan, found.kept, seed=0)
@@ -92,11 +92,12 @@ def test_only_the_channels_that_are_not_there_are_drawn(name):
 def test_difficulty_is_the_mean_loss_over_draws_and_none_where_nothing_is_hidden():
     blocks = torch.randint(300, (4, 16), generator=torch.Generator().manual_seed(0))
     model, emulator = tiny_model("llama"), emulator_of("llama")
-    found = recovery_difficulty(model, emulator, PLAN, {}, blocks, seed=0)
+    plan = plan_of(model)
+    found = recovery_difficulty(model, emulator, plan, {}, blocks, seed=0)
     losses = []
     for seed in range(hidden.DRAWS):
         again = tiny_model("llama")
-        draw_hidden(again, emulator, PLAN, {}, seed)
+        draw_hidden(again, emulator, plan, {}, seed)
         losses.append(mean_loss(again, blocks))
     assert found["loss"] == pytest.approx(sum(losses) / len(losses)) and found["loss_stdev"] > 0
     none = recovery_difficulty(tiny_model("llama"), emulator_of("llama", WHOLE), WHOLE, {}, blocks, seed=0)

@@ -101,11 +101,11 @@ def test_world_that_cannot_meet_is_refused_by_whichever_process_it_is(
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast, warm_bin: Path) -> Path:
+def prepared(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     """A tiny project that one process prepared, though what is left of a launcher says that it is one of several."""
     folder = tmp_path_factory.mktemp("launch")
     write_project(folder, tokenizer)
-    run_python(warm_bin / "python", folder, "stages/prepare_data.py", **LEFT_BEHIND)
+    run_python(sys.executable, folder, "stages/prepare_data.py", **LEFT_BEHIND)
     return folder
 
 
@@ -126,8 +126,8 @@ def run_python(python: str | Path, folder: Path, *arguments: str, **environment:
 
 
 @pytest.mark.slow
-def test_stages_of_one_process_write_and_speak_whatever_is_left_of_a_launcher(warm_bin: Path, prepared: Path) -> None:
-    said = run_python(warm_bin / "python", prepared, "stages/zero_shot.py", "piqa", **LEFT_BEHIND)
+def test_stages_of_one_process_write_and_speak_whatever_is_left_of_a_launcher(prepared: Path) -> None:
+    said = run_python(sys.executable, prepared, "stages/zero_shot.py", "piqa", **LEFT_BEHIND)
     assert "1 threads" in said and "processes" not in said
     found = json.loads((prepared / "artifacts/baselines/zero_shot-piqa.json").read_text(encoding="utf-8"))
     assert found["questions"] == 20 and 0 <= found["acc"] <= 1
@@ -161,10 +161,10 @@ torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_processes_sum_broadcast_and_wait(warm_bin: Path, tmp_path: Path) -> None:
+def test_two_processes_sum_broadcast_and_wait(tmp_path: Path) -> None:
     (tmp_path / "together.py").write_text(TOGETHER, encoding="utf-8")
     command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "together.py"]
-    run_python(warm_bin / "python", tmp_path, *command)
+    run_python(sys.executable, tmp_path, *command)
     found = [json.loads((tmp_path / f"{i}.json").read_text(encoding="utf-8")) for i in range(2)]
     assert [each.pop("share") for each in found] == [[0, 2, 4], [1, 3]]
     assert (

@@ -13,7 +13,6 @@ from scaleot_core.evaluation.definitions import task_config, task_manager
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("task_index")
 def test_unknown_task_has_a_hint() -> None:
     assert "did you mean piqa" in refusal(task_config, "piqaa")
 

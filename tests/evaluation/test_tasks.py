@@ -59,8 +59,9 @@ WINOGRANDE = [
 def test_generated_answer_is_what_the_definition_gives(pairs):
     assert pairs("gsm8k", GSM8K)[2] == ("Question: 2 + 1?\nAnswer:", " it is 3 #### 3")
     assert "training row 2: the answer is empty" in refusal(pairs, "gsm8k", [GSM8K[0], {**GSM8K[1], "answer": " "}])
-    message = refusal(pairs, "gsm8k", [GSM8K[0], {**GSM8K[1], "answer": None}])
-    assert "training row 2: lm-eval's definition can't use the row ('answer' is undefined)" in message
+    assert "training row 2: the answer is empty" in refusal(pairs, "gsm8k", [GSM8K[0], {**GSM8K[1], "answer": None}])
+    message = refusal(pairs, "gsm8k", [GSM8K[0], {**GSM8K[1], "question": None}])
+    assert "training row 2: lm-eval's definition can't use the row ('question' is undefined)" in message
 
 
 def test_context_too_short_to_generate_is_told(tokenizer):

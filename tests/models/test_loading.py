@@ -5,7 +5,8 @@ import sys
 
 import pytest
 import torch
-from helpers import CPU, DAMAGES, WEIGHTS, refusal, tiny_model
+from damages import DAMAGES, WEIGHTS
+from helpers import CPU, refusal, tiny_model
 
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import read_json

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DAMAGES, each_family, refusal, tiny_model
+from damages import DAMAGES
+from helpers import each_family, refusal, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import CPU, DAMAGES, each_family, each_head, form, refusal, streamed, tiny_model
+from damages import DAMAGES
+from helpers import CPU, each_family, each_head, form, refusal, streamed, tiny_model
 
 from scaleot_core.common.files import write_json
 from scaleot_core.common.tensors import read_tensors, write_tensors

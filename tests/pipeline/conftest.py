@@ -16,7 +16,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a stage sets in its process is set back; scratch lies in the stage's own folder."""
+    """Set back what a stage sets in its process; its scratch lies in the stage's own folder."""
     monkeypatch.delenv("DVC_ROOT", raising=False)
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     yield

@@ -2,14 +2,16 @@
 
 import copy
 import shutil
-import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import ROOT, succeed, write_project
 from transformers import PreTrainedTokenizerFast
 
 from studies import demo
+from studies.experiments import Run
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n"
@@ -20,21 +22,37 @@ TEMPLATE = (
 def test_demo_packs_tunes_plugs_in_and_asks(
     tmp_path: Path,
     tokenizer: PreTrainedTokenizerFast,
-    warm_bin: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     chats = copy.deepcopy(tokenizer)
     chats.chat_template = TEMPLATE
-    write_project(tmp_path, chats)
-    shutil.copy(ROOT / "presets.yaml", tmp_path)
-    succeed(tmp_path, "sources", "prepare_data")
+    experiment = tmp_path / "experiment"
+    experiment.mkdir()
+
+    class MadeHere(Run):
+        def write(self, path: str, folder: Path) -> None:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            source = experiment / path
+            shutil.copytree(source, folder / path) if source.is_dir() else shutil.copy(source, folder / path)
+
+    def run_all(runs: Mapping[str, Any], label: str, targets: list[str]) -> dict[str, Run]:
+        ((name, changes),) = runs.items()
+        assert targets == ["compress"]
+        write_project(experiment, chats, **changes)
+        succeed(experiment, "sources", "prepare_data", "layer_importance", "train_harmonizers", "compress")
+        shutil.copytree(experiment / "artifacts/model", "artifacts/model", dirs_exist_ok=True)
+        return {name: MadeHere("commit")}
+
+    for name in ("presets.yaml", "params.yaml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "artifacts/model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "executable", str(warm_bin / "python"))
+    monkeypatch.setattr(demo, "run_all", run_all)
     monkeypatch.setattr(demo, "TUNING", ("--lora-rank", "4", "--epochs", "1", "--patience", "0", "--batch-size", "16"))
     monkeypatch.setattr(demo, "LONGEST_ANSWER", 4)
     demo.main()
     assert capsys.readouterr().out.splitlines()[-1] == "after: 0 of 16 facts said by the real model"
     left = {path.name for path in (tmp_path / ".scaleot" / "demo").iterdir()}
     assert left >= {"package", "package.private.json", "adapter", "plugged"}
-    assert not (tmp_path / "artifacts" / "emulator").exists()  # the pipeline's own is none of its business
+    assert {path.name for path in (tmp_path / "artifacts").iterdir()} == {"model"}  # the pipeline's own is untouched

@@ -5,9 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,51 +18,7 @@ from scaleot_core.common.tensors import read_tensors
 from scaleot_core.training import gradients
 
 LAUNCH = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]  # what accelerate calls
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
-    folder = tmp_path_factory.mktemp("parallel") / "project"
-    folder.mkdir()
-    write_project(folder, tokenizer)
-    change(
-        folder, dlr={"steps": 10, "score_interval": 5, "batch_blocks": 3}, offsite_tune={"epochs": 2, "batch_size": 7}
-    )
-    succeed(
-        folder, "prepare_data", "layer_importance", "train_harmonizers", "compress", "offsite_tune", "full_finetune"
-    )
-    return folder
-
-
-def launch(python: str | Path, folder: Path, *command: str, **changes: str) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "home"), **changes}
-    done = subprocess.run(
-        [python, *LAUNCH, *command],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
-@pytest.fixture
-def launched(warm_bin: Path) -> Callable[..., str]:
-    """Run a script in two processes and give what they said."""
-    return partial(launch, warm_bin / "python")
-
-
-def close(one: Path, two: Path) -> None:
-    first, second = read_tensors(one), read_tensors(two)
-    assert first.keys() == second.keys()
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-5)
-
-
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # as `accelerate launch --use_fsdp` says it
-
 OUTPUTS = {
     "train_harmonizers": ("artifacts/harmonizers", "harmonizers.safetensors"),
     "offsite_tune": ("artifacts/adapters/piqa/layers", "adapter/adapter.safetensors"),
@@ -71,75 +26,106 @@ OUTPUTS = {
 }
 
 
-@pytest.mark.parametrize("fsdp", [False, True], ids=["each holds all", "layers are split"])
-@pytest.mark.parametrize("stage", OUTPUTS)
-def test_two_processes_give_one_processs_losses_and_weights(
-    launched: Callable[..., str], alone: Path, tmp_path: Path, stage: str, fsdp: bool
-) -> None:
-    two = Path(shutil.copytree(alone, tmp_path / "project"))
-    output, tensors = OUTPUTS[stage]
-    shutil.rmtree(two / output)
-    task = {"offsite_tune": ["piqa", "layers"], "full_finetune": ["piqa"]}.get(stage, [])
-    said = launched(two, f"stages/{stage}.py", *task, **(FSDP if fsdp else {}))
-    assert said.count("2 processes, each with") == 1  # the first one speaks
-    losses = [[row["loss"] for row in json.loads((f / output / "history.json").read_text())] for f in (alone, two)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and len(losses[0]) > 3
-    if tensors:
-        close(alone / output / tensors, two / output / tensors)
-    if stage == "train_harmonizers":
-        scores = [json.loads((f / output / "scores.json").read_text())["scores"] for f in (alone, two)]
-        assert scores[1] == pytest.approx(scores[0], rel=1e-4, abs=1e-7)
-    names = [sorted(str(f.relative_to(x)) for f in (x / output).rglob("*")) for x in (alone, two)]
-    assert names[0] == names[1]
-    scratch = two / ".scaleot" / "scratch"
-    assert not [f for f in scratch.iterdir() if stage in f.name]
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """Return a project after its stages, each in one process. Not to be changed."""
+    folder = tmp_path_factory.mktemp("parallel")
+    write_project(folder, tokenizer)
+    change(folder, dlr={"batch_blocks": 3}, offsite_tune={"epochs": 2, "batch_size": 7})
+    succeed(folder, "prepare_data", "layer_importance", "train_harmonizers", "compress")
+    succeed(folder, "offsite_tune", "full_finetune")
+    return folder
 
 
-@pytest.mark.parametrize(("blocks", "fsdp"), [(3, False), (3, True), (1, True)])
-def test_two_processes_distil_as_one_does(
-    launched: Callable[..., str], alone: Path, tmp_path: Path, blocks: int, fsdp: bool
-) -> None:
-    """Of the states of a batch there is one mean square; of a batch of one block a process has nothing."""
+def copies(alone: Path, tmp_path: Path, without: str, **changes: object) -> tuple[Path, Path]:
+    """Return two copies of the project, one for each way, with other parameters and without one output."""
     one, two = (Path(shutil.copytree(alone, tmp_path / name)) for name in ("one", "two"))
     for folder in (one, two):
-        change(folder, method="distilled", distill={"steps": 6, "batch_blocks": blocks, "lr": 0.01})
-        shutil.rmtree(folder / "artifacts/emulator")
-    succeed(one, "compress")
-    launched(two, "stages/compress.py", **(FSDP if fsdp else {}))
-    for file in ("compressed.safetensors", "adapter.safetensors", "base.safetensors"):
-        close(one / "artifacts/emulator" / file, two / "artifacts/emulator" / file)
-    names = [sorted(str(f.relative_to(x)) for f in (x / "artifacts").rglob("*")) for x in (one, two)]
-    assert names[0] == names[1]
+        change(folder, **changes)
+        shutil.rmtree(folder / without, ignore_errors=True)
+    return one, two
 
 
-def test_two_processes_compress_to_one_processs_bytes(
-    launched: Callable[..., str], alone: Path, tmp_path: Path
+def launch(folder: Path, *command: str, fsdp: bool = True) -> str:
+    """Run a script in two processes; return what they said."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (FSDP if fsdp else {})
+    command = (sys.executable, *LAUNCH, *command)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def assert_close(one: Path, two: Path) -> None:
+    first, second = read_tensors(one), read_tensors(two)
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-5)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*"))
+
+
+def read(folder: Path, file: str) -> Any:
+    return json.loads((folder / file).read_text())
+
+
+@pytest.mark.parametrize(
+    ("stage", "fsdp"), [*((stage, True) for stage in OUTPUTS), ("train_harmonizers", False), ("offsite_tune", False)]
+)
+def test_two_processes_give_one_processs_losses_and_weights(
+    alone: Path, tmp_path: Path, stage: str, fsdp: bool
 ) -> None:
-    two = Path(shutil.copytree(alone, tmp_path / "project"))
-    shutil.rmtree(two / "artifacts/emulator")
-    launched(two, "stages/compress.py")
+    output, tensors = OUTPUTS[stage]
+    _, two = copies(alone, tmp_path, output)
+    item = {"offsite_tune": ["piqa", "layers"], "full_finetune": ["piqa"]}.get(stage, [])
+    printed = launch(two, f"stages/{stage}.py", *item, fsdp=fsdp)
+    assert printed.count("2 processes, each with") == 1  # the first one speaks
+    losses = [[row["loss"] for row in read(folder, f"{output}/history.json")] for folder in (alone, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and len(losses[0]) > 3
+    if tensors:
+        assert_close(alone / output / tensors, two / output / tensors)
+    if stage == "train_harmonizers":
+        scores = [read(folder, f"{output}/scores.json")["scores"] for folder in (alone, two)]
+        assert scores[1] == pytest.approx(scores[0], rel=1e-4, abs=1e-7)
+    assert names(alone / output) == names(two / output)
+    assert not [file for file in (two / ".scaleot" / "scratch").iterdir() if stage in file.name]
+
+
+@pytest.mark.parametrize("blocks", [3, 1])
+def test_two_processes_distil_as_one_does(alone: Path, tmp_path: Path, blocks: int) -> None:
+    """Of the states of a batch there is one mean square; of a batch of one block a process has nothing."""
+    distill = {"steps": 6, "batch_blocks": blocks, "lr": 0.01}
+    one, two = copies(alone, tmp_path, "artifacts/emulator", method="distilled", distill=distill)
+    succeed(one, "compress")
+    launch(two, "stages/compress.py")
+    for file in ("compressed.safetensors", "adapter.safetensors", "base.safetensors"):
+        assert_close(one / "artifacts/emulator" / file, two / "artifacts/emulator" / file)
+    assert names(one / "artifacts") == names(two / "artifacts")
+
+
+def test_two_processes_compress_to_one_processs_bytes(alone: Path, tmp_path: Path) -> None:
+    _, two = copies(alone, tmp_path, "artifacts/emulator")
+    launch(two, "stages/compress.py", fsdp=False)
     for file in (alone / "artifacts/emulator").iterdir():
         assert (two / "artifacts/emulator" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 @pytest.mark.parametrize("fsdp", [False, True], ids=["each holds all", "layers are split"])
-def test_two_processes_attack_as_one_does(
-    launched: Callable[..., str], alone: Path, tmp_path: Path, fsdp: bool
-) -> None:
-    one, two = (Path(shutil.copytree(alone, tmp_path / name)) for name in ("one", "two"))
+def test_two_processes_attack_as_one_does(alone: Path, tmp_path: Path, fsdp: bool) -> None:
+    small = {"steps": 4, "eval_points": 2, "batch_blocks": 3, "lr": 0.01, "eval_questions": 8}
+    attack = {**small, "membership_records": 8, "references": []}
+    one, two = copies(alone, tmp_path, "artifacts/attack", attack=attack)
     for folder in (one, two):
         (folder / "studies").mkdir()
         shutil.copy(ROOT / "studies/dvc.yaml", folder / "studies")
-        small = {"steps": 4, "eval_points": 2, "batch_blocks": 3, "lr": 0.01, "eval_questions": 8}
-        change(folder, attack={**small, "membership_records": 8, "references": []})
     succeed(one, "attack")
-    launched(two, "stages/attack.py", **(FSDP if fsdp else {}))
-    found = [json.loads((folder / "attack.json").read_text()) for folder in (one, two)]
-    ends = [{name: row["perplexity"] for name, row in each["restoration"].items()} for each in found]
+    launch(two, "stages/attack.py", fsdp=fsdp)
+    first, second = (read(folder, "attack.json") for folder in (one, two))
+    ends = [{name: row["perplexity"] for name, row in found["restoration"].items()} for found in (first, second)]
     assert ends[1] == pytest.approx(ends[0], rel=1e-3) and len(ends[0]) == 3
-    assert found[1]["weights"] == found[0]["weights"] and found[1]["before"] == found[0]["before"]
-    names = [sorted(str(f.relative_to(x)) for f in (x / "artifacts").rglob("*")) for x in (one, two)]
-    assert names[0] == names[1]
+    assert second["weights"] == first["weights"] and second["before"] == first["before"]
+    assert names(one / "artifacts") == names(two / "artifacts")
 
 
 HALVES = """
@@ -168,97 +154,68 @@ with open(f"seen-{distributed.is_main_process()}.json", "w") as out:
 """
 
 
-def test_each_of_two_processes_holds_half_of_every_layer(
-    launched: Callable[..., str], alone: Path, tmp_path: Path
-) -> None:
-    two = Path(shutil.copytree(alone, tmp_path / "project"))
-    (two / "halves.py").write_text(HALVES)
-    launched(two, "halves.py", **FSDP)
+def test_each_of_two_processes_holds_half_of_every_layer(alone: Path, tmp_path: Path) -> None:
+    shutil.copytree(alone / "artifacts/model", tmp_path / "artifacts/model")
+    (tmp_path / "halves.py").write_text(HALVES)
+    launch(tmp_path, "halves.py")
     for first in (True, False):
-        seen = json.loads((two / f"seen-{first}.json").read_text())
+        seen = read(tmp_path, f"seen-{first}.json")
         assert seen["same"]
-        for name, share in seen["shares"].items():
-            assert share == (0.5 if name.startswith("model.layers.") else 1), name
+        assert all(share == (0.5 if name.startswith("model.layers.") else 1) for name, share in seen["shares"].items())
 
 
-def test_rates_and_patience_with_split_layers_are_those_of_one_process(
-    launched: Callable[..., str], alone: Path, tmp_path: Path
-) -> None:
-    one, two = (Path(shutil.copytree(alone, tmp_path / name)) for name in ("one", "two"))
-    output = Path(OUTPUTS["full_finetune"][0])
-    for folder in (one, two):
-        change(folder, full_finetune={"lr": [1e-2, 1e-4], "epochs": 3, "patience": 1, "validation_fraction": 0.3})
-        shutil.rmtree(folder / output)
+def test_rates_and_patience_with_split_layers_are_those_of_one_process(alone: Path, tmp_path: Path) -> None:
+    output = OUTPUTS["full_finetune"][0]
+    finetune = {"lr": [1e-2, 1e-4], "epochs": 3, "patience": 1, "validation_fraction": 0.3}
+    one, two = copies(alone, tmp_path, output, full_finetune=finetune)
     succeed(one, "full_finetune")
-    launched(two, "stages/full_finetune.py", "piqa", **FSDP)
+    launch(two, "stages/full_finetune.py", "piqa")
     for file in ("tuning.json", "results.json"):
-        first, second = (json.loads((folder / output / file).read_text()) for folder in (one, two))
+        first, second = (read(folder, f"{output}/{file}") for folder in (one, two))
         assert first.keys() == second.keys()
         for name, value in first.items():
             assert second[name] == pytest.approx(value, rel=1e-3, abs=1e-3), name
 
 
 def test_lora_inside_split_layers_is_that_of_one_process(alone: Path, tmp_path: Path) -> None:
-    """Its processes start cold, as a user's do."""
-    one, two = (Path(shutil.copytree(alone, tmp_path / name)) for name in ("one", "two"))
-    for folder in (one, two):
-        change(folder, adapters=["lora"], lora={"rank": 2}, offsite_tune={"max_steps": 4})
+    tuned = "artifacts/adapters/piqa/lora/adapter"
+    lora = {"adapters": ["lora"], "lora": {"rank": 2}, "offsite_tune": {"max_steps": 4}}
+    one, two = copies(alone, tmp_path, tuned, **lora)
     assert run(one, "offsite_tune", ["piqa", "lora"]).code == 0
-    launch(sys.executable, two, "stages/offsite_tune.py", "piqa", "lora", **FSDP)
-    tuned = Path("artifacts/adapters/piqa/lora/adapter/adapter_model.safetensors")
-    close(one / tuned, two / tuned)
+    launch(two, "stages/offsite_tune.py", "piqa", "lora")
+    assert_close(one / tuned / "adapter_model.safetensors", two / tuned / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("fsdp", [False, True], ids=["each holds all", "layers are split"])
-def test_interrupted_together_and_resumed_together(
-    launched: Callable[..., str], alone: Path, tmp_path: Path, fsdp: bool
-) -> None:
-    two = Path(shutil.copytree(alone, tmp_path / "project"))
+STOP = """
+import os, runpy, signal, sys
+from scaleot_core.tuning import tuner
+measure, seen = tuner.answer_loss, []
+def step(*args):
+    seen.append(1)
+    if len(seen) == 3 and os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGTERM)
+    return measure(*args)
+tuner.answer_loss = step
+sys.argv = ['stages/offsite_tune.py', 'piqa', 'layers']
+try: runpy.run_path('stages/offsite_tune.py', run_name='__main__')
+except SystemExit as end: assert end.code == 130, end
+"""
+
+
+def test_interrupted_together_and_resumed_together(alone: Path, tmp_path: Path) -> None:
     output = OUTPUTS["offsite_tune"][0]
-    shutil.rmtree(two / output)
-    change(two, checkpoint_seconds=0, offsite_tune={"max_steps": 5, "epochs": 2})
-    script = two / "stop.py"
-    script.write_text(
-        "import os, runpy, signal, sys\n"
-        "from scaleot_core.tuning import tuner\n"
-        "measure, seen = tuner.answer_loss, []\n"
-        "def step(*args):\n"
-        "    seen.append(1)\n"
-        "    if len(seen) == 3 and os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return measure(*args)\n"
-        "tuner.answer_loss = step\n"
-        "sys.argv = ['stages/offsite_tune.py', 'piqa', 'layers']\n"
-        "try: runpy.run_path('stages/offsite_tune.py', run_name='__main__')\n"
-        "except SystemExit as end: assert end.code == 130, end\n"
-    )
-    sharding = FSDP if fsdp else {}
-    launched(two, "stop.py", **sharding)
+    _, two = copies(alone, tmp_path, output, checkpoint_seconds=0, offsite_tune={"max_steps": 5, "epochs": 2})
+    (two / "stop.py").write_text(STOP)
+    launch(two, "stop.py")
     assert not (two / output).exists()
-    said = launched(two, "stages/offsite_tune.py", "piqa", "layers", **sharding)
-    assert "resuming after step 3" in said
-    assert len(json.loads((two / output / "history.json").read_text())) == 5
+    assert "resuming after step 3" in launch(two, "stages/offsite_tune.py", "piqa", "layers")
+    assert len(read(two, f"{output}/history.json")) == 5
 
 
-def test_alone_everything_is_ones_own() -> None:
-    batch = torch.arange(5)
-    assert (
-        distributed.world_size() == 1
-        and distributed.is_main_process()
-        and torch.equal(distributed.shard_batch(batch), batch)
-    )
-    assert (
-        distributed.all_reduce_sum(2.5) == 2.5 and distributed.any_process(True) and not distributed.any_process(False)
-    )
-    weight = torch.nn.Parameter(torch.tensor(2.0))
+def test_one_process_sums_with_no_other() -> None:
+    batch, weight = torch.arange(5), torch.nn.Parameter(torch.tensor(2.0))
+    assert distributed.world_size() == 1 and distributed.is_main_process()
+    assert distributed.all_reduce_sum(2.5) == 2.5 and distributed.any_process(True)
+    assert not distributed.any_process(False) and torch.equal(distributed.shard_batch(batch), batch)
     assert gradients.backward(batch.float(), lambda part: weight * part.mean()) == 4.0
     gradients.sum_gradients([weight])
     assert weight.grad == 2.0
-
-
-@pytest.mark.parametrize(("rank", "mine"), [("0", [0, 2, 4]), ("1", [1, 3])])
-def test_shares_are_disjoint_and_whole(monkeypatch: pytest.MonkeyPatch, rank: str, mine: list[int]) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", rank)
-    assert (
-        distributed.shard_batch([0, 1, 2, 3, 4]) == mine and distributed.shard_batch(torch.arange(5)).tolist() == mine
-    )

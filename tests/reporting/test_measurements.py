@@ -1,7 +1,7 @@
 """What the measurements come to: gap, recovery, and their order."""
 
 import pytest
-from helpers import GOOD, measured, perplexity
+from reported import GOOD, measured, perplexity
 
 from scaleot_core.reporting import measurements
 

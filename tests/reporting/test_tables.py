@@ -3,7 +3,8 @@
 import csv
 
 import pytest
-from helpers import GOOD, HISTORIES, LAYERS, measured, perplexity, task_of
+from helpers import refusal
+from reported import GOOD, HISTORIES, LAYERS, measured, perplexity, task_of
 
 from scaleot_core.reporting import measurements, tables
 
@@ -58,3 +59,14 @@ def test_layers_have_a_row_each_and_must_be_of_one_length(tmp_path):
     with pytest.raises(ValueError):
         tables.write_layers(tmp_path / "short.csv", LAYERS["prior"][:2], LAYERS["scores"], LAYERS["kinds"])
     assert not (tmp_path / "short.csv").exists()
+
+
+def test_text_between_the_marks_is_replaced_and_the_rest_stays(tmp_path):
+    path = tmp_path / "results.md"
+    path.write_text("# a\n<!-- sweep -->\nold\n<!-- end of sweep -->\nb\n<!-- compare -->\n<!-- end of compare -->\n")
+    tables.replace_between_marks(path, "sweep", "| new |\n")
+    tables.replace_between_marks(path, "compare", "c")
+    expected = "# a\n<!-- sweep -->\n| new |\n<!-- end of sweep -->\nb\n<!-- compare -->\nc\n<!-- end of compare -->\n"
+    assert path.read_text() == expected
+    assert "<!-- dial --> and <!-- end of dial -->" in refusal(tables.replace_between_marks, path, "dial", "text")
+    assert path.read_text() == expected

@@ -11,7 +11,7 @@ from scaleot_core.compression.emulator import layer_parameters
 from scaleot_core.training.checkpoint import Checkpoint
 from scaleot_core.training.loop import Diverged
 from scaleot_core.tuning import selection, tuner
-from scaleot_core.tuning.examples import collate, from_task
+from scaleot_core.tuning.examples import Examples, collate, from_task
 from scaleot_core.tuning.selection import tune
 from scaleot_core.tuning.tuner import epoch_batches, mean_answer_loss, train
 
@@ -57,7 +57,10 @@ def run(settings, data, seed=0, model=None, lr=1e-3):
 def test_every_epoch_sees_every_question_once(settings, data, monkeypatch):
     seen = []
     monkeypatch.setattr(tuner, "collate", lambda batch: seen.extend(batch) or collate(batch))
+    drawn, batches = [], tuner.epoch_batches
+    monkeypatch.setattr(tuner, "epoch_batches", lambda *args: drawn.append(1) or batches(*args))
     history, _ = run(settings, data)
+    assert len(drawn) == 3  # once an epoch
     assert len(history) == 9 and len(seen) == 27  # three epochs of three batches
     epochs = [seen[start : start + 9] for start in (0, 9, 18)]
     assert all(sorted(epoch) == sorted(data) for epoch in epochs)
@@ -117,7 +120,7 @@ def test_single_rate_is_taken_as_it_is(data, settings, tmp_path):
     model = tiny_model("llama")
     tuned = decide(data, settings, tmp_path, model, lr=[1e-3])
     history, by_hand = run(settings, data, lr=1e-3)
-    assert (tuned.lr, tuned.steps, tuned.validation_loss) == (1e-3, 9, {})
+    assert (tuned.lr, tuned.steps, tuned.validation_loss, tuned.tuned_on, tuned.held_out) == (1e-3, 9, {}, 9, 0)
     assert tuned.history == history and weights_hash(model) == weights_hash(by_hand)
 
 
@@ -165,7 +168,9 @@ def test_rate_that_diverges_is_not_chosen(data, settings, tmp_path, monkeypatch)
 
 
 def test_too_few_questions_to_hold_some_out(data, settings, tmp_path):
-    assert "too few to hold some out" in refusal(lambda: decide(data[:1], settings, tmp_path, lr=[1e-3, 1e-4]))
+    assert "too few to hold some out" in refusal(
+        lambda: decide(Examples(data[:1]), settings, tmp_path, lr=[1e-3, 1e-4])
+    )
     assert "too few to hold some out" in refusal(
         lambda: decide(data, settings, tmp_path, patience=1, validation_fraction=1.0)
     )
@@ -177,7 +182,9 @@ def test_where_none_is_held_out_all_is_trained_on_for_all_epochs(data, settings,
     tuned = decide(data, settings, tmp_path, model, lr=[1e-3], patience=1, validation_fraction=0.0)
     history, by_hand = run(settings, data, lr=1e-3)
     assert tuned.history == history and weights_hash(model) == weights_hash(by_hand)
-    assert decide(data[:1], settings, tmp_path / "one", lr=[1e-3], patience=1, validation_fraction=0.0).steps > 0
+    assert (
+        decide(Examples(data[:1]), settings, tmp_path / "one", lr=[1e-3], patience=1, validation_fraction=0.0).steps > 0
+    )
 
 
 def test_examples_of_one_record_are_held_out_together(data, settings, tmp_path, monkeypatch):
@@ -185,18 +192,9 @@ def test_examples_of_one_record_are_held_out_together(data, settings, tmp_path, 
     monkeypatch.setattr(selection, "mean_answer_loss", lambda *args: scored.append(args[1]) or loss(*args))
     origins = [0, 0, 0, 1, 1, 1, 2, 2, 2]
     changes = {"epochs": 1, "patience": 1, "validation_fraction": 0.3}
-    model, settings = tiny_model("llama"), settings.model_copy(update=changes)
-    tune(
-        model,
-        dict(model.named_parameters()),
-        data,
-        settings,
-        seed=0,
-        label="test",
-        checkpoint=Checkpoint(tmp_path, 0),
-        origins=origins,
-    )
+    result = decide(Examples(data, origins=origins), settings, tmp_path, **changes)
     (held,) = scored
+    assert (result.tuned_on, result.held_out) == (2, 1)
     assert [origins[data.index(example)] for example in held] in ([0] * 3, [1] * 3, [2] * 3)
 
 
