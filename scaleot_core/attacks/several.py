@@ -86,7 +86,9 @@ def graft(sibling: PreTrainedModel, emulator: PreTrainedModel, plan: Plan) -> Pr
     A pruned layer's channels replace the sibling's of the nearest rows, whose columns of the down-projection stay.
     """
     names, shipped = family(sibling.config), emulator.state_dict()
-    cut = tuple(f"{names.layers}.{i}.{names.attention}.{name}." for i, planned in enumerate(plan) for name in planned.ranks)
+    cut = tuple(
+        f"{names.layers}.{i}.{names.attention}.{name}." for i, planned in enumerate(plan) for name in planned.ranks
+    )
     for name, parameter in sibling.named_parameters():
         tensor = shipped.get(name)
         if tensor is not None and tensor.shape == parameter.shape and not name.startswith(cut):

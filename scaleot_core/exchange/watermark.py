@@ -108,7 +108,8 @@ def scores(
         before, after = unmarked.get(name), _in_order(leak, unmarked, config, name)
         if before is None or after is None or after.shape != before.shape:
             continue
-        change = after - before
+        overlap = float((after * before).sum())
+        change = after * (float(before.square().sum()) / overlap if overlap else 1.0) - before  # of the same scale
         change = (change / _row_sizes(change).clamp_min(1e-30)).clamp_(-LARGEST, LARGEST)
         total += float(change.square().sum())
         for k, key in enumerate(keys):

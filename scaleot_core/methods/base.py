@@ -48,10 +48,10 @@ class ModelOwner:
     scratch: Path
     """A folder for decompositions and covariances that later runs of the same code use again."""
     checkpoint: Checkpoint
-    within: Mapping[int, Tensor] = field(default_factory=dict)
-    """By layer the feed-forward channels among which those that are kept are chosen; without an entry among all."""
     count: Callable[[PreTrainedModel], None] = lambda model: None
     """Called with every model before it runs, to count its tokens."""
+    within: Mapping[int, Tensor] = field(default_factory=dict)
+    """By layer the feed-forward channels among which those that are kept are chosen; without an entry among all."""
 
     @cached_property
     def config(self) -> PretrainedConfig:
