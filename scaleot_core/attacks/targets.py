@@ -81,7 +81,7 @@ def targets(package: Package, owner: ModelOwner, served: Callable[[], PreTrained
         "without_weights": Target(partial(shipped, partial(forget, seed=params.seed))),
         "uniform": Target(uniform),
     }
-    names = [*params.attack.attackers, *params.attack.references]
+    names: list[str] = [*params.attack.attackers, *params.attack.references]
     names += ["collusion"] * bool(params.attack.beside) + ["sibling"] * bool(params.attack.sibling)
     if "cut_only" in names and not of_cut(package.meta_model):
         say("cut_only: the package has nothing in the place of what was cut; this attacker is left out")
