@@ -1,6 +1,6 @@
 """A keyed mark in the matrices of a package that aren't the model's own, and whose package a leak was made from.
 
-A spread-spectrum mark (Cox et al. 1997; in weights DeepMarks, Chen et al. 2019): each weight goes up or down by a
+A spread-spectrum mark (Cox et al. 1997; in weights DeepMarks, Chen et al. 2019): each weight goes up or down by a two-
 hundredth of its row's root mean square, by signs that only who has the recipient's key can draw. A leak is compared
 with the package as it was before it was marked, after its feed-forward channels and low-rank factors were brought back
 into the package's order. Of an innocent recipient the signs are independent of all that is compared, so that
@@ -24,7 +24,7 @@ from scaleot_core.exchange.int8 import SCALES
 from scaleot_core.exchange.ledger import ExactWeights, model_tensor
 from scaleot_core.models.families import family
 
-STRENGTH = 0.01  # of a row's root mean square; rounding to int8 changes weights by as much
+STRENGTH = 0.005  # of a row's root mean square; rounding to int8 changes weights by twice as much
 FALSE_ACCUSATION = 1e-6  # chance that any of the recipients who are compared is named wrongly
 LARGEST = 4.0  # root mean squares of a row, beyond which a difference counts no more
 
