@@ -2,15 +2,15 @@
 
 A spread-spectrum mark (Cox et al. 1997; in weights DeepMarks, Chen et al. 2019): each weight goes up or down by a two-
 hundredth of its row's root mean square, by signs that only who has the recipient's key can draw. A leak is compared
-with the package as it was before it was marked, after its feed-forward channels and low-rank factors were brought back
-into the package's order. Of an innocent recipient the signs are independent of all that is compared, so that
+with the package as it was before it was marked, after its hidden states, feed-forward channels and low-rank factors
+were turned back into the package's. Of an innocent recipient the signs are independent of all that is compared, so that
 Hoeffding's inequality bounds the chance of an accusation, whatever was done to the leak.
 """
 
 import hashlib
 import hmac
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +74,8 @@ class Weights:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.files = folder, dict[str, Path]()
+        self.turn: Callable[[str, Tensor], Tensor] = lambda name, matrix: matrix
+        """Applied to what is read."""
         for file in sorted(folder.glob("*.safetensors")):
             try:
                 with safe_open(file, framework="pt") as stream:
@@ -91,7 +93,7 @@ class Weights:
             matrix = stream.get_tensor(name).float()
         scales = self.get(f"{name}{SCALES}")
         matrix = matrix if scales is None else matrix * scales
-        return matrix.nan_to_num(0, 0, 0) if matrix.ndim == 2 else None
+        return self.turn(name, matrix.nan_to_num(0, 0, 0)) if matrix.ndim == 2 else None
 
     def product(self, stem: str) -> Tensor | None:
         """Read a projection that may be two factors, multiplied out."""
@@ -103,6 +105,7 @@ def scores(
     leak: Weights, unmarked: Weights, config: PretrainedConfig, names: Iterable[str], keys: Sequence[bytes]
 ) -> list[float]:
     """Score how much of each key's mark is in a leak: about a standard normal number for whom it has nothing of."""
+    _turn_back(leak, unmarked, config)
     products, total = [0.0] * len(keys), 0.0
     for name in names:
         before, after = unmarked.get(name), _in_order(leak, unmarked, config, name)
@@ -115,6 +118,34 @@ def scores(
         for k, key in enumerate(keys):
             products[k] += float((change * signs(key, name, change.shape)).sum())
     return [product / math.sqrt(total) if total else 0.0 for product in products]
+
+
+def _turn_back(leak: Weights, unmarked: Weights, config: PretrainedConfig) -> None:
+    """Let a leak whose hidden states were rotated or permuted be read as if they weren't: its embeddings tell how."""
+    names, size = family(config), config.hidden_size
+    pairs = list[tuple[Tensor, Tensor]]()
+    for name in unmarked.files:
+        before, after = (None, None) if name.startswith(f"{names.layers}.") else (unmarked.get(name), leak.get(name))
+        if before is not None and after is not None and before.shape == after.shape and before.shape[1] == size:
+            pairs.append((before, after))
+    if not pairs:
+        return
+    before, after = max(pairs, key=lambda pair: len(pair[0]))
+    left, _, right = torch.linalg.svd(before.T @ after)  # orthogonal Procrustes (Schönemann 1966)
+    rotation = left @ right
+    if float(rotation.trace()) > 0.9 * size:  # training moves embeddings a little
+        return
+    written = (f".{names.feed_forward_out}", f".{names.attention}.{list(names.projections)[-1]}")
+
+    def turn(name: str, matrix: Tensor) -> Tensor:
+        stem, _, kind = name.rpartition(".")
+        if not name.startswith(f"{names.layers}."):
+            return matrix
+        if stem.endswith(written):
+            return rotation @ matrix if kind != "right" and len(matrix) == size else matrix
+        return matrix @ rotation.T if kind != "left" and matrix.shape[1] == size else matrix
+
+    leak.turn = turn
 
 
 def _in_order(leak: Weights, unmarked: Weights, config: PretrainedConfig, name: str) -> Tensor | None:

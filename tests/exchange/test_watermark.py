@@ -105,6 +105,23 @@ def test_channels_in_another_order_and_factors_turned_are_brought_back(shipped):
     assert named(shipped.scores(leak)) == [WHO[1]]
 
 
+@pytest.mark.parametrize("permuted", [True, False])
+def test_rotated_hidden_states_are_turned_back(shipped, permuted):
+    draw, leak, names = generator(2), dict(shipped.copies[1]), shipped.names
+    rotation = torch.linalg.qr(torch.randn(32, 32, generator=draw))[0]
+    rotation = torch.eye(32)[torch.randperm(32, generator=draw)] if permuted else rotation
+    written = [names.feed_forward_out, f"{names.attention}.{list(names.projections)[-1]}"]
+    for name, matrix in leak.items():
+        path, _, kind = name.rpartition(".")
+        if matrix.ndim != 2 or 32 not in matrix.shape:
+            continue
+        if any(path.endswith(inner) for inner in written):
+            leak[name] = matrix if kind == "right" or len(matrix) != 32 else rotation.T @ matrix
+        elif kind != "left" and matrix.shape[1] == 32:
+            leak[name] = matrix @ rotation
+    assert named(shipped.scores(leak)) == [WHO[1]]
+
+
 def test_scores_of_the_innocent_are_those_of_chance(shipped):
     leak = each_matrix(shipped.copies[0], moved)
     save_file({n: t.contiguous() for n, t in leak.items()}, shipped.folder / "leak" / "model.safetensors")
