@@ -57,7 +57,8 @@ def main() -> None:
     blocks, heldout = artifacts.blocks("train"), artifacts.blocks("heldout")
 
     def model(leak: Leak) -> PreTrainedModel:
-        return assemble(package.config, package.plan, leak.items(), device=runtime.device)
+        tensors = ((name, tensor.clone()) for name, tensor in leak.items())  # training moves them
+        return assemble(package.config, package.plan, tensors, device=runtime.device)
 
     def trained(leak: Leak) -> Leak:
         """Run the restoration attack on a leak."""
