@@ -36,9 +36,10 @@ from transformers import PreTrainedTokenizerFast
 
 from scaleot_core import results
 from scaleot_core.artifacts import Artifacts
-from scaleot_core.common.files import read_csv
+from scaleot_core.common.files import read_csv, read_json, write_json
 from scaleot_core.common.tensors import read_tensors
 from scaleot_core.compression.plan import LayerKind
+from scaleot_core.exchange.ledger import read_exact
 from scaleot_core.exchange.package import Package
 from scaleot_core.params import load_params
 from scaleot_core.reporting import figures
@@ -314,6 +315,26 @@ def test_alpha_that_leaves_no_layer_to_compress_is_told(project: Path) -> None:
     change(project, alpha=1.0)
     assert "alpha = 1.0 leaves no layer to compress, so beta = 0.8 does nothing" in succeed(project, "compress")
     assert not (project / "artifacts/emulator/compressed.safetensors").exists()
+
+
+def test_package_from_within_what_has_left_adds_nothing(project: Path) -> None:
+    """The second one is calibrated on other text, so that of all channels it would take others."""
+    private, old = project / "artifacts" / "emulator.private.json", project / "old.private.json"
+    change(project, method="channels", channels={"ratio": 0.25}, rank_compression={"calibration_blocks": 24})
+    succeed(project, "compress")
+    first = private.rename(old)
+    change(project, channels={"ratio": 0.3}, rank_compression={"calibration_blocks": 1})
+    sets = {}
+    for within in ("", str(old)):
+        change(project, channels={"within": within})
+        succeed(project, "compress")
+        exact = [record for file in (first, private) for record in read_exact(file).values()]
+        sets[within] = (exact[0] | exact[1]).share - exact[0].share
+    assert sets[""] > 0 and sets[str(old)] == 0
+    data = read_json(old)
+    write_json(old, data | {"exact": data["exact"] | {"model": "another"}})
+    ended = run(project, "compress")
+    assert ended.code == 1 and "channels.within" in ended.said[-1] and "no package of this model" in ended.said[-1]
 
 
 def one_model_at_a_time(patch: pytest.MonkeyPatch) -> None:
