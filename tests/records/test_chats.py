@@ -161,7 +161,7 @@ def test_earlier_answers_are_learnt_with_the_thoughts_that_a_template_drops_late
         f"<think>r{number}</think>a{number}<|im_end|>\n" for number in (1, 2)
     ]
     for i, example in zip((1, 3), examples, strict=True):
-        prompt = in_use(bos, messages[:i])
+        prompt = bos.apply_chat_template(messages[:i], add_generation_prompt=True, return_dict=False)
         assert tokens_of(example)[: len(prompt)] == prompt
 
 
