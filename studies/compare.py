@@ -14,16 +14,15 @@ import yaml
 from rich.table import Table
 
 from scaleot_core.common.entrypoint import run_command
-from scaleot_core.common.errors import UserError
-from scaleot_core.common.files import atomic_file, write_csv
+from scaleot_core.common.files import write_csv
 from scaleot_core.common.progress import console
+from scaleot_core.reporting.tables import replace_between_marks
 from studies.columns import by_kind, comparison_columns
 from studies.experiments import Figures, Run, cached_figures, experiment_name, parse_overrides
 from studies.means import ROW_NAMES, Means, mean_text, seed_means, spread
 
 SETTINGS = Path(__file__).with_suffix(".yaml")
 RUNS, OUT, LOG = Path("docs/studies/compare-runs.csv"), Path("docs/studies/compare.csv"), Path("docs/results.md")
-BEGIN, END = "<!-- compare -->\n", "<!-- end of compare -->\n"
 SHOWN: dict[str, Callable[..., str] | None] = {  # in the table, and which is the best; the CSV file has more
     "recovery acc": max,
     "recovery nll": max,
@@ -52,18 +51,10 @@ def table_lines(rows: Mapping[str, Means], bold: str) -> list[list[str]]:
     ]
 
 
-def write_log(rows: Mapping[str, Means], about: str) -> None:
-    """Put the table between the two marks in the results log; UserError where they are missing."""
+def markdown(rows: Mapping[str, Means], about: str) -> str:
+    """Write the table as the results have it."""
     lines = [f"| {about} | {' | '.join(SHOWN)} |", "| --- |" + " --- |" * len(SHOWN)]
-    lines += [f"| {' | '.join(line)} |" for line in table_lines(rows, "**{}**")]
-    text = LOG.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise UserError(
-            f"{LOG}: the marks {BEGIN.strip()} and {END.strip()} are missing; put them where the table goes"
-        )
-    text = text.partition(BEGIN)[0] + BEGIN + "\n".join(lines) + "\n" + END + text.partition(END)[2]
-    with atomic_file(LOG) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    return "\n".join(lines + [f"| {' | '.join(line)} |" for line in table_lines(rows, "**{}**")])
 
 
 def main() -> None:
@@ -90,7 +81,7 @@ def main() -> None:
     }
     write_csv(OUT, [{"method": name, **spread(means)} for name, means in rows.items()])
     about = "; ".join([f"means of {', '.join(changes['tasks'])}", f"{len(seeds)} seeds", *sys.argv[1:]])
-    write_log(rows, about)
+    replace_between_marks(LOG, "compare", markdown(rows, about))
     table = Table("", *SHOWN, title=about)
     for line in table_lines(rows, "[bold]{}[/]"):
         table.add_row(*line)

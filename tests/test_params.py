@@ -186,7 +186,7 @@ WRONG_TYPES: list[tuple[str, Any, str]] = [
     ("offsite_tune", None, "dictionary"),
     ("adapters", "lora", "list"),
     ("device", "gpu", "'auto', 'cpu' or 'cuda'"),
-    ("layer_importance.estimator", "guess", "'sensitivity', 'block_influence' or 'taylor'"),
+    ("layer_importance.estimator", "guess", "'sensitivity' or 'block_influence'"),
 ]
 
 
@@ -259,7 +259,7 @@ CONTRADICTIONS = [
     ({"offsite_tune.patience": 1, "offsite_tune.epsilon": 8.0}, "offsite_tune.epsilon = 8.0: with it"),
     ({"lora.lr": [1e-4, 1e-3], "offsite_tune.epsilon": 8.0}, "lora: held-out examples choose one of several lr"),
     ({"lora.lr": [1e-4, 1e-3], "offsite_tune.validation_fraction": 0.0}, "lora: held-out examples choose"),
-    ({"channel_pruning.ratio": 0.8, "channel_pruning.tilt": -0.5}, "channel_pruning.tilt = -0.5: with ratio 0.8"),
+    ({"channels.ratio": 0.8, "channels.tilt": -0.5}, "channels.tilt = -0.5: with ratio 0.8"),
 ]
 
 
