@@ -112,6 +112,8 @@ class Channels(Block):
     """share of the feed-forward channels that is cut; 0 as in the paper"""
     tilt: Annotated[float, Field(ge=-1, le=1)] = 0.0
     """how much harder the bottom is cut: shares fall evenly from ratio · (1 + tilt) to ratio · (1 − tilt) at the top"""
+    within: str = ""
+    """private file or ledger of `scaleot pack`: channels are kept of those alone that have left by it; empty for all"""
 
     @field_validator("tilt")
     @classmethod
@@ -234,6 +236,10 @@ class Attack(Block):
     """measurements during the attack, beside that of the start"""
     attackers: list[Literal["cut_only", "queries"]] = ["cut_only", "queries"]
     """who attacks the package beside one who trains everything in it, each with the same budget"""
+    beside: list[Name] = []
+    """folders of other packages of the model: attacker `collusion` starts from all of them and the package together"""
+    sibling: str = ""
+    """folder of a public model of the same shapes: attacker `sibling` starts from it and the package; empty for none"""
     references: list[Literal["widened", "without_weights", "uniform"]] = ["widened", "without_weights", "uniform"]
     """what else is attacked with the same budget"""
     eval_questions: Annotated[int, Field(ge=2)] = 100

@@ -5,11 +5,16 @@ that the data owner gets; what led to it is in emulator.private.json. Decomposit
 the next α and β, as long as no code that the stage depends on changes.
 """
 
+from dataclasses import replace
+from pathlib import Path
+
 from scaleot_core.common.entrypoint import run_command
+from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import atomic_folder, write_json
 from scaleot_core.common.launch import is_main_process
 from scaleot_core.compression.layer_importance import SCORED_METHODS
 from scaleot_core.exchange import package
+from scaleot_core.exchange.ledger import channels_left, exact_weights, model_fingerprint, read_left
 from scaleot_core.methods import METHODS, ModelOwner
 from scaleot_core.models.loading import load_tokenizer
 from scaleot_core.pipeline import run_stage
@@ -28,6 +33,15 @@ def main() -> None:
             checkpoint=stage.checkpoint,
             count=stage.meter.count,
         )
+        if params.channels.within:
+            left = read_left(Path(params.channels.within), model_fingerprint(artifacts.model))
+            if left is None:
+                raise UserError(
+                    "no package of this model is in it; name another",
+                    parameter="channels.within",
+                    value=params.channels.within,
+                )
+            owner = replace(owner, within=channels_left(left, owner.config, owner.shapes.channels))
         built = METHODS[params.method](owner)
         if not is_main_process():
             for _ in built.tensors:  # split ones are put together by all processes
@@ -35,8 +49,10 @@ def main() -> None:
             return
         with atomic_folder(artifacts.emulator) as out:
             package.save(out, owner.config, load_tokenizer(artifacts.model), built.plan, built.tensors)
+        emulator = package.Package(artifacts.emulator)
         private = {
-            "package": package.Package(artifacts.emulator).sha256,
+            "package": emulator.sha256,
+            "exact": exact_weights(emulator, owner.stream(), built.channels).model_dump(),
             "scores": owner.scores() if params.method in SCORED_METHODS else [],
             "params": stage.entry.values(params),
             "channels": {str(i): kept.tolist() for i, kept in built.channels.items()},

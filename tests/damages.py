@@ -1,11 +1,14 @@
-"""What may be wrong with the folder of a model."""
+"""What may be wrong with the folder of a model, a package or an adapter."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+from helpers import list_again
 from safetensors.torch import save_file
+from torch import Tensor
 
-from scaleot_core.common.tensors import read_tensors
+from scaleot_core.common.tensors import read_tensors, write_tensors
 
 WEIGHTS = "model.safetensors"
 
@@ -38,3 +41,27 @@ def without_a_tensor(folder: Path) -> None:
 
 
 DAMAGES = [without_folder, without_weights, with_noise, cut_short, without_a_tensor]
+
+
+# --- of a file of a package or an adapter ----------------------------------------------------------------
+
+
+def flip(name: str, at: float = 0.5) -> Callable[[Path], None]:
+    """Flip a bit of a file, at this share of its length."""
+
+    def damage(folder: Path) -> None:
+        content = bytearray((folder / name).read_bytes())
+        content[int(len(content) * at)] ^= 4
+        (folder / name).write_bytes(content)
+
+    return damage
+
+
+def holds(name: str, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable[[Path], None]:
+    """Put other tensors into a file, and list it with its new hash."""
+
+    def damage(folder: Path) -> None:
+        write_tensors(folder / name, change({key: t.clone() for key, t in read_tensors(folder / name).items()}))
+        list_again(folder, name)
+
+    return damage

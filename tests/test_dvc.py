@@ -9,7 +9,7 @@ from helpers import ROOT
 
 VALUES = ("params", "settings")  # whose values DVC watches
 # What can't change a figure: how errors, progress and results are shown, how files are written and read, where freed
-# memory goes, how a stage finds its parameters, and what reads the data owner's own records, which no stage is given.
+# memory goes, and how a stage finds its parameters.
 NEUTRAL = {
     *(
         f"scaleot_core/common/{name}.py"

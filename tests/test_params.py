@@ -186,7 +186,7 @@ WRONG_TYPES: list[tuple[str, Any, str]] = [
     ("offsite_tune", None, "dictionary"),
     ("adapters", "lora", "list"),
     ("device", "gpu", "'auto', 'cpu' or 'cuda'"),
-    ("layer_importance.estimator", "guess", "'sensitivity', 'block_influence' or 'taylor'"),
+    ("layer_importance.estimator", "guess", "'sensitivity' or 'block_influence'"),
 ]
 
 
@@ -259,7 +259,7 @@ CONTRADICTIONS = [
     ({"offsite_tune.patience": 1, "offsite_tune.epsilon": 8.0}, "offsite_tune.epsilon = 8.0: with it"),
     ({"lora.lr": [1e-4, 1e-3], "offsite_tune.epsilon": 8.0}, "lora: held-out examples choose one of several lr"),
     ({"lora.lr": [1e-4, 1e-3], "offsite_tune.validation_fraction": 0.0}, "lora: held-out examples choose"),
-    ({"channel_pruning.ratio": 0.8, "channel_pruning.tilt": -0.5}, "channel_pruning.tilt = -0.5: with ratio 0.8"),
+    ({"channels.ratio": 0.8, "channels.tilt": -0.5}, "channels.tilt = -0.5: with ratio 0.8"),
 ]
 
 
@@ -307,3 +307,8 @@ def test_every_parameter_is_a_dependency_of_the_stages_that_read_it():
     keys = {key for key in fields() if not any(other.startswith(f"{key}.") for other in fields())}
     missed = {key for key in keys if key not in watched and key.partition(".")[0] not in watched}
     assert missed == {"device", "threads", "launch", "checkpoint_seconds"}  # where and how a run happens
+
+
+def test_key_that_comes_twice_is_refused(tmp_path):
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text() + "\nalpha: 0.9\n")
+    assert "the key 'alpha' is there twice" in refusal(load_params, tmp_path / "params.yaml")

@@ -67,6 +67,12 @@ def widen(model: PreTrainedModel, plan: Plan) -> None:
             for parameter in layer.get_submodule(written).parameters():
                 parameter.zero_()
         layers[i] = Widened(layers[i], layer)  # type: ignore[arg-type]
+    number_layers(model)
+
+
+def number_layers(model: PreTrainedModel) -> None:
+    """Number the layers that have attention anew, those behind harmonizers too."""
+    layers = decoder_layers(model)
     inner = {i: layer.layer if isinstance(layer, Widened) else layer for i, layer in enumerate(layers)}
     number_attention(model, {i: layer for i, layer in inner.items() if not isinstance(layer, Removed)})
 

@@ -1,4 +1,4 @@
-"""The command line of the two parties: `scaleot pack`, `inspect`, `tune`, `audit`, `check` and `plug`.
+"""The command line of the two parties: `scaleot pack`, `inspect`, `tune`, `audit`, `check`, `plug` and `trace`.
 
 What a command needs is imported when it runs, so that `--help` is quick and the data owner needs no DVC.
 """
@@ -12,6 +12,7 @@ from scaleot_core.cli.data_owner import tune
 from scaleot_core.cli.inspection import inspect
 from scaleot_core.cli.model_owner import check, pack, plug
 from scaleot_core.cli.options import option_name
+from scaleot_core.cli.trace import trace
 from scaleot_core.cli.usage import USAGE_ERROR, is_help, user_error
 from scaleot_core.common.entrypoint import run_command
 
@@ -29,6 +30,7 @@ app.command()(tune)
 app.command()(audit)
 app.command()(check)
 app.command()(plug)
+app.command()(trace)
 
 
 def main() -> None:

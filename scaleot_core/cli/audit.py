@@ -1,5 +1,7 @@
 """The data owner's last command before an adapter is sent: `audit`."""
 
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -59,7 +61,7 @@ def audit(
     from scaleot_core.exchange.package import Package
     from scaleot_core.exchange.suspicions import most_silent
     from scaleot_core.models.loading import check_tokenizer
-    from scaleot_core.tuning.examples import Examples, from_file
+    from scaleot_core.tuning.examples import from_file
     from scaleot_core.tuning.selection import split_records
 
     machine = validate_block(Machine, {"device": device, "threads": threads})
@@ -74,14 +76,13 @@ def audit(
     check_tokenizer(tokenizer, model.config)
     start_seed = private["seed"] if seed is None else seed
     packed = manifest.tuning.privacy is None
-    records = from_file(model, tokenizer, data, block_size=block_size, packed=packed)
+    began = datetime.fromisoformat(private["began"]) if "began" in private else None  # the date in a chat template
+    read = partial(from_file, model, tokenizer, block_size=block_size, packed=packed, now=began)
+    records = read(data)
     members, others = split_records(records, private.get("not_tuned_on", 0), start_seed)
     if held_out is not None:
-        members, others = (
-            members or records,
-            from_file(model, tokenizer, held_out, block_size=block_size, packed=packed),
-        )
-    figures = library.audit(model, shipped.plan, tuned, members, Examples(others), seed=start_seed)
+        others = read(held_out)
+    figures = library.audit(model, shipped.plan, tuned, members, others, seed=start_seed)
     limits = library.Limits(most_silent(model.config) if max_unmoved is None else max_unmoved, max_auc, max_extracted)
     reasons = library.reasons(figures, limits)
     show({"adapter": str(adapter), **_summary(figures), "may be sent": not reasons}, as_json)

@@ -1,6 +1,7 @@
 """The data owner's command: `tune`."""
 
 import secrets
+from datetime import datetime
 from pathlib import Path
 from shutil import rmtree
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -9,6 +10,7 @@ import typer
 
 from scaleot_core.cli.options import AsJson, setting
 from scaleot_core.cli.output import private_file, show
+from scaleot_core.cli.progress import held, private_files
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.progress import say
 from scaleot_core.common.validation import validate_block
@@ -99,7 +101,7 @@ def tune(
     from scaleot_core.common.runtime import setup
     from scaleot_core.compression.quantization import check_kernels
     from scaleot_core.exchange import adapter_folder
-    from scaleot_core.exchange.archive import new_output, unpacked
+    from scaleot_core.exchange.archive import check_new, new_output, unpacked
     from scaleot_core.exchange.package import Package
     from scaleot_core.exchange.suspicions import suspicions
     from scaleot_core.memory import check_tuning
@@ -125,46 +127,53 @@ def tune(
     form = chosen(rank=lora_rank, alpha=lora_alpha, modules=lora_modules)
     lora = validate_block(LoraForm, form) if adapters == "lora" else None
     machine = validate_block(Machine, {"device": device, "threads": threads, "quantize": quantize})
-    with unpacked(package) as folder, new_output(out, private_file(out)) as target:
-        shipped = Package(folder)
-        runtime = setup(machine.model_copy(update={"dtype": shipped.manifest.dtype}), "tune")
-        if quantize:
-            check_kernels(quantize, runtime.device)
-        check_tuning(shipped, runtime, whole_layers=lora is None, quantize=quantize)
-        model, tokenizer = shipped.load(runtime.device, quantize), shipped.tokenizer()
-        check_tokenizer(tokenizer, model.config)
-        examples = _read_examples(model, tokenizer, task, data, block_size=block_size, packed=not epsilon)
-        if epsilon and batch_size is None:
-            settings = settings.model_copy(update={"batch_size": max(1, round(len(examples) / PRIVATE_STEPS))})
-        key = fingerprint(settings.model_dump(), lora and lora.model_dump(), quantize, seed, shipped.sha256, examples)
-        progress = out.with_name(f".{out.name}.progress")
-        checkpoint = Checkpoint(progress / key, PROGRESS_SECONDS)
-        if progress.is_dir() and not checkpoint.folder.exists():
-            say("other options, package or records than before: starting anew", style="yellow")
-        for line in suspicions(model, shipped.plan, tokenizer, secrets.randbits(63)):
-            say(
-                f"{package}: {line}; it may be a trap for records: tune with --epsilon, or ask its owner",
-                style="yellow",
+    check_new(out, private_file(out))
+    with held(out) as (progress, began):
+        with unpacked(package) as folder, new_output(out, private_file(out)) as target:
+            shipped = Package(folder)
+            runtime = setup(machine.model_copy(update={"dtype": shipped.manifest.dtype}), "tune")
+            if quantize:
+                check_kernels(quantize, runtime.device)
+            check_tuning(shipped, runtime, whole_layers=lora is None, quantize=quantize)
+            model, tokenizer = shipped.load(runtime.device, quantize), shipped.tokenizer()
+            check_tokenizer(tokenizer, model.config)
+            examples = _read_examples(
+                model, tokenizer, task, data, block_size=block_size, packed=not epsilon, now=began
             )
-        parameters = trainable(model, shipped.plan, lora, seed)
-        start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
-        start_seed = seed  # LoRA's draw, which is no secret
-        seed = secrets.randbits(256) if epsilon else seed  # whoever could guess it could take the noise off
-        try:
-            result = tune_parameters(
-                model, parameters, examples, settings, seed=seed, label="tune", checkpoint=checkpoint
+            if epsilon and batch_size is None:
+                settings = settings.model_copy(update={"batch_size": max(1, round(len(examples) / PRIVATE_STEPS))})
+            key = fingerprint(
+                settings.model_dump(), lora and lora.model_dump(), quantize, seed, shipped.sha256, examples
             )
-        except TooFewRecords:
-            raise _too_few(f"{data or task}", examples, settings) from None
-        except KeyboardInterrupt:
-            say("interrupted; the same command goes on from here", style="yellow")
-            raise
-        adapter_folder.save(target, shipped, parameters, lora=lora, tuning=settings, tuned=result)
-    unmoved = max(unmoved_shares(start, parameters).values(), default=0.0)
-    losses = {"validation_loss": result.validation_loss, "history": result.history}
-    not_tuned_on = len(set(examples.origins)) - result.tuned_on
-    write_json(private_file(out), {**losses, "seed": start_seed, "not_tuned_on": not_tuned_on}, private=True)
-    rmtree(progress, ignore_errors=True)  # with what was begun with other options
+            checkpoint = Checkpoint(progress / key, PROGRESS_SECONDS)
+            if any(path.is_dir() for path in progress.iterdir()) and not checkpoint.folder.exists():
+                say("other options, package or records than before: starting anew", style="yellow")
+            for line in suspicions(model, shipped.plan, tokenizer, secrets.randbits(63)):
+                say(
+                    f"{package}: {line}; it may be a trap for records: tune with --epsilon, or ask its owner",
+                    style="yellow",
+                )
+            parameters = trainable(model, shipped.plan, lora, seed)
+            start = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+            start_seed = seed  # LoRA's draw, which is no secret
+            seed = secrets.randbits(256) if epsilon else seed  # whoever could guess it could take the noise off
+            try:
+                with private_files():
+                    result = tune_parameters(
+                        model, parameters, examples, settings, seed=seed, label="tune", checkpoint=checkpoint
+                    )
+            except TooFewRecords:
+                raise _too_few(f"{data or task}", examples, settings) from None
+            except KeyboardInterrupt:
+                say("interrupted; the same command goes on from here", style="yellow")
+                raise
+            adapter_folder.save(target, shipped, parameters, lora=lora, tuning=settings, tuned=result)
+        unmoved = max(unmoved_shares(start, parameters).values(), default=0.0)
+        losses = {"validation_loss": result.validation_loss, "history": result.history}
+        not_tuned_on = len(set(examples.origins)) - result.tuned_on
+        tuning = {"seed": start_seed, "not_tuned_on": not_tuned_on, "began": began.isoformat()}
+        write_json(private_file(out), losses | tuning, private=True)
+        rmtree(progress, ignore_errors=True)  # with what was begun with other options
     show(
         {
             "adapter": str(out),
@@ -194,10 +203,11 @@ def _read_examples(
     *,
     block_size: int,
     packed: bool,
+    now: datetime,
 ) -> "Examples":
     """Make examples of the questions of a task, or, without one, of the records in a file.
 
-    UserError names the first row that can't be used.
+    The date in a chat template is that of `now`. UserError names the first row that can't be used.
     """
     from scaleot_core.data import questions
     from scaleot_core.evaluation.tasks import check_rows
@@ -206,7 +216,7 @@ def _read_examples(
 
     if task is None:
         assert data is not None
-        return from_file(model, tokenizer, data, block_size=block_size, packed=packed)
+        return from_file(model, tokenizer, data, block_size=block_size, packed=packed, now=now)
     rows = questions.private(task, data)
     check_rows(task, rows, tokenizer, context_length=context_length(model.config), part="training")
     return from_task(model, tokenizer, task, rows, block_size=block_size, packed=packed)

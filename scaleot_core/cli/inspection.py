@@ -49,7 +49,7 @@ def inspect(
 
 
 def _adapter_properties(manifest: "AdapterManifest") -> dict[str, Any]:
-    """List what an adapter, whose files are whole, says of itself."""
+    """List what an adapter says of itself."""
     return {
         "tuned on package": manifest.package,
         "layers": list(manifest.layers),
@@ -76,7 +76,7 @@ def _probed(package: "Package") -> list[str] | None:
 
 
 def _package_properties(package: "Package", suspicious: list[str] | None) -> dict[str, Any]:
-    """List what a sound package is, what records it takes, and what in it looks like a trap for them."""
+    """List what a sound package is, which records it takes and what in it looks like a trap for them."""
     from scaleot_core.models.families import context_length
     from scaleot_core.records.probes import rendered_parts
 
@@ -99,7 +99,7 @@ def _package_properties(package: "Package", suspicious: list[str] | None) -> dic
 
 
 def _measured_recovery(manifest: "PackageManifest") -> dict[str, Any]:
-    """Give the recovery that the model owner measured, if any: one line for a task and kind of adapters."""
+    """Return the recovery that the model owner measured, if any: a line for each task and kind of adapters."""
     lines = {
         f"{task}, {kind}": recovery for task, kinds in manifest.figures.items() for kind, recovery in kinds.items()
     }

@@ -1,6 +1,9 @@
 """The model owner's commands: `pack`, `check` and `plug`."""
 
+import secrets
 from contextlib import ExitStack
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,6 +14,7 @@ from scaleot_core.cli.output import describe_adapters, private_file, show, show_
 from scaleot_core.common.errors import UserError
 
 if TYPE_CHECKING:
+    from scaleot_core.exchange.ledger import ExactWeights
     from scaleot_core.exchange.returned import LayerChange
 
 
@@ -31,21 +35,34 @@ def pack(
             "Without it all is shipped as the pipeline wrote it."
         ),
     ] = None,
+    recipient: Annotated[
+        str | None, typer.Option(help="For whom it is: a mark that `scaleot trace` finds in what was made from it.")
+    ] = None,
+    max_union: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Refuse where all packages of the model together have more of it exactly."),
+    ] = 0.8,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(help="OUT.private.json of a package that was made of the model elsewhere; may be given again."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Model owner: make the package to ship from what the pipeline wrote.
 
     Beside it comes OUT.private.json, with the layers' scores, the parameters, which feed-forward channels are in the
     package, and what metrics.json and attack.json have of it. It stays with you: `plug` needs it for LoRA on
-    pruned matrices.
+    pruned matrices. So does ledger.private.json in the project, of which packages have what of the model exactly.
     """
     from scaleot_core.artifacts import Artifacts
     from scaleot_core.common.files import read_json, write_json
     from scaleot_core.compression.emulator import PARTS
     from scaleot_core.exchange.archive import new_output
     from scaleot_core.exchange.description import LONGEST_LICENSE, UNSTATED, measured_recovery
+    from scaleot_core.exchange.ledger import LEDGER, enter, read_exact
     from scaleot_core.exchange.manifest import copy_files, manifest_sha256
     from scaleot_core.exchange.package import Package, save
+    from scaleot_core.exchange.watermark import marked, recipient_key
     from scaleot_core.params import load_params
     from scaleot_core.pipeline import DVC_YAML, read_entry
 
@@ -61,16 +78,45 @@ def pack(
         )
     package = Package(artifacts.emulator, links=True)
     recovery = {"figures": measured_recovery(figures, package.sha256)} if figures else {}
+    exact, ledger = read_exact(artifacts.emulator_private)[package.sha256], project / LEDGER
+    union = _check_union(exact, ledger, beside or [], max_union)
+    mark: dict[str, Any] = {"recipient": recipient, "secret": secrets.token_hex(32), "unmarked": package.sha256}
     with new_output(out, private_file(out)) as folder:
-        if quantize:
+        if quantize or recipient:
             config, plan, tensors = package.config, package.plan, package.stream(*PARTS)
+            if recipient:
+                mark["tensors"] = []
+                tensors = marked(tensors, recipient_key(mark["secret"], recipient), exact, mark["tensors"])
             save(folder, config, package.tokenizer(), plan, tensors, license, quantized=quantize, **recovery)
         else:
             copy_files(artifacts.emulator, folder, package.manifest, license=license, **recovery)
         identity = manifest_sha256(folder)
     measured = _measured(project, package.sha256)
-    write_json(private_file(out), {**private, "package": identity, "measured": measured}, private=True)
-    show({"package": str(out), "id": identity, "private": str(private_file(out))}, as_json)
+    private |= {"package": identity, "measured": measured, **({"mark": mark} if recipient else {})}
+    write_json(private_file(out), private, private=True)
+    enter(ledger, package.sha256, exact)
+    summary = {"package": str(out), "id": identity, "private": str(private_file(out))}
+    show({**summary, "exact": exact.share, "exact, all packages": union.share}, as_json)
+
+
+def _check_union(exact: "ExactWeights", ledger: Path, beside: list[Path], limit: float) -> "ExactWeights":
+    """Return what a package and all that has left have of the model; UserError where the package takes it too far."""
+    from scaleot_core.exchange.ledger import read_left
+
+    lefts = [read_left(ledger, exact.model)] if ledger.exists() else []
+    for file in beside:
+        lefts.append(read_left(file, exact.model))
+        if not lefts[-1]:
+            raise UserError(f"{file}: its package is of another model; name those of this one alone with --beside")
+    before = reduce(or_, filter(None, lefts), exact.model_copy(update={"tensors": {}}))
+    union = before | exact
+    if union.share > max(limit, before.share):
+        raise UserError(
+            f"with what has left before, {union.share:.1%} of the model's weights would be out exactly "
+            f"({exact.share:.1%} in this package alone), the limit is {limit:.0%}; cut it from within "
+            "what has left (`channels.within`), or raise --max-union"
+        )
+    return union
 
 
 def _measured(project: Path, package: str) -> dict[str, Any]:
@@ -78,8 +124,9 @@ def _measured(project: Path, package: str) -> dict[str, Any]:
     from scaleot_core.common.files import read_json
 
     files = {name: project / name for name in ("metrics.json", "attack.json")}
-    found = {name: read_json(file) for name, file in files.items() if file.is_file()}
-    return {name: each for name, each in found.items() if each.get("emulator", each).get("package") == package}
+    measured = {name: read_json(file) for name, file in files.items() if file.is_file()}
+    packages = {name: result.get("emulator", result).get("package") for name, result in measured.items()}
+    return {name: result for name, result in measured.items() if packages[name] == package}
 
 
 def check(adapter: AdapterArgument, package: PackageOption, as_json: AsJson = False) -> None:
@@ -133,13 +180,13 @@ def plug(
 
     if out is None and as_lora is None:
         raise UserError("nothing to write: name a folder with --out, or with --as-lora")
-    written = [new for new in (out, as_lora) if new is not None]
+    outputs = [path for path in (out, as_lora) if path is not None]
     if out and as_lora:
-        one, two = out.resolve(), as_lora.resolve()
-        if one == two or one in two.parents or two in one.parents:
+        folders = [path.resolve() for path in outputs]
+        if folders[0] == folders[1] or folders[0] in folders[1].parents or folders[1] in folders[0].parents:
             raise UserError("--out and --as-lora: one is the other, or lies in it; name two folders apart")
-    for new in written:
-        check_new(new)
+    for path in outputs:
+        check_new(path)
     with ExitStack() as opened:
         folder, unpacked_package = (opened.enter_context(unpacked(path)) for path in (adapter, package))
         shipped = Package(unpacked_package)
@@ -147,7 +194,7 @@ def plug(
         if as_lora and not isinstance(checked.adapter, TunedLora):
             raise UserError(f"{adapter}: it has whole layers, which are no LoRA; name --out alone")
         _check_limits(adapter, checked.layer_changes, max_change, max_outlier)
-        source = opened.enter_context(open_model(base, scratch=written[0].parent))
+        source = opened.enter_context(open_model(base, scratch=outputs[0].parent))
         model = source.streamed()
         check_base(base, model.read_stored, shipped)
         tuned = fitted(checked.adapter, shipped, model.model, private or private_file(package))

@@ -1,4 +1,4 @@
-"""The options that commands share, those that are settings, and how a person calls a parameter at the command line."""
+"""Options that commands share, options that are settings, and the name of a parameter at the command line."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,7 +7,7 @@ import typer
 
 from scaleot_core.common.validation import Block
 
-OPTIONS = {  # by the parameter, where names differ
+OPTIONS = {  # by parameter, where the names differ
     "tasks": "--task",
     "data.questions": "--data",
     "model": "BASE",
@@ -23,7 +23,7 @@ AdapterArgument = Annotated[Path, typer.Argument(help="The adapter that came bac
 
 
 def setting(block: type[Block], name: str, note: str = "") -> Any:
-    """Make the option of a setting, described and limited as its field is; `note` is what only the command adds."""
+    """Make the option of a setting, described and limited as its field is; the command adds `note`."""
     field = block.model_fields[name]
     limits = {
         option: getattr(limit, bound)
@@ -41,6 +41,6 @@ def _sentence(description: str) -> str:
 
 
 def option_name(parameter: str) -> str:
-    """Give what a person at the command line calls a parameter: its option or argument."""
+    """Return what a parameter is called at the command line: its option or argument."""
     name = next((part for part in reversed(parameter.split(".")) if not part.isdigit()), parameter)
     return OPTIONS.get(parameter) or OPTIONS.get(name, f"--{name.replace('_', '-')}")

@@ -1,4 +1,4 @@
-"""What commands show, as a table or, with `--json`, as one object, and where they write what stays at home."""
+"""Print what commands answer: a table or, with `--json`, one object; and name the file of what stays private."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from scaleot_core.common.errors import printable
+from scaleot_core.common.errors import UserError, printable
 from scaleot_core.settings import LoraForm
 
 if TYPE_CHECKING:
@@ -18,14 +18,16 @@ if TYPE_CHECKING:
 
 
 def private_file(out: Path) -> Path:
-    """Name the file, beside `out`, of what stays with whoever wrote `out`."""
+    """Name the file, beside `out`, of what stays with whoever wrote `out`; UserError where `out` has no name."""
+    if not out.name:
+        raise UserError(f"{out}: it is there already; name another")
     return out.with_name(f"{out.name}.private.json")
 
 
 def show(summary: dict[str, Any], as_json: bool, rows: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Print a summary: a line of a table for each key, without those that are None or empty, or one JSON object.
+    """Print a summary: one JSON object, or a table with a line for each key that is neither None nor empty.
 
-    `rows` has what a table calls keys that programs know by another name.
+    `rows` renames keys in the table.
     """
     if as_json:
         print(json.dumps(summary))
@@ -33,15 +35,14 @@ def show(summary: dict[str, Any], as_json: bool, rows: Mapping[str, str] = Mappi
     table = Table(Column(), Column(overflow="fold"), show_header=False)
     for key, value in summary.items():
         if value is not None and value != {}:
-            lines = (
-                [f"{name}: {_text(one)}" for name, one in value.items()] if isinstance(value, dict) else [_text(value)]
-            )
+            items = value.items() if isinstance(value, dict) else ()
+            lines = [f"{name}: {_text(item)}" for name, item in items] or [_text(value)]
             table.add_row(rows.get(key, key), "\n".join(lines))
     Console().print(table, markup=False)
 
 
 def show_changes(summary: dict[str, Any], changes: "list[LayerChange]", as_json: bool) -> None:
-    """Print a summary, and how far an adapter moved each layer."""
+    """Print a summary and how far an adapter moved each layer."""
     if as_json:
         print(json.dumps(summary | {"layer_changes": [asdict(change) for change in changes]}))
         return
@@ -53,7 +54,7 @@ def show_changes(summary: dict[str, Any], changes: "list[LayerChange]", as_json:
 
 
 def describe_adapters(form: LoraForm | None) -> str:
-    """Say what was tuned; without LoRA's form it is whole layers."""
+    """Say what was tuned: whole layers, or LoRA of some form."""
     if form is None:
         return "whole adapter layers"
     where = "all matrices" if form.modules == "all" else "the attention"
@@ -61,9 +62,9 @@ def describe_adapters(form: LoraForm | None) -> str:
 
 
 def _text(value: Any) -> str:
-    """Write a value for a person, with nothing in it that would steer a terminal."""
+    """Write a value for a person, without what would steer a terminal."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_text(one)}" for name, one in value.items())
+        return ", ".join(f"{name} {_text(item)}" for name, item in value.items())
     if isinstance(value, list):
         return ", ".join(map(_text, value))
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Say what is wrong with a command line as other bad input is said: in one line."""
+"""Say in one line what is wrong with a command line, as for other bad input."""
 
 from typing import Any
 
@@ -12,29 +12,29 @@ USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]  # typer brings c
 
 
 def user_error(error: Any) -> UserError:
-    """Turn a usage error of typer's into the line that a person reads; it has no full stop at its end."""
+    """Turn typer's usage error into a line without a full stop at its end."""
     context = getattr(error, "ctx", None)
-    look = f"`{context.command_path if context else 'scaleot'} --help` lists what there is"
+    hint = f"`{context.command_path if context else 'scaleot'} --help` lists what there is"
     if hasattr(error, "param_type"):  # click's MissingParameter
-        return UserError(f"{_name(error.param)} is missing; {look}")
+        return UserError(f"{_name(error.param)} is missing; {hint}")
     if hasattr(error, "possibilities"):  # NoSuchOption
-        near = " or ".join(sorted(error.possibilities or ()))
-        return UserError(f"{error.option_name} is no option; {f'is {near} meant? ' if near else ''}{look}")
+        similar = " or ".join(sorted(error.possibilities or ()))
+        return UserError(f"{error.option_name} is no option; {f'is {similar} meant? ' if similar else ''}{hint}")
     parameter = getattr(error, "param", None)
     if parameter is None:
-        what = error.format_message().rstrip(".")
-        return UserError(f"{what}{'' if what.endswith('?') else ';'} {look}")
-    what, shown = error.message, ""
+        message = error.format_message().rstrip(".")
+        return UserError(f"{message}{'' if message.endswith('?') else ';'} {hint}")
+    message, value = error.message, ""
     if isinstance(error.__cause__, ValidationError):
         first = error.__cause__.errors(include_url=False)[0]
-        what, shown = first["msg"].replace(f"'{first['input']}' ", "it "), f" = {first['input']}"
+        message, value = first["msg"].replace(f"'{first['input']}' ", "it "), f" = {first['input']}"
     bounds = Bounds(ge=getattr(parameter, "min", None), le=getattr(parameter, "max", None))
-    what = what.removeprefix("Value error, ").partition(", unable to parse")[0].rstrip(".")
-    return UserError(f"{_name(parameter)}{shown}: {what}; {bounds.text() or look}")
+    message = message.removeprefix("Value error, ").partition(", unable to parse")[0].rstrip(".")
+    return UserError(f"{_name(parameter)}{value}: {message}; {bounds.text() or hint}")
 
 
 def is_help(error: Exception) -> bool:
-    """Whether a usage error is that nothing was asked for, which the help answers."""
+    """Tell whether a usage error is that nothing was asked for, which the help answers."""
     return type(error).__name__ == "NoArgsIsHelpError"
 
 

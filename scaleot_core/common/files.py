@@ -1,6 +1,8 @@
 """Write files that appear whole or not at all, and read JSON, JSON lines and CSV back with checks."""
 
 import csv
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -9,7 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,7 +46,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             yield Path(name)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    temporary, lock = _locked_folder(target)
     old = temporary.with_name(f"{temporary.name}.old")
     try:
         with _naming(target):
@@ -60,7 +62,41 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             old.replace(target)
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _locked_folder(target: Path) -> tuple[Path, int]:
+    """Make a temporary folder beside `target`, locked while this run lives; remove what killed runs left there.
+
+    Return it and its lock, to be closed.
+    """
+    prefix = f".{target.name}.new-"
+    for left in target.parent.glob(f"{glob.escape(prefix)}*"):
+        with suppress(OSError):  # another run's, or gone meanwhile
+            lock = _lock(left)
+            if not left.name.endswith(".old"):
+                shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+        with suppress(OSError):  # taken for a leftover before it was locked
+            lock = _lock(folder)
+            if folder.exists():
+                return folder, lock
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int:
+    """Lock a folder and return what holds the lock; OSError where another run has it, or it is none."""
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from scaleot_core.common.errors import UserError
 from scaleot_core.compression.low_rank import linear, weight_of
 from scaleot_core.compression.svd import damped
 from scaleot_core.models.families import decoder_layers, family
@@ -27,15 +28,19 @@ def channel_rows(kept: Tensor, channels: int, fused: int) -> Tensor:
     return torch.cat([kept + k * channels for k in range(fused)])
 
 
-def select_channels(weight: Tensor, covariance: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def select_channels(
+    weight: Tensor, covariance: Tensor, count: int, among: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the `count` channels that carry most of a down-projection's output, and the matrix refitted to them.
 
     weight: (D, f); covariance: (f, f) of the channels; returned: (count,), ascending, and (D, count). The channels are
-    those of the largest C_cc · ‖w_c‖², as in Wanda (Sun et al., ICLR 2024) by channel; the refitted matrix makes up for
-    the others by least squares, as in channel pruning (He et al., ICCV 2017).
+    chosen from `among`, or all, by the largest C_cc · ‖w_c‖², as in Wanda (Sun et al., ICLR 2024) by channel; the
+    refitted matrix makes up for the others by least squares, as in channel pruning (He et al., ICCV 2017).
     """
     full = weight.double()
     carried = covariance.diagonal().double() * full.square().sum(0)
+    if among is not None:
+        carried[torch.ones_like(carried, dtype=torch.bool).index_fill(0, among.to(carried.device), False)] = -1
     kept = carried.argsort(descending=True, stable=True)[:count].sort().values
     covariance = damped(covariance)
     refitted = torch.linalg.solve(covariance[kept][:, kept], covariance[kept] @ full.T).T
@@ -58,12 +63,19 @@ def prune_channels(model: PreTrainedModel, index: int, kept: Tensor, refitted: T
     layer.set_submodule(names.feed_forward_out, linear(columns, bias))
 
 
-def prune_and_refit(model: PreTrainedModel, index: int, count: int, covariance: Tensor) -> Tensor:
+def prune_and_refit(
+    model: PreTrainedModel, index: int, count: int, covariance: Tensor, among: Tensor | None = None
+) -> Tensor:
     """Prune one layer in place to the `count` channels that `select_channels` takes; return them, ascending.
 
-    covariance: (f, f) of the layer's channels.
+    covariance: (f, f) of the layer's channels. UserError where they are chosen `among` fewer.
     """
+    if among is not None and count > len(among):
+        raise UserError(
+            f"layer {index} would keep {count} channels, of which {len(among)} have left; raise channels.ratio",
+            parameter="channels.within",
+        )
     weight, _ = weight_of(decoder_layers(model)[index].get_submodule(family(model.config).feed_forward_out))
-    kept, refitted = select_channels(weight, covariance.to(weight.device), count)
+    kept, refitted = select_channels(weight, covariance.to(weight.device), count, among)
     prune_channels(model, index, kept, refitted)
     return kept

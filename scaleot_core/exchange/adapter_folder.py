@@ -1,8 +1,8 @@
-"""The adapter folder: what the data owner sends back, written and read as what comes from a stranger (section 5).
+"""The adapter folder: what the data owner sends back, read as what comes from a stranger (method section 5).
 
-Safetensors and a manifest. Of whole layers it holds every weight of the adapter layers. Of LoRA it is a PEFT adapter
-too: where LoRA is in the attention alone, `PeftModel.from_pretrained(base, folder)` loads it on the real model as it
-is; with feed-forward parts over pruned channels the model owner makes it one (`scaleot plug --as-lora`).
+Safetensors and a manifest: every weight of the adapter layers, or LoRA as a PEFT adapter. Unless it lies on pruned
+channels, `PeftModel.from_pretrained(base, folder)` loads that on the real model; `scaleot plug --as-lora` writes it for
+the real model in any case.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ LAYERS, LORA, LORA_CONFIG = "adapter.safetensors", "adapter_model.safetensors", 
 
 
 class Privacy(BaseModel):
-    """The (ε, δ) of differential privacy that was kept to, as the data owner states it."""
+    """The (ε, δ) of differential privacy that tuning kept to, as the data owner states it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -58,11 +58,11 @@ class AdapterManifest(Manifest):
     format: Literal["scaleot-adapter"] = FORMAT
     format_version: Literal[2] = FORMAT_VERSION
     package: Hash
-    """The package that it was tuned on (`manifest_sha256`)."""
+    """SHA-256 of the manifest of the package that it was tuned on."""
     layers: Annotated[tuple[int, ...], Field(min_length=1, max_length=MOST_LAYERS)]
     """The decoder layers that were tuned."""
     lora: LoraForm | None
-    """LoRA's form, or null where every weight of those layers was tuned."""
+    """LoRA's form; null where every weight of those layers was tuned."""
     tuning: TuningSummary
 
 
@@ -115,7 +115,7 @@ def _lora_config(config: PretrainedConfig, layers: list[int], form: LoraForm) ->
 
 
 def read_manifest(folder: Path, *, links: bool = False) -> AdapterManifest:
-    """Read an adapter's manifest, after every file that it lists was found whole; UserError otherwise."""
+    """Read an adapter's manifest and check every file that it lists; UserError for any fault."""
     manifest = read_checked(folder, AdapterManifest, (LAYERS, LORA, LORA_CONFIG), links=links)
     expected = {LORA, LORA_CONFIG} if manifest.lora else {LAYERS}
     if manifest.files.keys() != expected:
@@ -124,11 +124,12 @@ def read_manifest(folder: Path, *, links: bool = False) -> AdapterManifest:
 
 
 def read(folder: Path, package: Package, *, links: bool = False) -> TunedAdapter:
-    """Read an adapter that was tuned on a package; UserError where it wasn't, or isn't sound."""
+    """Read an adapter; UserError where it wasn't tuned on this package, or isn't sound."""
     manifest, model, plan = read_manifest(folder, links=links), package.meta_model, package.plan
-    identity = package.sha256
-    if manifest.package != identity:
-        raise UserError(f"{folder}: it was tuned on another package ({manifest.package[:12]}…, not {identity[:12]}…)")
+    if manifest.package != package.sha256:
+        raise UserError(
+            f"{folder}: it was tuned on another package ({manifest.package[:12]}…, not {package.sha256[:12]}…)"
+        )
     try:
         layers = tuned_layers(plan, manifest.lora)
         if list(manifest.layers) != layers:
@@ -165,11 +166,12 @@ def _read_lora(folder: Path, model: PreTrainedModel, plan: Plan, form: LoraForm,
 
 
 def _check_lora_config(file: Path, expected: dict[str, Any], *, links: bool) -> None:
-    """Check PEFT's file, which it would follow to the letter: it must say what ours says, and nothing besides."""
-    given = read_untrusted_json(file, links=links)
-    if not isinstance(given, dict):
+    """Raise UserError unless PEFT's configuration, which PEFT would follow to the letter, is the one that we write."""
+    stated = read_untrusted_json(file, links=links)
+    if not isinstance(stated, dict):
         raise UserError(f"{file}: a JSON object is needed; fetch it again")
-    expected = {**expected, "peft_version": given.get("peft_version")}
-    for key in sorted(expected.keys() | given.keys()):
-        if given.get(key) != expected.get(key) and not (key not in expected and given[key] in (None, False, [], {})):
+    expected = {**expected, "peft_version": stated.get("peft_version")}
+    for key in sorted(expected.keys() | stated.keys()):
+        is_unset = key not in expected and stated[key] in (None, False, [], {})  # of another version of PEFT
+        if stated.get(key) != expected.get(key) and not is_unset:
             raise UserError(f"{file}: `{key}` is not what such an adapter has; don't load it")

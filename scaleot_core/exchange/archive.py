@@ -1,4 +1,4 @@
-"""One zip for a folder and back: plain, uncompressed members only, nothing that grows or leaves its place."""
+"""Pack a folder into one zip and unpack it: plain, uncompressed members only, so that nothing grows or escapes."""
 
 import shutil
 import stat
@@ -15,8 +15,8 @@ from scaleot_core.common.progress import byte_progress
 from scaleot_core.exchange.manifest import MOST_FILES
 from scaleot_core.exchange.untrusted import is_litter
 
-LARGEST_ARCHIVE = MOST_FILES + 1  # members: files and the manifest
-LARGEST_DIRECTORY = 2 * MOST_FILES  # members of which names are read, to say what is wrong with them
+LARGEST_ARCHIVE = MOST_FILES + 1  # members: the files and the manifest
+LARGEST_DIRECTORY = 2 * MOST_FILES  # members whose names are read, so that a message can name a wrong one
 
 
 def archive(folder: Path, target: Path) -> None:
@@ -25,19 +25,19 @@ def archive(folder: Path, target: Path) -> None:
     with (
         byte_progress(f"writing {target.name}", sum(file.stat().st_size for file in files)) as moved,
         atomic_file(target) as temporary,
-        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as made,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as target_zip,
     ):
         for file in files:
             entry = zipfile.ZipInfo(file.name)  # of a fixed date
-            with file.open("rb") as stream, made.open(entry, "w", force_zip64=True) as out:
+            with file.open("rb") as stream, target_zip.open(entry, "w", force_zip64=True) as out:
                 for piece in read_pieces(stream, moved):
                     out.write(piece)
 
 
 def check_new(out: Path, *beside: Path) -> None:
-    """Raise UserError where something is there already, or nothing can be written: told now, not after hours.
+    """Raise UserError where `out` exists or can't be written, before hours of work.
 
-    `beside` are files that will be written there too. Old ones are replaced, but a folder of that name is in the way.
+    `beside` are files that will be written as well: they may exist, but not as folders.
     """
     if out.exists() or out.is_symlink():
         raise UserError(f"{out}: it is there already; name another, or delete it")
@@ -56,9 +56,9 @@ def check_new(out: Path, *beside: Path) -> None:
 
 @contextmanager
 def new_output(out: Path, *beside: Path) -> Iterator[Path]:
-    """Yield a folder to fill, which becomes `out`, as it is or as a zip by its name, when the block ends well.
+    """Yield a folder to fill; it becomes `out`, a folder or a zip by its name, when the block ends well.
 
-    UserError where `check_new` has something against it.
+    UserError as in `check_new`.
     """
     check_new(out, *beside)
     if out.suffix.lower() != ".zip":
@@ -71,7 +71,7 @@ def new_output(out: Path, *beside: Path) -> Iterator[Path]:
 
 
 def _check_directory(path: Path) -> None:
-    """ValueError where an archive's own end names a directory that no archive of ours has: reading it takes memory."""
+    """Raise ValueError where a zip's end announces a larger directory than ours have: reading it would take memory."""
     with path.open("rb") as stream:
         stream.seek(max(0, path.stat().st_size - 2**16 - 22))
         end = stream.read()
@@ -91,9 +91,9 @@ def _check_directory(path: Path) -> None:
 
 @contextmanager
 def unpacked(path: Path) -> Iterator[Path]:
-    """A folder as it is, or a zip of one unpacked for the length of a block; UserError for what isn't plain.
+    """Yield a folder as it is, or a zip unpacked for the length of a block.
 
-    Only uncompressed members without a folder in their names are taken, so that nothing grows or leaves its place.
+    UserError for a link, a missing or damaged file, and members that are compressed, in a folder or no plain files.
     """
     if path.is_symlink():
         raise UserError(f"{path}: it is a link, which is not followed; name what it leads to")
@@ -107,8 +107,8 @@ def unpacked(path: Path) -> Iterator[Path]:
         folder.mkdir()
         try:
             _check_directory(path)
-            with zipfile.ZipFile(path) as given:
-                members = given.infolist()
+            with zipfile.ZipFile(path) as source:
+                members = source.infolist()
                 for member in members:
                     _check_plain(path, member)
                 if len(members) > LARGEST_ARCHIVE or sum(member.file_size for member in members) > path.stat().st_size:
@@ -122,7 +122,7 @@ def unpacked(path: Path) -> Iterator[Path]:
                     )
                 with byte_progress(f"unpacking {path.name}", size) as moved:
                     for member in members:
-                        with given.open(member) as stream, (folder / member.filename).open("wb") as out:
+                        with source.open(member) as stream, (folder / member.filename).open("wb") as out:
                             for piece in read_pieces(stream, moved):
                                 out.write(piece)
         except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, EOFError) as error:
@@ -131,7 +131,7 @@ def unpacked(path: Path) -> Iterator[Path]:
 
 
 def _room_beside(path: Path) -> tempfile.TemporaryDirectory[str]:
-    """Make a temporary folder beside a file, since /tmp may be small or memory; where nothing may be written, there."""
+    """Make a temporary folder beside a file, since /tmp may be small or memory; in /tmp where that isn't allowed."""
     try:
         return tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
     except OSError:
@@ -139,7 +139,7 @@ def _room_beside(path: Path) -> tempfile.TemporaryDirectory[str]:
 
 
 def _check_plain(path: Path, member: zipfile.ZipInfo) -> None:
-    """Raise UserError unless a member is a plain, uncompressed file; say what an ordinary zip program did to it."""
+    """Raise UserError, naming what a zip program did, unless a member is a plain, uncompressed file."""
     name, kind = member.filename, stat.S_IFMT(member.external_attr >> 16)
     shown = repr(name[:200])
     is_safe = (

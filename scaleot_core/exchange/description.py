@@ -44,28 +44,28 @@ class PackageManifest(Manifest):
 
 def measured_recovery(metrics: Path, package: str) -> dict[str, Any]:
     """Read the recovery from a metrics.json, by task, adapters and metric; UserError where it is another package's."""
-    found = read_json(metrics)
+    measured = read_json(metrics)
     try:
-        if found["emulator"]["package"] != package:
+        if measured["emulator"]["package"] != package:
             raise UserError(f"{metrics}: it was measured with another package than the one to ship; run `dvc repro`")
         return {
-            task: {kind: figures["recovery"] for kind, figures in measured["adapters"].items()}
-            for task, measured in found["tasks"].items()
+            task: {kind: figures["recovery"] for kind, figures in of_task["adapters"].items()}
+            for task, of_task in measured["tasks"].items()
         }
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{metrics}: it is no metrics.json of this version; run `dvc repro`") from None
 
 
 def config_fields(model_type: str) -> set[str]:
-    """What a configuration of an architecture may say: what transformers' own class has, but where it came from."""
+    """Name the settings that a configuration may have: those of transformers' class, except where it came from."""
     return set(AutoConfig.for_model(model_type).to_dict()) - {"_name_or_path"}
 
 
 def stated_config(manifest: PackageManifest) -> PretrainedConfig:
-    """The configuration that a manifest states: plain settings of a supported architecture and no others.
+    """Build the configuration that a manifest states: plain settings of a supported architecture and no others.
 
-    What would make transformers fetch or run something, such as `auto_map`, `attn_implementation` or
-    `quantization_config`, is none of them.
+    ValueError for any other setting, such as `auto_map`, `attn_implementation` or `quantization_config`, with which
+    transformers would fetch or run something.
     """
     fields = dict(manifest.architecture)
     name = fields.pop("model_type", None)

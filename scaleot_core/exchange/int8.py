@@ -17,24 +17,24 @@ SCALES = ".scales"  # behind the name of a matrix
 
 
 def stored_shapes(parts: Mapping[str, Shapes], quantized: Literal["int8"] | None) -> dict[str, Shapes]:
-    """Give the names, shapes and dtypes of what a package stores, from those of the emulator's tensors by part."""
+    """Return the names, shapes and dtypes of what a package stores, from those of the emulator's tensors, by part."""
     return {
         part: _stored(shapes) if quantized and part in QUANTIZED_PARTS else shapes for part, shapes in parts.items()
     }
 
 
 def _stored(shapes: Shapes) -> Shapes:
-    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    stored: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for name, (shape, dtype) in shapes.items():
         if len(shape) == 2:
-            found |= {name: (shape, torch.int8), f"{name}{SCALES}": ((shape[0], 1), torch.float32)}
+            stored |= {name: (shape, torch.int8), f"{name}{SCALES}": ((shape[0], 1), torch.float32)}
         else:
-            found[name] = shape, dtype
-    return found
+            stored[name] = shape, dtype
+    return stored
 
 
 def stored_tensors(name: str, tensor: Tensor, expected: Shapes) -> dict[str, Tensor]:
-    """Give what a package stores of a tensor: codes and scales where `expected` has codes of that name."""
+    """Return what a package stores of a tensor: codes and scales where `expected` has codes of that name."""
     if expected[name][1] != torch.int8:
         return {name: tensor}
     quantized = quantize(tensor, "int8")
@@ -44,9 +44,9 @@ def stored_tensors(name: str, tensor: Tensor, expected: Shapes) -> dict[str, Ten
 def join_scales(
     tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, package: Path
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield a package's tensors by their names in the model, codes and scales as one `QuantizedMatrix` of this dtype.
+    """Yield a package's tensors, of checked names and in any order; codes and scales become one `QuantizedMatrix`.
 
-    They come in any order, of names that were checked. UserError for scales that no matrix has.
+    UserError for scales that are not positive, or too large for the dtype.
     """
     waiting: dict[str, Tensor] = {}
     for key, tensor in tensors:

@@ -1,7 +1,7 @@
 """The manifest of what crosses between the parties: which files, of what size and hash; checked before use.
 
-Everything that comes from the other side is hostile until it was checked: only listed files of known names, no links,
-no pickle, JSON within bounds, hashes before content, shapes before memory, finite numbers. A refusal is a UserError.
+Whatever the other party sent is hostile until it was checked: only listed files of expected names, no links, no pickle,
+JSON within bounds, hashes before content, shapes before memory, finite numbers. A refusal is a UserError.
 """
 
 import hashlib
@@ -35,14 +35,12 @@ class Entry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What every manifest has; a subclass is one format."""
+    """The fields of every manifest; a subclass is one format."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     format: str
-    """Which format this is."""
     format_version: int
-    """Its version."""
     files: Annotated[dict[str, Entry], Field(max_length=MOST_FILES)]
     """Every file beside the manifest."""
 
@@ -51,7 +49,7 @@ M = TypeVar("M", bound=Manifest)
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write a folder's manifest, with all other files in it listed."""
+    """Write a folder's manifest, which lists all other files in it."""
     files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(folder.iterdir())}
     write_json(folder / MANIFEST, {**manifest, "files": files})
 
@@ -73,12 +71,12 @@ def copy_files(source: Path, folder: Path, manifest: Manifest, **changes: Any) -
 
 
 def manifest_sha256(folder: Path) -> str:
-    """The SHA-256 of a folder's manifest, which stands for all that it lists."""
+    """Compute the SHA-256 of a folder's manifest, which identifies all that it lists."""
     return sha256(folder / MANIFEST)
 
 
 def manifest_format(folder: Path) -> str:
-    """The format that a folder's manifest names, of the two that there are or not; UserError for no manifest."""
+    """Return the `format` in a folder's manifest, of ours or not. UserError if there is no manifest."""
     data = read_untrusted_json(folder / MANIFEST)
     return str(data.get("format")) if isinstance(data, dict) else ""
 
@@ -86,11 +84,11 @@ def manifest_format(folder: Path) -> str:
 def read_checked(
     folder: Path, kind: type[M], names: Iterable[str], *, later: re.Pattern[str] | None = None, links: bool = False
 ) -> M:
-    """The manifest of a folder, after every file that it lists was found whole; UserError otherwise.
+    """Read a folder's manifest, and check the size and hash of every file that it lists; UserError for any fault.
 
-    `names` are those that files may have. Nothing of a file but its hash is read here. Of large files, whose names
-    match `later`, there is only their size checked: whoever reads them hashes them in passing. `links` are followed in
-    the pipeline's own folders, where DVC may link to its cache, and never in what the other party sent.
+    Files may have one of `names`, or match `later`: large files, of which only the size is checked here, since their
+    reader hashes them in passing. `links` are followed in the pipeline's own folders, where DVC may link to its cache,
+    and never in what the other party sent.
     """
     if folder.is_symlink() and not links:
         raise UserError(f"{folder}: it is a link, which is not followed; name the folder that it leads to")
@@ -109,14 +107,14 @@ def read_checked(
         where = printable(".".join(map(str, first["loc"])))[:200]
         reason = one_line(ValueError(first["msg"]))
         raise UserError(f"{folder}/{MANIFEST}: {where}: {reason}; fetch it again") from None
-    there = {file.name: file.is_file() and (links or not file.is_symlink()) for file in folder.iterdir()}
-    large = {name for name in manifest.files.keys() | there.keys() if later is not None and later.fullmatch(name)}
-    for name in sorted({*manifest.files, MANIFEST} | there.keys()):
-        if is_litter(name) and name in there:
+    is_plain = {file.name: file.is_file() and (links or not file.is_symlink()) for file in folder.iterdir()}
+    large = {name for name in manifest.files.keys() | is_plain.keys() if later is not None and later.fullmatch(name)}
+    for name in sorted({*manifest.files, MANIFEST} | is_plain.keys()):
+        if is_litter(name) and name in is_plain:
             raise UserError(f"{folder}: {name!r} is the operating system's; delete it, then run again")
-        if name not in (*names, MANIFEST, *large) or not there.get(name, True):
+        if name not in (*names, MANIFEST, *large) or not is_plain.get(name, True):
             raise UserError(f"{folder}: {name!r} is no file of this format; fetch it again")
-        if name not in there:
+        if name not in is_plain:
             raise UserError(f"{folder}: {name!r} is missing; fetch it again")
         if name not in (*manifest.files, MANIFEST):
             raise UserError(f"{folder}: {name!r} is not listed in the manifest; fetch it again")

@@ -1,7 +1,6 @@
 """The emulator package: how it is written, checked and read back.
 
-A folder of safetensors, the tokenizer's files and one manifest.json. It holds everything that the data owner needs, and
-it is all that the data owner needs.
+A folder of safetensors, the tokenizer's files and one manifest.json: all that the data owner needs.
 """
 
 from collections.abc import Iterable, Iterator
@@ -78,12 +77,12 @@ def save(
     for writer in writers:
         writer.check_whole()
     save_tokenizer(folder, tokenizer)
-    known = config_fields(config.model_type)
+    stated = config_fields(config.model_type)
     manifest = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "license": license,
-        "architecture": {key: value for key, value in config.to_dict().items() if key in known},
+        "architecture": {key: value for key, value in config.to_dict().items() if key in stated},
         "dtype": str(config.dtype).removeprefix("torch."),
         "layers": [layer.model_dump(mode="json") for layer in plan],
         **({"quantized": quantized} if quantized else {}),
@@ -95,9 +94,9 @@ def save(
 class Package:
     """A package in a folder, checked part by part as each is first asked for; UserError where a part isn't sound.
 
-    `Package(folder)` itself reads the manifest and finds every file that it lists, those of tensors by their sizes
-    alone: they are hashed as they are read, each time. With `links`, for the pipeline's own folders alone, files may be
-    links, as DVC's are with `cache.type symlink`.
+    `Package(folder)` reads the manifest and checks every file that it lists; files of tensors by their size alone,
+    since they are hashed whenever they are read. With `links`, for the pipeline's own folders, files may be links, as
+    DVC's are with `cache.type symlink`.
     """
 
     def __init__(self, folder: Path, *, links: bool = False) -> None:
@@ -124,7 +123,7 @@ class Package:
 
     @cached_property
     def meta_model(self) -> PreTrainedModel:
-        """The emulator without weights, to read names and shapes from. Of the files nothing but hashes was read."""
+        """The emulator without weights, to read names and shapes from; built from the manifest alone."""
         plan, config = self.plan, self.config
         with self._describing():
             model = meta_emulator(config, plan, buffers_too=True)
@@ -138,9 +137,9 @@ class Package:
         """The files of each part, and the tensors that each file must have, by name, shape and dtype."""
         shapes = stored_shapes(tensor_shapes(self.meta_model, self.plan), self.manifest.quantized)
         parts = {part: part_files(part, those) for part, those in shapes.items()}
-        wanted = {name for files in parts.values() for name in files}
-        for name in sorted({name for name in self.manifest.files if TENSOR_FILE.fullmatch(name)} ^ wanted):
-            what = "is missing" if name in wanted else "has no place among the files of its tensors"
+        needed = {name for files in parts.values() for name in files}
+        for name in sorted({name for name in self.manifest.files if TENSOR_FILE.fullmatch(name)} ^ needed):
+            what = "is missing" if name in needed else "has no place among the files of its tensors"
             raise UserError(f"{self.folder}: {name!r} {what}; fetch it again")
         return parts
 
@@ -152,13 +151,13 @@ class Package:
     def stream(self, *parts: str) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors of some parts in the package's dtype, one at a time, by their names in the model.
 
-        All headers are checked before the first, and each file is hashed while it is read, once. Nothing may be used
+        All headers are checked before the first. Each file is read once and hashed on the way, so nothing may be used
         before the last: UserError comes at the end of a file whose content is not what the manifest says.
         """
         return ((name, dequantized(tensor)) for name, tensor in self._stream_as_shipped(*parts))
 
     def _stream_as_shipped(self, *parts: str) -> Iterator[tuple[str, Tensor]]:
-        """`stream`, with a `QuantizedMatrix` for what is shipped as codes and scales."""
+        """Yield as `stream`, with a `QuantizedMatrix` for what is shipped as codes and scales."""
         files = {name: those for part in parts for name, those in self.expected.get(part, {}).items()}
         check_tensors({self.folder / name: those for name, those in files.items()})
         entries = self.manifest.files
@@ -201,7 +200,7 @@ class Package:
 
     @contextmanager
     def _describing(self) -> Iterator[None]:
-        """Turn whatever a manifest that makes no sense leads to into a UserError."""
+        """Turn any error into a UserError: a manifest that makes no sense may lead to all kinds."""
         try:
             yield
         except Exception as error:

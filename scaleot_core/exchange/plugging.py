@@ -1,4 +1,4 @@
-"""Write the plug-in model: the real model's own files, of which the tensors that the adapter changes are others."""
+"""Write the plug-in model: the real model's files, with the tensors that the adapter changes replaced."""
 
 import shutil
 from functools import partial
@@ -15,10 +15,10 @@ from scaleot_core.tuning.adapters import TunedAdapter
 
 
 def write_plugged(folder: Path, source: ModelSource, model: StreamedModel, adapter: TunedAdapter) -> None:
-    """Write a model with an adapter plugged in into an existing, empty folder of transformers' format.
+    """Write a model with an adapter plugged in, in transformers' format, into an existing, empty folder.
 
-    One tensor at a time is in memory. What the adapter doesn't change is copied byte by byte; `model` is the source's,
-    at whose shapes the adapter is.
+    `model` is the source's; `adapter` has its shapes. One tensor at a time is in memory, and what the adapter doesn't
+    change is copied byte by byte.
     """
     names = {model.places[name][:2]: name for name in adapter.changes}
 

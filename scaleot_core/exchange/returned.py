@@ -1,4 +1,4 @@
-"""What the model owner finds in an adapter that came back, before it is plugged in."""
+"""Check an adapter that came back before it is plugged in: how far it moved, and whose model it is for."""
 
 import math
 from collections.abc import Callable, Container, Iterable, Iterator
@@ -25,15 +25,15 @@ class LayerChange:
 
     layer: int
     relative: float
-    """Norm of the change over the norm of what was shipped, of all weights together that the adapter may change."""
+    """Norm of the change over the norm of what was shipped, over all weights that the adapter may change."""
     outlier: float
-    """Largest change of one weight over the root mean square of all in its tensor, the largest of all tensors."""
+    """Largest ratio, over tensors, of the largest change of a weight to the root mean square change."""
 
 
 def layer_changes(
     adapter: TunedAdapter, shipped: Iterable[tuple[str, Tensor]], plan: Plan, config: PretrainedConfig
 ) -> list[LayerChange]:
-    """Measure how far every tuned layer moved; `shipped` are the package's tensors, of which one at a time is kept."""
+    """Measure how far every tuned layer moved from the package's tensors, `shipped`; one at a time is in memory."""
     prefix = f"{family(config).layers}."
     layers: dict[int, _Moved] = {}
     if isinstance(adapter, TunedLayers):
@@ -49,8 +49,8 @@ def layer_changes(
             i = _layer_of(name, prefix)
             moved = layers.setdefault(i, _Moved())
             moved.add_change(_pieces(adapter.change(name)))
-            own = name.replace(f"{prefix}{i}.", f"{prefix}{shared_layers(plan).get(i, i)}.", 1)
-            matrices.setdefault(own, []).append(moved)
+            shipped_name = name.replace(f"{prefix}{i}.", f"{prefix}{shared_layers(plan).get(i, i)}.", 1)
+            matrices.setdefault(shipped_name, []).append(moved)
         for name, numbers in _numbers(shipped, matrices):
             for moved in matrices[name]:
                 moved.add_shipped(numbers)
@@ -62,12 +62,12 @@ def _layer_of(name: str, prefix: str) -> int:
 
 
 def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Split a tensor's numbers, so that little memory is taken where they are made float64."""
+    """Split a tensor's numbers, so that making them float64 takes little memory."""
     return tensor.flatten().split(2**22)
 
 
 def _numbers(shipped: Iterable[tuple[str, Tensor]], matrices: Container[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the numbers of some matrices, with their names, in parts as they come; of two factors their product's."""
+    """Yield (name, numbers) of the matrices among tensors: a weight, or a part of one; of two factors their product."""
     halves: dict[str, Tensor] = {}
     for key, tensor in shipped:
         module, _, kind = key.rpartition(".")
@@ -86,13 +86,13 @@ def _numbers(shipped: Iterable[tuple[str, Tensor]], matrices: Container[str]) ->
 
 
 class _Moved:
-    """Sums over one layer's tensors, from which its `LayerChange` comes."""
+    """Sums over one layer's tensors, for its `LayerChange`."""
 
     def __init__(self) -> None:
         self.size = self.moved = self.outlier = 0.0
 
     def add_shipped(self, numbers: Tensor) -> None:
-        """Add the numbers of a tensor as it was shipped."""
+        """Add a tensor as it was shipped."""
         self.size += sum(float(piece.double().square().sum()) for piece in _pieces(numbers))
 
     def add_change(self, pieces: Iterable[Tensor]) -> None:
@@ -106,21 +106,21 @@ class _Moved:
             self.outlier = max(self.outlier, most / math.sqrt(squares / count))
 
     def result(self, layer: int) -> LayerChange:
-        """Give what came of it."""
+        """Compute the layer's change."""
         relative = math.sqrt(self.moved / self.size) if self.size else math.inf if self.moved else 0.0
         return LayerChange(layer, relative, self.outlier)
 
 
 @dataclass(frozen=True)
 class CheckedAdapter:
-    """An adapter that came back, found sound."""
+    """A sound adapter that came back."""
 
     adapter: TunedAdapter
     layer_changes: list[LayerChange]
 
     @property
     def form(self) -> LoraForm | None:
-        """Give LoRA's form, None for whole layers."""
+        """LoRA's form; None for whole layers."""
         return self.adapter.form if isinstance(self.adapter, TunedLora) else None
 
 
@@ -132,24 +132,24 @@ def check_adapter(folder: Path, package: Package) -> CheckedAdapter:
 
 
 def check_base(base: str, read: Callable[[str], Tensor | None], package: Package) -> None:
-    """Raise UserError unless a model has, in the package's dtype, everything that the package has exactly.
+    """Raise UserError unless a model has, in the package's dtype, all tensors that the package ships unchanged.
 
-    `read` gives a tensor of the model by its name, None where it has none; one at a time is kept.
+    `read` returns a tensor of the model by its name, or None; one at a time is in memory.
     """
     different = ""
-    for name, tensor in package.stream("base", "adapter"):  # to its end, where a damaged package is told
-        here = read(name)
-        if not different and (here is None or not torch.equal(here.to(tensor.device, tensor.dtype), tensor)):
+    for name, shipped in package.stream("base", "adapter"):  # to the end, where a damaged package is found
+        real = read(name)
+        if not different and (real is None or not torch.equal(real.to(shipped.device, shipped.dtype), shipped)):
             different = name
     if different:
         raise UserError(f"{base}: its {different!r} is not that of the package, which was made from another model")
 
 
 def fitted(tuned: TunedAdapter, package: Package, model: PreTrainedModel, private: Path) -> TunedAdapter:
-    """Give an adapter the shapes of the real model; `private` is what `scaleot pack` wrote beside the package.
+    """Give an adapter the shapes of the real model.
 
-    That is read only where LoRA lies on feed-forward channels of which the package has some alone. UserError where it
-    doesn't help.
+    `private` is the file that `scaleot pack` wrote beside the package; it is read only where LoRA lies on pruned
+    channels. UserError where it is missing or doesn't fit.
     """
     if not isinstance(tuned, TunedLora):
         return tuned
@@ -158,7 +158,7 @@ def fitted(tuned: TunedAdapter, package: Package, model: PreTrainedModel, privat
 
 
 def kept_channels(private: Path, package: str) -> dict[int, Tensor]:
-    """Read which feed-forward channels a package has of each pruned layer from its owner's private file.
+    """Read from the owner's private file which feed-forward channels each pruned layer of a package has.
 
     UserError for a missing file, another package's, or one that doesn't say it.
     """
@@ -167,10 +167,10 @@ def kept_channels(private: Path, package: str) -> dict[int, Tensor]:
             f"{private}: no such file; the adapter lies on some of the feed-forward channels, and only what "
             "`scaleot pack` wrote beside the package says which: name that file with --private"
         )
-    known = read_json(private)
-    if not isinstance(known, dict) or known.get("package") != package:
+    content = read_json(private)
+    if not isinstance(content, dict) or content.get("package") != package:
         raise UserError(f"{private}: it belongs to another package than {package[:12]}…; name the right one")
     try:
-        return {int(i): torch.tensor(kept, dtype=torch.long) for i, kept in known["channels"].items()}
+        return {int(i): torch.tensor(kept, dtype=torch.long) for i, kept in content["channels"].items()}
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{private}: it doesn't say which channels were kept ({one_line(error)})") from None

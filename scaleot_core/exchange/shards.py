@@ -1,7 +1,7 @@
-"""The files that a package's tensors lie in: one for each part, or, of a part of gigabytes, shards of bounded size.
+"""The files that a package's tensors lie in: one for each part, or shards of bounded size for a part of gigabytes.
 
-Which file has which tensor follows from the tensors' names and shapes, which the manifest's plan gives. So there is no
-index to trust: whoever can say what a package must hold knows its files.
+Which tensor lies in which file follows from their names and shapes, which follow from the manifest's plan. So there is
+no index to trust.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch
 from scaleot_core.common.tensors import Shapes
 from scaleot_core.compression.emulator import PARTS
 
-SHARD_BYTES = 2 * 10**9  # most of a shard; a tensor that is larger has one for itself
+SHARD_BYTES = 2 * 10**9  # at most in a shard; a larger tensor has one for itself
 TENSOR_FILE = re.compile(rf"({'|'.join(PARTS)})(-[0-9]{{5}}-of-[0-9]{{5}})?\.safetensors")
 
 

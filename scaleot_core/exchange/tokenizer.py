@@ -35,22 +35,22 @@ TOKENIZER_SETTINGS = {
 
 
 def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write a tokenizer so that `load_untrusted_tokenizer` takes it; UserError where it would not be what it was.
+    """Write a tokenizer so that `load_untrusted_tokenizer` takes it; UserError where that would load another one.
 
     Several chat templates go into its settings, since transformers would make a folder of them.
     """
     tokenizer.save_pretrained(folder, save_jinja_files=not isinstance(tokenizer.chat_template, dict))
     settings = read_json(folder / "tokenizer_config.json") | {"tokenizer_class": "TokenizersBackend"}
     write_json(folder / "tokenizer_config.json", {k: v for k, v in settings.items() if k in TOKENIZER_SETTINGS})
-    if reason := _unkept(folder, tokenizer):
+    if reason := _lost(folder, tokenizer):
         raise UserError(
             f"its tokenizer is more than its tokenizer.json says, so no package can keep it: {reason}; use another",
             parameter="model",
         )
 
 
-def _unkept(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Say what about a tokenizer, saved in a folder, a package wouldn't keep; an empty text where nothing."""
+def _lost(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Say what of a tokenizer, saved in a folder, a package would lose; an empty text for nothing."""
     if not (folder / "tokenizer.json").is_file():
         return f"{type(tokenizer).__name__} writes none"
     for name in TOKENIZER_FILES:
@@ -61,13 +61,13 @@ def _unkept(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def check_shippable(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError if a package couldn't keep the tokenizer that a model has: told before hours of work."""
+    """Raise UserError, before hours of work, if a package couldn't keep a model's tokenizer."""
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(Path(folder), tokenizer)
 
 
 def load_untrusted_tokenizer(folder: Path, *, links: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a package, from its tokenizer.json; UserError where it isn't sound or asks for more."""
+    """Load a package's tokenizer from its tokenizer.json; UserError where it isn't sound or names anything else."""
     settings = untrusted.read_untrusted_json(folder / "tokenizer_config.json", links=links)
     if not isinstance(settings, dict) or settings.get("tokenizer_class") != "TokenizersBackend":
         raise UserError(f"{folder}/tokenizer_config.json: not that of a package's tokenizer; fetch it again")

@@ -1,4 +1,4 @@
-"""Read JSON and tensors that the other party wrote: bounded, of the expected shapes, finite; else a UserError."""
+"""Read JSON and tensors from the other party: bounded, of the expected shapes, finite; or raise UserError."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ LITTER = ("__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini")  # what operating
 
 
 def is_litter(name: str) -> bool:
-    """Tell whether a file, or a folder on the way to it, is one that an operating system leaves."""
+    """Tell whether a file, or a folder on the way to it, was left by an operating system."""
     return any(part in LITTER or part.startswith("._") for part in name.split("/"))
 
 
@@ -30,7 +30,7 @@ def _no_constant(name: str) -> float:
 
 
 def read_untrusted_json(path: Path, *, links: bool = False) -> Any:
-    """JSON from the other party: a plain file of bounded size, no key twice, no NaN, nothing nested beyond reason."""
+    """Read JSON from a plain file of bounded size; UserError for a link, a key twice, NaN or too deep a nesting."""
     if path.is_symlink() and not links:
         raise UserError(f"{path}: it is a link, which is not followed; name or send the file itself")
     if not path.is_file():
@@ -48,9 +48,9 @@ def _parse_strictly(text: bytes) -> Any:
 
 
 def check_tensors(files: Mapping[Path, Shapes]) -> None:
-    """UserError unless some safetensors files have exactly the tensors expected, by name, shape and dtype.
+    """Raise UserError unless safetensors files have exactly the tensors expected, by name, shape and dtype.
 
-    Their headers alone are read, which safetensors holds to be free of overlaps and gaps; no memory is taken.
+    Only headers are read, in which safetensors refuses overlaps and gaps; no memory is taken.
     """
     for file, expected in files.items():
         with _refusing_damage(file), file.open("rb") as content:
@@ -59,49 +59,44 @@ def check_tensors(files: Mapping[Path, Shapes]) -> None:
                 raise ValueError(f"a header of {size:,} bytes")
             _parse_strictly(content.read(size))
         with _refusing_damage(file), safe_open(file, framework="pt") as stream:
-            given = {name: stream.get_slice(name) for name in stream.keys()}  # noqa: SIM118
-            for name in sorted(expected.keys() | given.keys()):
-                there, (shape, dtype) = given.get(name), expected.get(name, ((), torch.float32))
-                if (
-                    name not in expected
-                    or there is None
-                    or tuple(there.get_shape()) != shape
-                    or there.get_dtype() != SAFETENSORS_DTYPES[dtype]
-                ):
-                    raise UserError(
-                        f"{file}: tensor {name[:200]!r} is missing, foreign or of the wrong shape or dtype; "
-                        "fetch it again"
-                    )
+            slices = {name: stream.get_slice(name) for name in stream.keys()}  # noqa: SIM118
+            stored = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+        announced = {name: (shape, SAFETENSORS_DTYPES[dtype]) for name, (shape, dtype) in expected.items()}
+        for name in sorted(announced.keys() | stored.keys()):
+            if stored.get(name) != announced.get(name):
+                raise UserError(
+                    f"{file}: tensor {name[:200]!r} is missing, foreign or of the wrong shape or dtype; fetch it again"
+                )
 
 
 def read_untrusted_tensors(files: Mapping[Path, Shapes]) -> dict[str, torch.Tensor]:
-    """The tensors of some safetensors files: exactly those expected, all numbers finite; UserError names one else."""
+    """Read exactly the expected tensors of safetensors files; UserError for others, or numbers that are not finite."""
     check_tensors(files)
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file, expected in files.items():
         with _refusing_damage(file), safe_open(file, framework="pt") as stream:
             for name in expected:
-                found[name] = stream.get_tensor(name)
-                if not found[name].isfinite().all():
+                tensors[name] = stream.get_tensor(name)
+                if not tensors[name].isfinite().all():
                     raise UserError(f"{file}: tensor {name!r} has numbers that are not finite; it is of no use")
-    return found
+    return tensors
 
 
-def check_hash(file: Path, found: str, stated: str) -> None:
+def check_hash(file: Path, actual: str, stated: str) -> None:
     """Raise UserError where a file's hash is not the one that its manifest states."""
-    if found != stated:
+    if actual != stated:
         raise UserError(f"{file}: the content is not what the manifest says; fetch it again")
 
 
 def stream_untrusted_tensors(
     file: Path, expected: Shapes, sha256: str, moved: Moved
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of a file that `check_tensors` has passed, one at a time, in the order in which they lie.
+    """Yield the tensors of a file that `check_tensors` has passed, one at a time, in the order of their bytes.
 
-    The file is read once, and hashed on the way. UserError at its end, so that nothing may be used before, where it
-    hasn't that SHA-256, or numbers that are not finite.
+    The file is read once and hashed on the way, so nothing may be used before the end: there UserError comes for
+    another SHA-256, or numbers that are not finite.
     """
-    digest, bad = hashlib.sha256(), ""
+    digest, not_finite = hashlib.sha256(), ""
     with _refusing_damage(file), file.open("rb") as stream:
         size = stream.read(8)
         text = stream.read(int.from_bytes(size, "little"))
@@ -116,11 +111,11 @@ def stream_untrusted_tensors(
                 raise ValueError("it is cut off")
             digest.update(content)
             moved(len(content))
-            bad = bad or ("" if tensor.isfinite().all() else name)
+            not_finite = not_finite or ("" if tensor.isfinite().all() else name)
             yield name, tensor
     check_hash(file, digest.hexdigest(), sha256)
-    if bad:
-        raise UserError(f"{file}: tensor {bad!r} has numbers that are not finite; it is of no use")
+    if not_finite:
+        raise UserError(f"{file}: tensor {not_finite!r} has numbers that are not finite; it is of no use")
 
 
 @contextmanager

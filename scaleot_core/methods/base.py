@@ -50,6 +50,8 @@ class ModelOwner:
     checkpoint: Checkpoint
     count: Callable[[PreTrainedModel], None] = lambda model: None
     """Called with every model before it runs, to count its tokens."""
+    within: Mapping[int, Tensor] = field(default_factory=dict)
+    """By layer the feed-forward channels among which those that are kept are chosen; without an entry among all."""
 
     @cached_property
     def config(self) -> PretrainedConfig:

@@ -69,5 +69,5 @@ def layer_by_layer(owner: ModelOwner, plan: Plan, channels: dict[int, Tensor]) -
         with streamed.layer(i) as layer:
             if planned.channels is not None:
                 covariance = inputs(i)[feed_forward_name(owner.config, i)]
-                channels[i] = prune_and_refit(streamed.model, i, planned.channels, covariance)
+                channels[i] = prune_and_refit(streamed.model, i, planned.channels, covariance, owner.within.get(i))
             yield from streamed.layer_tensors(i, layer)

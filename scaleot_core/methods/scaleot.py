@@ -67,5 +67,5 @@ def layer_by_layer(owner: ModelOwner, plan: Plan, channels: dict[int, Tensor]) -
                 compress_layer(streamed.model, i, ranks=planned.ranks, decompose=decompose)
                 if planned.channels is not None:
                     covariance = by_name[feed_forward_name(owner.config, i)]
-                    channels[i] = prune_and_refit(streamed.model, i, planned.channels, covariance)
+                    channels[i] = prune_and_refit(streamed.model, i, planned.channels, covariance, owner.within.get(i))
             yield from streamed.layer_tensors(i, layer)

@@ -22,21 +22,20 @@ from scaleot_core.models.forward import hidden_of, last_hidden_state, swapped_la
 from scaleot_core.models.loading import empty_model, load_model, read_config
 
 LayerHook = Callable[[int, nn.Module], AbstractContextManager[object]]
-"""What is to happen around the pass through a layer: it is given its number and the layer with its weights."""
+"""Called with a layer's index and the layer with its weights; entered before the pass through it, left behind it."""
 LayerLoader = Callable[[], AbstractContextManager[nn.Module]]
 
 
 class Place(NamedTuple):
-    """Where a tensor lies."""
+    """Where a tensor is stored."""
 
     file: Path
-    name: str
-    """In the file."""
+    name: str  # in the file
     shape: tuple[int, ...]
 
 
 class StreamedModel:
-    """A causal language model in safetensors files, read part by part: those of a folder, or those that are named.
+    """A causal language model in safetensors files, `files` or those of a folder, which is read part by part.
 
     Tensors have the model's own names there, or these without the base model's prefix. `model` is on the meta device,
     but for the weights that a block here puts in. UserError for a tensor that is missing, of another shape, or in a
@@ -61,9 +60,9 @@ class StreamedModel:
         tied, inside = set(self.model.all_tied_weights_keys), f"{self.path}."
         self._shapes = {n: tuple(tensor.shape) for n, tensor in self.model.state_dict().items() if n not in tied}
         self.outside = [name for name in self._shapes if not name.startswith(inside)]
-        """Names of the tensors that are in no decoder layer: embeddings, norm, head."""
+        """Names of the tensors outside of decoder layers: embeddings, norm, head."""
         self.places: dict[str, Place] = {}
-        """Where each of the model's tensors lies, by its name in the model."""
+        """Where each tensor is stored, by its name in the model."""
         for file in files or sorted(folder.glob("*.safetensors")):
             self._find(file)
 
@@ -76,7 +75,7 @@ class StreamedModel:
 
     @property
     def is_whole(self) -> bool:
-        """Tell whether all of the model's tensors are there, in its shapes."""
+        """Whether the files have all of the model's tensors in its shapes."""
         return all(name in self.places and self.places[name].shape == shape for name, shape in self._shapes.items())
 
     @contextmanager
@@ -87,7 +86,7 @@ class StreamedModel:
             raise UserError(f"{file}: the model can't be loaded ({one_line(error)}); fetch it again") from error
 
     def read(self, name: str) -> Tensor:
-        """Read one tensor as a copy: what safetensors gives is a window on the file, which would keep it in memory."""
+        """Read one tensor as a copy, since a view would keep the mapped file in memory."""
         place = self.places.get(name)
         with self._sound(place.file if place else self.folder):
             if place is None:
@@ -98,7 +97,7 @@ class StreamedModel:
                 return stream.get_tensor(place.name).to(self.device, self.dtype, copy=True)
 
     def read_stored(self, name: str) -> Tensor | None:
-        """Read one tensor in the dtype that it has on disk; None where there is none of that name in the model."""
+        """Read one tensor in the dtype that it has on disk; None if the model has none of that name."""
         place = self.places.get(name) if name in self._shapes else None
         if place is None:
             return None
@@ -149,7 +148,7 @@ class StreamedModel:
         return layer, prefix, [f"{prefix}{name}" for name in layer.state_dict()]
 
     def load(self) -> PreTrainedModel:
-        """Load the model's weights; of layers that are split only this process's part stays."""
+        """Load the model's weights; of layers that are split over processes only this one's part."""
         self._fill(self.model, "", self.outside)
         self.model.tie_weights()
         for index, layer in enumerate(self._layers):
@@ -159,9 +158,9 @@ class StreamedModel:
 
     @torch.no_grad()
     def run(self, blocks: Tensor, around: LayerHook, batch_blocks: int = 8) -> None:
-        """Run blocks (N, T) through the stack: all, `batch_blocks` at once, through a layer before the next.
+        """Run blocks (N, T) through the stack, `batch_blocks` at once, and all through a layer before the next.
 
-        Memory: embeddings and twice the N · T · D numbers of the hidden states, beside a layer.
+        Memory: a layer, the embeddings, and twice the N · T · D numbers of the hidden states.
         """
         last, in_tuple = len(self._layers) - 1, family(self.model.config).in_tuple
         passing = {
@@ -186,7 +185,7 @@ def load_sharded(folder: Path, *, device: torch.device, dtype: torch.dtype) -> P
 
 
 class StreamedLayer(nn.Module):
-    """In the place of a decoder layer: the layer, there only while hidden states pass through it in parts."""
+    """Stands for a decoder layer, which is in memory only while hidden states pass through it in parts."""
 
     def __init__(
         self,
@@ -205,7 +204,7 @@ class StreamedLayer(nn.Module):
         count = len(hidden_states)
 
         def part(value: Any, at: slice) -> Any:
-            """Cut what has a row, or several as BLOOM's ALiBi has, for each sequence."""
+            """Take some sequences of what has a row for each, or several, as BLOOM's ALiBi."""
             if not isinstance(value, Tensor) or not value.ndim or len(value) % count:
                 return value
             rows = len(value) // count

@@ -5,7 +5,7 @@ the end of its turn. So each answer is learnt behind exactly that rendering. As 
 rendered before, and most do, all answers are learnt in one: the rendering of the whole conversation. A template that
 rewrites earlier turns (Qwen3 leaves their thinking out, Mistral moves tools and system prompt to the last question)
 has in the whole only what the model no longer sees; there each answer that it rewrites is an example of its own, up to
-that answer. Where a template marks what the assistant generates, transformers' own mask says what is learnt.
+that answer. Where a template marks what the assistant generates, no more than that is learnt of an answer.
 """
 
 from collections import Counter
@@ -16,16 +16,15 @@ from transformers import PreTrainedTokenizerBase
 from scaleot_core.common.errors import printable
 from scaleot_core.records.context import Context, Part
 from scaleot_core.records.encoding import Encoded, encode_spans
-from scaleot_core.records.forms import CALLS, Chat, name_of
+from scaleot_core.records.forms import Chat, name_of
 from scaleot_core.records.rendering import (
     Conversation,
     check_nothing_is_lost,
     ignored_fields,
     in_template,
     is_reworded,
-    loses,
 )
-from scaleot_core.records.tally import UNASKED, UNSAID
+from scaleot_core.records.tally import UNASKED
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat, context: Context) -> list[Encoded]:
@@ -35,22 +34,22 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat, context: Context
     Parts that don't fit into the context lose their oldest turns. ValueError where there is nothing to learn, and where
     the template leaves out what was said or can't be taken apart.
     """
-    conversation = in_template(tokenizer, chat)
+    conversation = in_template(tokenizer, chat, context.now)
     learnt = [i for i, is_learnt in enumerate(chat.learnt) if is_learnt]
-    asked = [i for i in learnt if i > 0 or conversation.is_marked]  # no one asks a model to speak first
-    answers = [i for i in asked if not loses(conversation, i, CALLS)]
+    answers = [i for i in learnt if i > 0]  # no one asks a model to speak first
     if not answers:
-        why = "the model's chat template leaves out what it calls" if asked else _why_nothing(chat)
-        raise ValueError(f"there is nothing in it to learn: {why}")
+        raise ValueError(f"there is nothing in it to learn: {_why_nothing(chat)}")
     conversation = conversation.of(conversation.messages[: answers[-1] + 1])
     check_nothing_is_lost(conversation, answers)
+    whole = _parts(conversation, answers)
     parts = [
         context.newest_turns(conversation.messages, part, lambda rest, left: _parts(conversation.of(rest), left)[-1])
-        for part in _parts(conversation, answers)
+        for part in whole
     ]
     tally = context.tally
-    tally.answers_left_out += Counter({UNASKED: len(learnt) - len(asked), UNSAID: len(asked) - len(answers)})
+    tally.answers_left_out += Counter({UNASKED: len(learnt) - len(answers)})
     tally.reworded += sum(is_reworded(conversation, i) for i in answers)
+    tally.endless += any(not _has_end(conversation, *part) for part in whole)
     tally.ignored.update(f"messages: {printable(name)}" for name in ignored_fields(conversation))
     tally.switched_off += chat.switched_off
     return parts
@@ -64,8 +63,6 @@ def _why_nothing(chat: Chat) -> str:
 
 def _parts(conversation: Conversation, answers: list[int]) -> list[Part]:
     """Return as few parts of a conversation as have every answer behind the rendering that the model sees in use."""
-    if conversation.is_marked:
-        return [(answers, _encode_marked(conversation, answers))]
     groups: list[list[int]] = []
     for i in reversed(answers):  # a group's last answer comes first; its rendering has those of the others in it
         asked, answered = conversation.asked(i), conversation.answered(i)
@@ -84,25 +81,45 @@ def _parts(conversation: Conversation, answers: list[int]) -> list[Part]:
     parts = []
     for group in (group[::-1] for group in reversed(groups)):
         spans = [(len(conversation.asked(i)), len(conversation.answered(i))) for i in group]
-        parts.append((group, encode_spans(conversation.tokenizer, conversation.answered(group[-1]), spans)))
+        encoded = encode_spans(conversation.tokenizer, conversation.answered(group[-1]), spans)
+        parts.append((group, _as_marked(conversation, group, encoded) if conversation.is_marked else encoded))
     return parts
 
 
-def _encode_marked(conversation: Conversation, answers: list[int]) -> Encoded:
-    """Encode a conversation by the template's own marks, less the messages that aren't to be learnt."""
-    tokens, mask = conversation.encode()
-    rendered = conversation.answered(len(conversation.messages) - 1)
-    for i, message in enumerate(conversation.messages):
-        if message["role"] == "assistant" and i not in answers:
-            before, answered = conversation.answered(i - 1) if i else "", conversation.answered(i)
-            if not rendered.startswith(answered) or not answered.startswith(before):
-                raise ValueError(
-                    f"{name_of(i + 1, message)} isn't to be learnt, but the model's chat template renders it otherwise "
-                    "once more is said; leave the record out"
-                )
-            for first, last in encode_spans(conversation.tokenizer, rendered, [(len(before), len(answered))]).learnt:
-                mask[first:last] = [0] * (last - first)
-    positions = [list(run) for is_learnt, run in groupby(range(len(mask)), mask.__getitem__) if is_learnt]
-    if not positions:
+def _as_marked(conversation: Conversation, group: list[int], encoded: Encoded) -> Encoded:
+    """Return what of some answers the template marks; ValueError where it marks what no assistant says."""
+    rendered = conversation.answered(group[-1])
+    tokens, mask = conversation.of(conversation.messages[: group[-1] + 1]).encode()
+    ends = [0]  # of what an assistant says; of what is rewritten later no one can tell where it stands
+    others = []
+    for i in range(1, group[-1] + 1):
+        if conversation.messages[i]["role"] == "assistant":
+            asked, answered = conversation.asked(i), conversation.answered(i)
+            if rendered.startswith(asked) and ends[-1] < len(asked):
+                others.append((ends[-1], len(asked)))
+            ends.append(len(answered) if rendered.startswith(answered) else len(rendered))
+        elif i == 1 and conversation.messages[0]["role"] == "assistant":
+            ends.append(len(conversation.answered(0)))
+    answers = {k for first, last in encoded.learnt for k in range(first, last)}
+    between = encode_spans(conversation.tokenizer, rendered, others).learnt
+    if any(mask[k] and k not in answers for first, last in between for k in range(first, last)):
+        raise ValueError("the model's chat template marks as the assistant's what others say")
+    for (first, last), i in zip(encoded.learnt, group, strict=True):
+        start = next((k for k in range(first, last) if mask[k]), first)
+        if str(conversation.tokenizer.decode(tokens[first:start])).strip():
+            raise ValueError(
+                f"{name_of(i + 1, conversation.messages[i])}: the model's chat template doesn't mark the beginning of "
+                "what the model has to say"
+            )
+    marked = sorted(k for k in answers if mask[k])
+    if not marked:
         raise ValueError("there is nothing in it to learn: the model's chat template marks nothing as the assistant's")
-    return Encoded(tokens, [(run[0], run[-1] + 1) for run in positions])
+    runs = [[k for _, k in run] for _, run in groupby(enumerate(marked), lambda pair: pair[1] - pair[0])]
+    return Encoded(tokens, [(run[0], run[-1] + 1) for run in runs])
+
+
+def _has_end(conversation: Conversation, group: list[int], encoded: Encoded) -> bool:
+    """Whether what is learnt of the last answer goes on after its words, with the end of its turn."""
+    content = conversation.messages[group[-1]]["content"].strip()
+    first, last = encoded.learnt[-1]
+    return not content or not str(conversation.tokenizer.decode(encoded.tokens[first:last])).endswith(content)

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from scaleot_core.records.encoding import Encoded
 from scaleot_core.records.forms import Message
@@ -18,6 +19,8 @@ class Context:
 
     length: int
     tally: Tally = field(default_factory=Tally)
+    now: datetime | None = None
+    """The date that a chat template is given; None for today's."""
 
     def excess(self, encoded: Encoded) -> int:
         """Count tokens beyond the context; the last token is only a target."""

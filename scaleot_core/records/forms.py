@@ -7,6 +7,7 @@ ValueErrors here say what is wrong with a record; whoever reads the file adds wh
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -70,6 +71,8 @@ SYNONYMS = {
 def form_of(row: Row) -> str | None:
     """Say which form a row is of, a key of `FORMS`, or None; ValueError where it is of two."""
     forms = [form for form, fields in FORMS.items() if any(row.get(field) is not None for field in fields)]
+    if len(forms) > 1:  # an empty cell of a CSV is its null
+        forms = [form for form in forms if any(row.get(field) not in (None, "") for field in FORMS[form])] or forms
     if "messages" in forms and _repeats_a_message(row):
         forms.remove("completion")
     if len(forms) > 1:
@@ -130,7 +133,7 @@ def text_of(row: Row, field: str) -> str:
 
 def chat_of(row: Row, form: str) -> Chat:
     """Return a row's conversation; of a prompt and a completion the second is learnt. ValueError where it is none."""
-    parts = [row.get(name) for name in (["messages"] if form == "messages" else ["prompt", "completion"])]
+    parts = [_list_of(row.get(name)) for name in (["messages"] if form == "messages" else ["prompt", "completion"])]
     if not all(isinstance(part, list) for part in parts):
         what = "`messages` is a list" if form == "messages" else "`prompt` and `completion` are both lists"
         raise ValueError(f"{what} of objects with `role` and `content`")
@@ -148,17 +151,35 @@ def chat_of(row: Row, form: str) -> Chat:
 
 
 def _objects(row: Row, field: str) -> list[dict[str, Any]] | None:
-    """Return a list of objects, also where it comes as JSON in a text, as in files whose columns have one type."""
+    """Return a list of objects, also where it comes as JSON in a text, as in files whose columns have one type.
+
+    Fields that are null go: files whose rows have one type each have those of all other rows too.
+    """
     value = row.get(field)
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
             raise ValueError(f"`{field}` is a text that isn't JSON; a list of objects is needed") from None
+    value = _without_nulls(value)
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise ValueError(f"`{field}` is a list of objects")
+    return value
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _list_of(value: Any) -> Any:
+    """Return a list that may come as JSON in a text."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(ValueError, RecursionError):
+            return json.loads(value)
     return value
 
 

@@ -9,8 +9,10 @@ import copy
 import inspect
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
+from datetime import datetime
 from difflib import get_close_matches
 from typing import Any
 
@@ -23,6 +25,11 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 OTHER_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "ai": "assistant", "model": "assistant"}
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
 REASONING = ("reasoning_content", "reasoning", "thinking")  # one field: transformers hands each over as the others too
+CLOCK = (  # transformers' own has today's date alone, and no function may be given to a template
+    "{%- macro strftime_now(format) -%}{%- set text = namespace(is=format) -%}{%- for name, value in clock.items() -%}"
+    "{%- set text.is = text.is | replace(name, value) -%}{%- endfor -%}{{- text.is -}}{%- endmacro -%}"
+)
+DOCUMENT = ("title", "text", "content", "contents", "snippet")  # what a document says
 
 
 class LeftOut(ValueError):
@@ -97,15 +104,18 @@ class Conversation:
             raise ValueError(f"the model's chat template refuses it ({one_line(error)})") from None
 
 
-def in_template(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> Conversation:
+def in_template(tokenizer: PreTrainedTokenizerBase, chat: Chat, now: datetime | None = None) -> Conversation:
     """Put a record's conversation in the model's chat template; ValueError where it has none, or not for a role."""
     if tokenizer.chat_template is None:
         raise ValueError("the model has no chat template; use `prompt` and `completion`")
-    reserved = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages"}
+    reserved = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages", "clock"}
     if taken := sorted(reserved & (chat.variables or {}).keys()):
         raise ValueError(f"`chat_template_kwargs`: `{taken[0]}` is no variable of a chat template")
     variables = {**(chat.variables or {}), "tools": chat.tools, "documents": chat.documents}
     conversation = Conversation(tokenizer, chat.messages, variables)
+    if now and "strftime_now" in conversation.source:
+        names = [f"%{flag}{letter}" for flag in ("-", "") for letter in "aAbBcdfGHIjmMpSuUVwWxXyYzZ"]
+        variables |= {"chat_template": CLOCK + conversation.source, "clock": {n: now.strftime(n) for n in names}}
     for number, message in enumerate(chat.messages, start=1):
         role = message["role"]
         if role not in ROLES and not any(f"{quote}{role}{quote}" in conversation.source for quote in "'\""):
@@ -129,7 +139,7 @@ def _plain_arguments(conversation: Conversation) -> list[Message]:
     messages = copy.deepcopy(conversation.messages)
     for function in _functions(messages):
         with suppress(ValueError, RecursionError):
-            arguments = json.loads(function["arguments"])
+            arguments = json.loads(function["arguments"].strip() or "{}")
             function["arguments"] = arguments if isinstance(arguments, dict) else function["arguments"]
     try:
         rendered = conversation.render(conversation.messages)
@@ -151,36 +161,96 @@ def _functions(messages: list[Message]) -> Iterable[dict[str, Any]]:
 
 
 def check_nothing_is_lost(conversation: Conversation, answers: list[int]) -> None:
-    """Raise ValueError where the template leaves out tools, documents, a message before an answer, or its reasoning."""
+    """Raise ValueError where the template leaves out tools, documents, or a field of a message, learnt or not.
+
+    A word that occurs nowhere stands in the place of each word, and has to be in the rendering. The reasoning of
+    earlier turns may go: each answer is learnt behind what the model is given, which has none then.
+    """
     messages, shown = conversation.messages, conversation.answered(answers[-1])
-    read = messages[: answers[-1] + 1]
+    lost = _lost_fields(conversation, answers)
     for field in ("tools", "documents"):
-        if conversation.variables[field] and not conversation.differs(shown, read, changed={field: None}):
-            lost = any(loses(conversation, i, CALLS) for i in range(len(read)))
-            calls = ", and calls of tools too" if field == "tools" and lost else ""
+        if conversation.variables[field] and not conversation.differs(shown, messages, changed={field: None}):
+            calls = ", and calls of tools too" if field == "tools" and any(name in CALLS for _, name in lost) else ""
             raise LeftOut(field, f"{calls}; write them into a system message")
+    probes, documents = Probes(conversation.source, shown), copy.deepcopy(conversation.variables["documents"] or [])
+    for document in documents:
+        document |= {name: probes.word(-1, name) for name in DOCUMENT if isinstance(document.get(name), str)}
+    if documents and (lost_words := probes.lost(conversation.render(messages, changed={"documents": documents}))):
+        raise ValueError(
+            f"the model's chat template leaves `{lost_words[0][1]}` of `documents` out; write it elsewhere"
+        )
+    for j, field in lost:
+        remedy = "; write it into `content` as the model is to say it, or delete it" if field in REASONING else ""
+        raise ValueError(f"{name_of(j + 1, messages[j])}: the model's chat template leaves its `{field}` out{remedy}")
+
+
+class Probes:
+    """Words that occur nowhere, each in the place of a word of a field."""
+
+    def __init__(self, source: str, rendered: str) -> None:
+        self.names = set(re.findall(r"\w+", source))
+        self.prefix = next(word for n in range(1000) if (word := f"zq{n}x") not in (source + rendered).lower())
+        self.owners: list[tuple[int, str]] = []
+        """Of each probe, the message and the field that it stands in."""
+
+    def word(self, j: int, field: str) -> str:
+        """Return a new word for a field."""
+        self.owners.append((j, field))
+        return f"{self.prefix}{len(self.owners) - 1}q"
+
+    def text(self, j: int, field: str, text: str) -> str:
+        """Put a new word in the place of each word but those that the template itself has, such as those of tags."""
+
+        def replaced(match: re.Match[str]) -> str:
+            return match[0] if match[0] in self.names else self.word(j, field)
+
+        changed = re.sub(r"\w+", replaced, text)
+        return self.word(j, field) if changed == text and text.strip() else changed
+
+    def message(self, j: int, message: Message) -> Message:
+        """Return a message with new words in the place of all that it says."""
+        probed = copy.deepcopy(message)
+        for field in ("content", *REASONING):
+            if isinstance(probed.get(field), str):
+                probed[field] = self.text(j, field, probed[field])
+        for field in CALLS:
+            calls = probed.get(field)
+            for call in calls if isinstance(calls, list) else [calls]:
+                function = call.get("function", call) if isinstance(call, dict) else {}
+                if isinstance(function.get("name"), str):
+                    function["name"] = self.word(j, field)
+                if arguments := function.get("arguments"):
+                    words = {self.word(j, field): self.word(j, field)}
+                    function["arguments"] = json.dumps(words) if isinstance(arguments, str) else words
+        return probed
+
+    def lost(self, *rendered: str) -> list[tuple[int, str]]:
+        """Return the owner of each word that no rendering has."""
+        numbers = re.findall(rf"{self.prefix}(\d+)q", " ".join(rendered), re.IGNORECASE)
+        shown = {int(number) for number in numbers}
+        return [owner for number, owner in enumerate(self.owners) if number not in shown]
+
+
+def _lost_fields(conversation: Conversation, answers: list[int]) -> list[tuple[int, str]]:
+    """Return the messages, and their fields, of which the template leaves words out."""
+    messages = conversation.messages
+    probes = Probes(conversation.source, conversation.answered(answers[-1]))
+    probed = [probes.message(j, message) for j, message in enumerate(messages)]
+    lost = []
     for i, after in zip(answers, [-1, *answers], strict=False):
-        for j in range(after + 1, i):
-            content = messages[j]["content"].strip()
-            changed = [*messages[:j], {**messages[j], "content": f"{content}."}, *messages[j + 1 : i]]
-            rendered = conversation.asked(i)
-            if content and content not in rendered and not conversation.differs(rendered, changed, asking=True):
-                raise ValueError(f"{name_of(j + 1, messages[j])}: the model's chat template leaves it out")
-    for i in answers:
-        if loses(conversation, i, REASONING):
-            field = next(name for name in REASONING if name in messages[i])
-            raise ValueError(
-                f"{name_of(i + 1, messages[i])}: the model's chat template leaves its `{field}` out; write it into "
-                "`content` as the model is to say it, or delete it"
-            )
-
-
-def loses(conversation: Conversation, i: int, fields: Sequence[str]) -> bool:
-    """Whether message `i` has some of the fields, and they make no difference where it is rendered as the last."""
-    message = conversation.messages[i]
-    without = {name: value for name, value in message.items() if name not in fields}
-    before = conversation.messages[:i]
-    return without != message and not conversation.differs(conversation.answered(i), [*before, without])
+        new = range(after + 1, i + 1)
+        shown = []
+        for part in ([*new], *([j] for j in new)):  # together, or where the template refuses that, one by one
+            with suppress(ValueError):
+                shown.append(conversation.render([probed[j] if j in part else messages[j] for j in range(i + 1)]))
+            if shown and len(part) == len(new):
+                break
+        missing = Counter(probes.lost(*shown)) if shown else Counter()
+        for (j, field), count in sorted(missing.items()):
+            is_earlier = j != i and messages[j]["role"] == "assistant"  # its thoughts may go by design
+            if j in new and not (is_earlier and (field in REASONING or count < probes.owners.count((j, field)))):
+                lost.append((j, field))
+    return lost
 
 
 def is_reworded(conversation: Conversation, i: int) -> bool:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 # Why an answer isn't learnt.
 CUT = "their turns don't fit into the context"
 TOO_LONG = "they are longer than the context"
-UNSAID = "the model's chat template leaves their calls of tools out"
 UNASKED = "nothing comes before them in their conversation"
 PRIVATE = "a private record is one example, and the chat template rewrites them in the one of its last answer"
 
@@ -35,6 +34,8 @@ class Tally:
     """How many, by reason."""
     reworded: int = 0
     """Answers that the chat template renders otherwise than word for word."""
+    endless: int = 0
+    """Records of which the chat template doesn't have the end of an answer learnt."""
     ignored: Counter[str] = field(default_factory=Counter)
     """In how many records there is a field that isn't read, by its name."""
     switched_off: int = 0
@@ -76,6 +77,11 @@ class Tally:
             yield f"{self.switched_off:,} answers are not learnt: their records switch them off"
         if self.reworded:
             yield f"{self.reworded:,} answers are learnt as the model's chat template renders them, not word for word"
+        if self.endless:
+            yield (
+                f"in {self.endless:,} of {self.records:,} records no end of an answer is learnt, since the model's "
+                "chat template has none or doesn't mark it: the tuned model may not stop"
+            )
         if self.ignored:
             fields = ", ".join(f"`{name}` in {count:,}" for name, count in sorted(self.ignored.items()))
             yield f"fields that are not read, and in how many of {self.records:,} records: {fields}"

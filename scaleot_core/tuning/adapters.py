@@ -123,8 +123,8 @@ def _finite(name: str, weight: Tensor) -> Tensor:
 def fit_to_model(adapter: TunedLora, model: PreTrainedModel, channels: Mapping[int, Tensor]) -> TunedLora:
     """Give LoRA the shapes of the real model's matrices; weights aren't needed.
 
-    `channels` are, by layer, the numbers of the feed-forward channels that the emulator kept: the rows and columns of
-    the others are zeros. UserError where they don't fit.
+    `channels` has, by layer, the indices of the feed-forward channels that the emulator kept; the rows and columns of
+    the others become zeros. UserError where they don't fit.
     """
     names, factors = family(model.config), dict(adapter.factors)
     for i, kept in channels.items():
@@ -149,7 +149,7 @@ def fit_to_model(adapter: TunedLora, model: PreTrainedModel, channels: Mapping[i
 
 
 def _spread(rows: Tensor, at: Tensor, count: int) -> Tensor:
-    """Put rows (f', r) at their places among `count`, the others zeros."""
+    """Put rows (f', r) at their indices among `count` rows, the others zeros."""
     if len(rows) != len(at) or not bool(((at >= 0) & (at < count)).all()) or len(at.unique()) < len(at):
         raise UserError(f"the {len(at)} channels that were kept are not those of LoRA with {len(rows)} of {count}")
     spread = rows.new_zeros(count, rows.shape[1])
@@ -171,11 +171,11 @@ def plug_in(model: PreTrainedModel, plan: Plan, adapter: TunedAdapter) -> None:
 
 
 def _check_layers(model: PreTrainedModel, plan: Plan, adapter: TunedLayers) -> None:
-    """Raise UserError, naming a tensor, unless an adapter has all that the adapter layers have and nothing else."""
+    """Raise UserError, naming a tensor, unless an adapter has exactly the weights of the adapter layers."""
     parameters = layer_parameters(model, plan, "adapter")
     for name in sorted(parameters.keys() | adapter.weights.keys()):
-        here, given = parameters.get(name), adapter.weights.get(name)
-        if here is None or given is None or here.shape != given.shape:
+        parameter, tuned = parameters.get(name), adapter.weights.get(name)
+        if parameter is None or tuned is None or parameter.shape != tuned.shape:
             raise UserError(
                 f"adapter tensor {name!r} is missing, foreign or of another shape; tune the adapter on this package"
             )
@@ -183,9 +183,9 @@ def _check_layers(model: PreTrainedModel, plan: Plan, adapter: TunedLayers) -> N
 
 @contextmanager
 def plugged_in(model: PreTrainedModel, plan: Plan, adapter: TunedAdapter) -> Iterator[None]:
-    """Have an adapter plugged into the real model for the length of a block; then it is what it was.
+    """Plug an adapter into the real model for the length of a block, then restore the model.
 
-    What the changed weights were is in memory meanwhile: of LoRA in every layer nearly the whole model.
+    A copy of the changed weights is kept meanwhile: with LoRA in every layer nearly the whole model.
     """
     parameters = dict(model.named_parameters())
     before = {name: parameters[name].detach().clone() for name in adapter.changes if name in parameters}
@@ -200,7 +200,7 @@ def plugged_in(model: PreTrainedModel, plan: Plan, adapter: TunedAdapter) -> Ite
 
 @contextmanager
 def tuned_emulator(model: PreTrainedModel, plan: Plan, adapter: TunedAdapter) -> Iterator[None]:
-    """Have in the emulator what was tuned in it for the length of a block; then it is what it was."""
+    """Put an adapter into the emulator that it was tuned in for the length of a block, then restore the emulator."""
     if isinstance(adapter, TunedLayers):
         with plugged_in(model, plan, adapter):
             yield

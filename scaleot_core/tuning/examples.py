@@ -1,6 +1,7 @@
 """Make what tuning sees of a task's questions, or of the data owner's own records (method section 5)."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
 from itertools import chain
 from pathlib import Path
 
@@ -88,16 +89,23 @@ def from_task(
 
 
 def from_file(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path, *, block_size: int, packed: bool = True
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    file: Path,
+    *,
+    block_size: int,
+    packed: bool = True,
+    now: datetime | None = None,
 ) -> Examples:
     """Make examples of the records in a file, all of one form: a prompt and completion, a conversation, or a text.
 
     Targets are the completion, or every answer of the assistant, each with its end; of texts, packed into blocks, every
     token. A record that is too long loses its beginning: a conversation its oldest turns. Not `packed`, a record is one
-    example, as privacy needs it: of a conversation that takes several, the last. What isn't learnt is said. UserError
-    names the first record that can't be used (`encode_records`).
+    example, as privacy needs it: of a conversation that takes several, the last. The date in a chat template
+    is that of `now`, or today's. What isn't learnt is said. UserError names the first record that can't be used
+    (`encode_records`).
     """
-    context = Context(context_length(model.config))
+    context = Context(context_length(model.config), now=now)
     records: list[Encoded] = []
     origins: list[int] = []
     is_packed = False

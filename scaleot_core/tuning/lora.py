@@ -1,4 +1,4 @@
-"""LoRA in an emulator: PEFT's matrices beside those that are there, of any form (method section 8)."""
+"""LoRA in an emulator: PEFT's matrices beside those that it has, whatever their form (method section 8)."""
 
 import math
 import warnings
@@ -19,18 +19,18 @@ from scaleot_core.settings import LoraForm
 
 
 class LoraOnFactors(peft_lora.Linear):  # type: ignore[misc]
-    """PEFT's LoRA around a map that is no single matrix: in its dtype, on its device, of its numbers of features."""
+    """PEFT's LoRA layer for modules that aren't one Linear."""
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         return features(module)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        like = next(base_layer.parameters())
-        return like.device, like.dtype
+        parameter = next(base_layer.parameters())
+        return parameter.device, parameter.dtype
 
 
 def lora_layers(plan: Plan, form: LoraForm) -> list[int]:
-    """Give the indices of the decoder layers that LoRA is put into; UserError where there is none."""
+    """List the decoder layers that LoRA is put into; UserError where there is none."""
     layers = layers_of(plan, "adapter") if form.layers == "adapter" else layers_of(plan, *DECODER_KINDS)
     if not layers:
         what = "adapter layer" if form.layers == "adapter" else "decoder layer"
@@ -39,30 +39,30 @@ def lora_layers(plan: Plan, form: LoraForm) -> list[int]:
 
 
 def target_modules(config: PretrainedConfig, form: LoraForm) -> list[str]:
-    """Give the paths from a decoder layer to the matrices that LoRA is put beside."""
+    """Return the paths from a decoder layer to the matrices that LoRA is put beside."""
     return projection_paths(config) + (feed_forward_paths(config) if form.modules == "all" else [])
 
 
 def lora_features(model: PreTrainedModel, plan: Plan, form: LoraForm) -> dict[str, tuple[int, int]]:
-    """Give the numbers of inputs and outputs of every matrix that LoRA is put beside, by its name in the emulator.
+    """Return the numbers of inputs and outputs of every matrix that LoRA is to be put beside, by its name.
 
-    Before it is put in; weights aren't needed. UserError for a rank above that of a matrix.
+    The emulator needs no weights. UserError for a rank above that of a matrix.
     """
-    path, found = family(model.config).layers, {}
+    path, shapes = family(model.config).layers, {}
     for i in lora_layers(plan, form):
         for module in target_modules(model.config, form):
             name = f"{path}.{i}.{module}"
-            found[name] = into, out = features(model.get_submodule(name))
+            shapes[name] = into, out = features(model.get_submodule(name))
             if form.rank > min(into, out):
                 raise UserError(
                     f"LoRA of rank {form.rank}: {name!r} takes {into} numbers and gives {out}; "
                     f"the rank is at most {min(into, out)} there"
                 )
-    return found
+    return shapes
 
 
 def peft_config(config: PretrainedConfig, layers: list[int], form: LoraForm) -> LoraConfig:
-    """Make PEFT's configuration of such LoRA for the real model."""
+    """Make PEFT's configuration of this LoRA on the real model."""
     names = family(config)
     return LoraConfig(
         r=form.rank,
@@ -77,10 +77,10 @@ def peft_config(config: PretrainedConfig, layers: list[int], form: LoraForm) -> 
 
 
 def insert_lora(model: PreTrainedModel, plan: Plan, form: LoraForm, seed: int) -> dict[str, nn.Parameter]:
-    """Put LoRA into an emulator, in place, and give its parameters, frozen, by their names in the model.
+    """Put LoRA into an emulator, in place, and return its parameters, frozen, by their names in the model.
 
-    Nothing changes by it: B is zero. A is drawn as PEFT draws it (Kaiming-uniform), each from the seed and its name.
-    UserError for a rank above that of a matrix, or where no layer is left.
+    B is zero, so the emulator computes what it did. Each A is drawn as PEFT does (Kaiming-uniform), from the seed and
+    its name. UserError for a rank above that of a matrix, or where no layer is left.
     """
     lora_features(model, plan, form)
     config: Any = peft_config(model.config, lora_layers(plan, form), form)
@@ -88,19 +88,19 @@ def insert_lora(model: PreTrainedModel, plan: Plan, form: LoraForm, seed: int) -
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set")  # which serves merging alone
         inject_adapter_in_model(config, model)
-    found = {name: p for name, p in model.named_parameters() if ".lora_" in name}
-    for name, parameter in sorted(found.items()):
+    factors = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+    for name, parameter in sorted(factors.items()):
         if ".lora_A." in name:
             drawn = nn.init.kaiming_uniform_(
                 torch.empty(parameter.shape), a=math.sqrt(5), generator=generator(seed, "lora", name)
             )
             with torch.no_grad():
                 parameter.copy_(drawn)
-    return found
+    return factors
 
 
 def remove_lora(model: PreTrainedModel) -> None:
-    """Take LoRA out of a model, in place: its matrices are again what they were."""
+    """Take LoRA out of a model, in place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, peft_lora.LoraLayer):
             model.set_submodule(name, module.get_base_layer())

@@ -16,17 +16,23 @@ import numpy as np
 from scaleot_core.common.errors import UserError
 from scaleot_core.settings import OffsiteTuning
 
-ACCOUNTANT = "prv"  # Gopi et al. 2021: tighter than Rényi's
+TIGHT_UP_TO = 20.0  # ε; with the little noise of a larger one the tight accountant takes minutes and more
 
 
-def _opacus() -> Any:
+def _accounting() -> tuple[Any, Any]:
+    """Return what makes Opacus's accountant, and what finds the noise by it; UserError where Opacus is missing."""
     try:
-        import opacus.accountants.utils  # noqa: F401
-        import opacus.optimizers
+        from opacus.accountants import create_accountant
+        from opacus.accountants.utils import get_noise_multiplier
     except ImportError:
         raise UserError("differential privacy needs Opacus: pip install '.[privacy]'") from None
-    warnings.filterwarnings("ignore", "Optimal order is the largest alpha")  # of a first, coarser bound
-    return opacus
+    warnings.filterwarnings("ignore", "Optimal order is the (largest|smallest) alpha")  # of a coarser bound
+    return create_accountant, get_noise_multiplier
+
+
+def _accountant(epsilon: float) -> str:
+    """Name the accountant: the tight one of Gopi et al. 2021, or for a large ε Rényi's, which takes seconds."""
+    return "prv" if epsilon <= TIGHT_UP_TO else "rdp"
 
 
 def check(tuning: OffsiteTuning, examples: int) -> None:
@@ -46,13 +52,15 @@ def noise_multiplier(tuning: OffsiteTuning, *, sample_rate: float, steps: int) -
 
 @cache  # the accountant takes seconds
 def _noise_multiplier(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
-    opacus = _opacus()
+    _, get_noise_multiplier = _accounting()
+    target: dict[str, Any] = {
+        "target_epsilon": epsilon,
+        "target_delta": delta,
+        "accountant": _accountant(epsilon),
+        "epsilon_tolerance": max(0.01, epsilon / 1000),
+    }
     try:
-        return float(
-            opacus.accountants.utils.get_noise_multiplier(
-                target_epsilon=epsilon, target_delta=delta, sample_rate=sample_rate, steps=steps, accountant=ACCOUNTANT
-            )
-        )
+        return float(get_noise_multiplier(**target, sample_rate=sample_rate, steps=steps))
     except ValueError as error:
         raise UserError(
             f"no noise keeps to it ({error}); raise it", parameter="offsite_tune.epsilon", value=epsilon
@@ -61,7 +69,8 @@ def _noise_multiplier(epsilon: float, delta: float, sample_rate: float, steps: i
 
 def spent(tuning: OffsiteTuning, *, noise: float, sample_rate: float, steps: int) -> float:
     """Return ε after so many steps, by the accountant."""
-    accountant = _opacus().accountants.create_accountant(mechanism=ACCOUNTANT)
+    create_accountant, _ = _accounting()
+    accountant = create_accountant(mechanism=_accountant(tuning.epsilon))
     accountant.history = [(noise, sample_rate, steps)]
     return float(accountant.get_epsilon(delta=tuning.delta))
 

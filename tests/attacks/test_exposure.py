@@ -54,7 +54,6 @@ def test_kept_channels_count_as_given(name, method, given, params, blocks, tmp_p
     small = {
         "adapter_layers": 2,
         "alpha": 0.0,
-        "gradot.calibration_blocks": 4,
         "rank_compression.calibration_blocks": 4,
     }
     write_json(tmp_path / "scores.json", {"scores": [float(i) for i in range(layers)]})

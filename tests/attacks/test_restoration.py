@@ -71,7 +71,7 @@ def test_attack_trains_every_weight(blocks, budget, tmp_path):
 
 def test_attacker_of_what_was_cut_leaves_the_rest_as_it_was(blocks, budget, tmp_path):
     model, before = emulator_of("llama"), dict(emulator_of("llama").named_parameters())
-    trained = cut_parameters(tiny_model("llama"), model, plan_of(model))
+    trained = cut_parameters(tiny_model("llama"), model, plan_of(tiny_model("llama")))
     checkpoint = Checkpoint(tmp_path / "a", 1e9)
     options = {"seed": 0, "label": "attack", "checkpoint": checkpoint, "parameters": trained}
     curve = restoration.restore(model, blocks, blocks, budget, **options)

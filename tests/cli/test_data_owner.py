@@ -33,7 +33,7 @@ from scaleot_core.params import Params
 from scaleot_core.settings import LoraForm, Machine, OffsiteTuning
 from scaleot_core.tuning import tuner
 
-COMMANDS = ["pack", "inspect", "tune", "audit", "check", "plug"]
+COMMANDS = ["pack", "inspect", "tune", "audit", "check", "plug", "trace"]
 FEW = ("--epochs", 2, "--threads", 1, "--device", "cpu")
 LAYERS = ("--adapters", "layers", *FEW)
 LORA = ("--lora-rank", 3, *FEW)  # of the 16 rows of a key
@@ -153,6 +153,11 @@ def test_every_option_that_is_a_setting_is_among_those_above() -> None:
     others = {"seed", "device", "threads", "quantize"}
     fields = OffsiteTuning.model_fields.keys() | LoraForm.model_fields.keys() | others
     assert {name for name in fields if option_name(name) in options_of_tune()} == SETTINGS.keys()
+
+
+@pytest.mark.parametrize("out", [".", "/", ".."])
+def test_output_that_is_no_new_name_is_one_line(package, records, out):
+    assert "is there already; name another" in refused("tune", package, "--data", records, "--out", out)
 
 
 # --- inspect ---------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from helpers import (
     pruned_emulator,
     refused,
     scaleot,
+    streamed,
     tiny_model,
     write_adapter,
     write_package,
@@ -29,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from scaleot_core.common.files import write_json
 from scaleot_core.common.tensors import read_tensors, write_tensors
 from scaleot_core.compression.emulator import package_tensors
+from scaleot_core.exchange.ledger import exact_weights, model_fingerprint
 from scaleot_core.exchange.manifest import manifest_sha256
 from scaleot_core.exchange.package import Package, save
 from scaleot_core.params import load_params
@@ -90,7 +92,7 @@ def poisoned(tmp_path, adapter):
 
 
 @pytest.fixture
-def project(tmp_path, package):
+def project(tmp_path, package, base):
     """Return what the pipeline leaves of a plan, where α = 0.33 and β = 0.8."""
     values = yaml.safe_load((ROOT / "params.yaml").read_text())
     values |= {"alpha": 0.33, "beta": 0.8, "adapter_layers": 1}
@@ -99,9 +101,54 @@ def project(tmp_path, package):
     shutil.copytree(package, tmp_path / "artifacts" / "emulator")
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
     params = read_entry("compress", file=tmp_path / "dvc.yaml").values(load_params(tmp_path / "params.yaml"))
+    shipped = Package(package)
+    exact = exact_weights(shipped, streamed(base), {}).model_dump()
     private = {"scores": [0.0, 3.0, 2.0, 1.0], "params": params, "channels": {"2": [0, 1]}}
+    private |= {"package": shipped.sha256, "exact": exact}
     write_json(tmp_path / "artifacts" / "emulator.private.json", private)
     return tmp_path
+
+
+def test_pack_counts_what_all_packages_have_together_and_refuses_beyond_a_limit(tmp_path, project, base):
+    """The other package has, beside half of the first layer's rows, all that this one lacks."""
+    alone = gives("pack", "--project", project, "--out", project / "one")["exact"]
+    ledger = project / "ledger.private.json"
+    assert ledger.stat().st_mode & 0o777 == 0o600
+    ledger.unlink()
+    emulator = Package(project / "artifacts" / "emulator")
+    exact = exact_weights(emulator, streamed(base), {})
+    missing = {n: t for n, t in streamed(base).tensors(streamed(base).names) if n not in exact.tensors}
+    lines = {n: {"mask": hex(2 ** (len(t) // 2) - 1), "size": t[0].numel()} for n, t in missing.items()}
+    other = {"model": model_fingerprint(base), "weights": exact.weights, "tensors": lines}
+    write_json(tmp_path / "old.private.json", {"package": "other", "exact": other})
+    command = ("pack", "--project", project, "--out", project / "two", "--beside", tmp_path / "old.private.json")
+    assert f"{(1 + alone) / 2:.1%} of the model's weights" in refused(*command)
+    assert not (project / "two").exists()
+    assert gives(*command, "--max-union", 1)["exact, all packages"] == pytest.approx((1 + alone) / 2)
+    write_json(tmp_path / "old.private.json", {"package": "other", "exact": other | {"model": "another"}})
+    assert "of another model" in refused(*command[:4], project / "three", *command[5:])
+    write_json(tmp_path / "old.private.json", {"package": "other"})
+    assert "doesn't say what a package has" in refused(*command[:4], project / "three", *command[5:])
+
+
+def test_leak_is_traced_to_its_recipient_and_a_marked_package_plugs(tmp_path, project, base, package):
+    for name in ("ann", "ben"):
+        gives("pack", "--project", project, "--out", project / name, "--recipient", name)
+    private = [part for name in ("ann", "ben") for part in ("--private", project / f"{name}.private.json")]
+    for leak, names in ((project / "ben", ["ben"]), (package, [])):
+        traced = gives("trace", leak, *private, "--project", project)
+        assert traced["recipients"] == names and max(traced["scores"], key=traced["scores"].get) in (
+            *names,
+            "ann",
+            "ben",
+        )
+    assert "it can't be told" in scaleot("trace", package, *private, "--project", project).out
+    adapter = tuned_on(tmp_path / "adapter", project / "ann", LORA)
+    gives("plug", base, adapter, "--package", project / "ann", "--out", tmp_path / "plugged")
+    gives("pack", "--project", project, "--out", project / "bare")
+    bare = ("--private", project / "bare.private.json")
+    assert "has no mark" in refused("trace", package, *bare, "--project", project)
+    assert "no safetensors" in refused("trace", project, *private, "--project", project)
 
 
 @pytest.mark.parametrize("name", ["shipped", "shipped.zip"])

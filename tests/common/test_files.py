@@ -111,11 +111,22 @@ def test_whole_folder_that_cannot_be_renamed_leaves_what_was_there(
     assert refused and snapshot(tmp_path) == before
 
 
-def test_what_appears_can_be_read_by_others(tmp_path: Path) -> None:
-    with atomic_folder(tmp_path / "folder") as out:
-        write_json(out / "file", 1)
-    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o755
-    assert (tmp_path / "folder" / "file").stat().st_mode & 0o777 == 0o644
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002], ids=oct)
+def test_permissions_are_those_that_the_umask_leaves(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with atomic_folder(tmp_path / "folder") as out:
+            write_json(out / "file", 1)
+            write_tensors(out / "tensors", {"a": torch.ones(1)})  # which safetensors would keep to their owner
+            (out / "inside").mkdir(mode=0o700)
+        with atomic_file(tmp_path / "single") as file:
+            file.write_text("x")
+        write_json(tmp_path / "private", {}, private=True)
+    finally:
+        os.umask(before)
+    modes = {str(path.relative_to(tmp_path)): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    public_files = dict.fromkeys(("single", "folder/file", "folder/tensors"), 0o666 & ~umask)
+    assert modes == {"private": 0o600, **public_files, **dict.fromkeys(("folder", "folder/inside"), 0o777 & ~umask)}
 
 
 @pytest.mark.parametrize("write", [write_json, write_tensors])
@@ -346,3 +357,16 @@ def test_folder_bytes_counts_one_kind_of_file(tmp_path: Path) -> None:
     for name, size in (("a.bin", 3), ("b.bin", 4), ("c.txt", 100)):
         (folder / name).write_bytes(b"x" * size)
     assert files.folder_bytes(folder, ".bin") == 7
+
+
+def test_leftovers_of_a_killed_run_go_and_those_of_a_live_one_stay(tmp_path: Path) -> None:
+    killed, others = tmp_path / ".out.new-12345678", tmp_path / ".out.progress"
+    for folder in (killed, others):
+        folder.mkdir()
+    with atomic_folder(tmp_path / "out") as live:
+        (live / "a").write_text("live")
+        with atomic_folder(tmp_path / "out"):
+            pass
+        assert live.is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.progress", "out"]
+    assert (tmp_path / "out" / "a").read_text() == "live"

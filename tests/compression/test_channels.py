@@ -1,7 +1,10 @@
+from itertools import pairwise
+
 import pytest
 import torch
+from helpers import refusal, tiny_model
 
-from scaleot_core.compression.channels import pruned_share, select_channels
+from scaleot_core.compression.channels import prune_and_refit, pruned_share, select_channels
 from scaleot_core.settings import Channels
 
 
@@ -29,3 +32,27 @@ def test_channels_that_are_left_make_up_for_the_others():
     everything, same = select_channels(weight, hidden.T @ hidden / len(hidden), 24)
     assert everything.tolist() == list(range(24))
     torch.testing.assert_close(same, weight, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def drawn():
+    """A down-projection and a covariance of its 24 channels."""
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(500, 24, generator=draw) * torch.rand(24, generator=draw)
+    return torch.randn(10, 24, generator=draw), hidden.T @ hidden / 500
+
+
+def test_channels_of_a_larger_ratio_are_among_those_of_a_smaller_one(drawn):
+    """So the packages of one preset line have no more together than the largest."""
+    sets = [set(select_channels(*drawn, count)[0].tolist()) for count in range(1, 25)]
+    assert all(small < large for small, large in pairwise(sets))
+
+
+def test_channels_are_chosen_from_those_that_may_be(drawn):
+    weight, covariance = drawn
+    among = torch.tensor([0, 3, 4, 9, 17, 22])
+    kept, refitted = select_channels(weight, covariance, 4, among)
+    carried = covariance.diagonal() * weight.square().sum(0)
+    assert kept.tolist() == sorted(among[carried[among].topk(4).indices].tolist()) and refitted.shape == (10, 4)
+    said = refusal(prune_and_refit, tiny_model("llama"), 2, 7, torch.eye(64), among)
+    assert said.startswith("channels.within: layer 2 would keep 7 channels, of which 6 have left")

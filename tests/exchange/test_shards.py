@@ -2,20 +2,22 @@
 
 import os
 import shutil
-import struct
 import subprocess
 import sys
-import zipfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from damages import flip
 from helpers import (
     CPU,
     LORA,
     change_manifest,
-    form,
     list_again,
+    plan_of,
+    plan_of_kinds,
     refused,
     scaleot,
     snapshot,
@@ -28,11 +30,12 @@ from transformers import PreTrainedTokenizerFast
 from scaleot_core.common import progress
 from scaleot_core.common.files import read_json
 from scaleot_core.common.tensors import read_tensors, write_tensors
-from scaleot_core.compression.plan import Plan
-from scaleot_core.exchange import archive, shards
+from scaleot_core.exchange import shards
+from scaleot_core.exchange.archive import archive, unpacked
 from scaleot_core.exchange.package import Package
 from scaleot_core.exchange.shards import part_files
 
+Tensors = dict[str, torch.Tensor]
 LIMIT = 20_000  # bytes of a shard, where each layer of the tiny model has 40,000
 
 
@@ -95,7 +98,7 @@ def tuned(sound: Path, out: Path, name: str, *options: object) -> Path:
 def test_tuning_and_plugging_in_give_the_same_bytes(
     tmp_path: Path, sound: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    made = {}
+    written = {}
     for name in ("package", "one"):
         if name == "one":
             monkeypatch.undo()
@@ -103,50 +106,40 @@ def test_tuning_and_plugging_in_give_the_same_bytes(
         plugged = tmp_path / f"{name}-plugged"
         assert scaleot("plug", sound / "model", adapter, "--package", sound / name, "--out", plugged).code == 0
         weights = {file.name: file.read_bytes() for file in adapter.glob("*.safetensors")}
-        made[name] = weights, snapshot(plugged)
-    assert made["package"] == made["one"]
+        written[name] = weights, snapshot(plugged)
+    assert written["package"] == written["one"]
     assert names(tmp_path / "one-plugged") == names(sound / "model") and len(names(sound / "model")) > 2
 
 
-@pytest.mark.parametrize("name", ["packed", "packed.zip"])
-def test_shards_are_packed_and_inspected(tmp_path: Path, sound: Path, name: str) -> None:
-    package = sound / "package"
-    if name.endswith(".zip"):
-        archive.archive(package, tmp_path / name)
-    else:
-        shutil.copytree(package, tmp_path / name)
-    assert scaleot("inspect", tmp_path / name).code == 0
-    assert os.listdir(tmp_path) == [name]  # what was unpacked is gone
+def test_archive_of_shards_is_the_package(tmp_path: Path, sound: Path) -> None:
+    archive(sound / "package", tmp_path / "packed.zip")
+    with unpacked(tmp_path / "packed.zip") as folder:
+        assert snapshot(folder) == snapshot(sound / "package")
+        Package(folder).check()
 
 
 # --- what is refused -------------------------------------------------------------------------------------
 
 
-def relist(folder: Path, old: str, new: str | None) -> None:
+Damage = Callable[[Path], object]
+
+
+def relist(folder: Path, old: str, new: str | None = None) -> None:
     """Have the manifest list a file by another name, or not at all."""
     files = read_json(folder / "manifest.json")["files"]
     entry = files.pop(old)
     change_manifest(folder, files=files | ({new: entry} if new else {}))
 
 
-def rename(old: str, new: str):
+def renamed(new: str) -> Damage:
     def damage(folder: Path) -> None:
-        (folder / old).rename(folder / new)
-        relist(folder, old, new)
+        (folder / SHARD).rename(folder / new)
+        relist(folder, SHARD, new)
 
     return damage
 
 
-def gone(folder: Path) -> None:
-    (folder / SHARD).unlink()
-
-
-def gone_and_not_listed(folder: Path) -> None:
-    gone(folder)
-    relist(folder, SHARD, None)
-
-
-def extra(name: str):
+def extra(name: str) -> Damage:
     def damage(folder: Path) -> None:
         shutil.copy(folder / SHARD, folder / name)
         list_again(folder, name)
@@ -154,72 +147,60 @@ def extra(name: str):
     return damage
 
 
-def swapped(folder: Path) -> None:
-    """Two shards in each other's places."""
-    first, second = (folder / SHARD).read_bytes(), (folder / OTHER).read_bytes()
-    (folder / SHARD).write_bytes(second)
-    (folder / OTHER).write_bytes(first)
-    list_again(folder, SHARD, OTHER)
+def gone_and_not_listed(folder: Path) -> None:
+    (folder / SHARD).unlink()
+    relist(folder, SHARD)
 
 
-def moved(folder: Path) -> None:
-    """One tensor in the wrong shard."""
-    first, second = read_tensors(folder / SHARD), read_tensors(folder / OTHER)
-    first, second = ({name: tensor.clone() for name, tensor in those.items()} for those in (first, second))
+def divided(change: Callable[[Tensors, Tensors], tuple[Tensors, Tensors]]) -> Damage:
+    """Other tensors in two shards."""
+
+    def damage(folder: Path) -> None:
+        shards = [{name: t.clone() for name, t in read_tensors(folder / file).items()} for file in (SHARD, OTHER)]
+        for file, tensors in zip((SHARD, OTHER), change(*shards), strict=True):
+            write_tensors(folder / file, tensors)
+        list_again(folder, SHARD, OTHER)
+
+    return damage
+
+
+def moved(first: Tensors, second: Tensors, *, copied: bool = False) -> tuple[Tensors, Tensors]:
+    """Move a tensor of the first shard into the second."""
     name = max(first)
-    second[name] = first.pop(name)
-    write_tensors(folder / SHARD, first)
-    write_tensors(folder / OTHER, second)
-    list_again(folder, SHARD, OTHER)
-
-
-def twice(folder: Path) -> None:
-    """One tensor in two shards."""
-    first = read_tensors(folder / SHARD)
-    name = max(first)
-    write_tensors(folder / OTHER, {**read_tensors(folder / OTHER), name: first[name].clone()})
-    list_again(folder, OTHER)
+    return {key: t for key, t in first.items() if copied or key != name}, {**second, name: first[name]}
 
 
 def one_file(folder: Path) -> None:
     """A part in one file that should lie in shards."""
-    whole = {}
+    tensors: Tensors = {}
     for file in list(folder.glob("compressed-*")):
-        whole |= {name: tensor.clone() for name, tensor in read_tensors(file).items()}
+        tensors |= {name: tensor.clone() for name, tensor in read_tensors(file).items()}
         file.unlink()
-        relist(folder, file.name, None)
-    write_tensors(folder / "compressed.safetensors", whole)
+        relist(folder, file.name)
+    write_tensors(folder / "compressed.safetensors", tensors)
     list_again(folder, "compressed.safetensors")
 
 
-def flipped(folder: Path) -> None:
-    content = bytearray((folder / SHARD).read_bytes())
-    content[-1] ^= 1
-    (folder / SHARD).write_bytes(content)
-
-
 SHARD, OTHER = (f"compressed-0000{i}-of-00004.safetensors" for i in (1, 2))
-CASES = {
-    "missing": (gone, "is missing"),
+NO_PLACE, NO_FILE, FOREIGN = "has no place among", "is no file of this format", "is missing, foreign or of the wrong"
+CASES: dict[str, tuple[Damage, str]] = {
+    "missing": (lambda folder: (folder / SHARD).unlink(), "is missing"),
     "missing and not listed": (gone_and_not_listed, "is missing"),
-    "one too many": (extra("compressed-00005-of-00004.safetensors"), "has no place among"),
-    "one of another count": (extra("compressed-00001-of-00002.safetensors"), "has no place among"),
-    "one of a part that has one file": (extra("harmonizer-00001-of-00001.safetensors"), "has no place among"),
-    "number zero": (extra("compressed-00000-of-00004.safetensors"), "has no place among"),
-    "absurd number": (rename(SHARD, "compressed-99999-of-99999.safetensors"), "is missing"),
-    "very long number": (rename(SHARD, f"compressed-{'9' * 90}-of-00004.safetensors"), "is no file of this format"),
-    "negative number": (rename(SHARD, "compressed--0001-of-00004.safetensors"), "is no file of this format"),
-    "number in other digits": (
-        rename(SHARD, "compressed-\u0660\u0660\u0660\u0660\u0661-of-00004.safetensors"),
-        "is no file",
-    ),
-    "part that is none": (rename(SHARD, "secret-00001-of-00004.safetensors"), "is no file of this format"),
-    "an index, as transformers has it": (extra("model.safetensors.index.json"), "is no file of this format"),
-    "swapped": (swapped, "is missing, foreign or of the wrong shape"),
-    "tensor in the wrong shard": (moved, "is missing, foreign or of the wrong shape"),
-    "tensor in two shards": (twice, "is missing, foreign or of the wrong shape"),
+    "one too many": (extra("compressed-00005-of-00004.safetensors"), NO_PLACE),
+    "one of another count": (extra("compressed-00001-of-00002.safetensors"), NO_PLACE),
+    "one of a part that has one file": (extra("harmonizer-00001-of-00001.safetensors"), NO_PLACE),
+    "number zero": (extra("compressed-00000-of-00004.safetensors"), NO_PLACE),
+    "absurd number": (renamed("compressed-99999-of-99999.safetensors"), "is missing"),
+    "very long number": (renamed(f"compressed-{'9' * 90}-of-00004.safetensors"), NO_FILE),
+    "negative number": (renamed("compressed--0001-of-00004.safetensors"), NO_FILE),
+    "number in other digits": (renamed(f"compressed-{chr(0x660) * 5}-of-00004.safetensors"), NO_FILE),
+    "part that is none": (renamed("secret-00001-of-00004.safetensors"), NO_FILE),
+    "an index, as transformers has it": (extra("model.safetensors.index.json"), NO_FILE),
+    "swapped": (divided(lambda first, second: (second, first)), FOREIGN),
+    "tensor in the wrong shard": (divided(moved), FOREIGN),
+    "tensor in two shards": (divided(partial(moved, copied=True)), FOREIGN),
     "one file instead": (one_file, "is missing"),
-    "another content": (flipped, "the content is not what the manifest says"),
+    "another content": (flip(SHARD, 0.999), "the content is not what the manifest says"),
 }
 
 
@@ -228,21 +209,21 @@ def test_wrong_shards_are_refused(tmp_path: Path, sound: Path, case: str) -> Non
     folder = tmp_path / "package"
     shutil.copytree(sound / "package", folder)
     assert {SHARD, OTHER, "compressed-00004-of-00004.safetensors"} <= set(names(folder))
-    damage, said = CASES[case]
+    damage, reason = CASES[case]
     damage(folder)
     before = snapshot(tmp_path)
     tune = ("tune", folder, "--data", sound / "records.jsonl", "--out", tmp_path / "out", "--threads", 1)
     for command in (("inspect", folder), tune):
         line = refused(*command)
-        assert said in line and line.isprintable() and len(line) < 400, line
+        assert reason in line and line.isprintable() and len(line) < 400, line
     assert snapshot(tmp_path) == before
 
 
 def test_content_is_told_before_numbers_that_it_made_infinite(tmp_path: Path, sound: Path) -> None:
     folder = tmp_path / "package"
     shutil.copytree(sound / "package", folder)
-    tensors = {name: torch.full_like(tensor, torch.inf) for name, tensor in read_tensors(folder / SHARD).items()}
-    write_tensors(folder / SHARD, tensors)
+    infinite = {name: torch.full_like(tensor, torch.inf) for name, tensor in read_tensors(folder / SHARD).items()}
+    write_tensors(folder / SHARD, infinite)
     assert "the content is not" in refused("inspect", folder)
     list_again(folder, SHARD)
     assert "not finite" in refused("inspect", folder)
@@ -253,31 +234,9 @@ def test_plug_finds_a_damaged_shard_of_what_the_real_model_is_compared_with(tmp_
     package = Package(tmp_path / "package")
     adapter = write_adapter(tmp_path / "adapter", package.load(CPU), None, package)
     (shard, *_) = (tmp_path / "package").glob("base-00001-*")
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(content)
-    said = refused("plug", sound / "model", adapter, "--package", package.folder, "--out", tmp_path / "out")
-    assert shard.name in said and "the content is not" in said and not (tmp_path / "out").exists()
-
-
-def test_directory_of_a_large_archive_that_lies_is_not_read(tmp_path: Path, sound: Path) -> None:
-    """Its 64-bit end is what Python reads, so that is checked too."""
-    file = tmp_path / "given.zip"
-    archive.archive(sound / "package", file)
-    content = file.read_bytes()
-    end, at = content[-22:], len(content) - 22
-    record = struct.pack("<4sQHHIIQQQQ", b"PK\x06\x06", 44, 45, 45, 0, 0, 3, 3, 2**31, 0)
-    for where, said in ((at, "bytes, are too many"), (at + 1, "two ends")):
-        locator = struct.pack("<4sIQI", b"PK\x06\x07", 0, where, 1)
-        file.write_bytes(content[:-22] + record + locator + end)
-        assert zipfile.is_zipfile(file) and said in refused("inspect", file)
-
-
-def test_archive_larger_than_the_disk_is_told(tmp_path: Path, sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    archive.archive(sound / "package", tmp_path / "given.zip")
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(archive.shutil, "disk_usage", lambda place: usage._replace(free=1000))
-    assert "has room for 1,000" in refused("inspect", tmp_path / "given.zip")
+    flip(shard.name, 0.999)(package.folder)
+    line = refused("plug", sound / "model", adapter, "--package", package.folder, "--out", tmp_path / "out")
+    assert shard.name in line and "the content is not" in line and not (tmp_path / "out").exists()
 
 
 def test_large_packages_have_a_progress_bar_and_small_ones_none(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,6 +254,8 @@ def test_large_packages_have_a_progress_bar_and_small_ones_none(sound: Path, mon
 PEAK = """
 import gc
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 import torch
 from scaleot_core import cli
@@ -331,7 +292,7 @@ def test_memory_of_plugging_in_does_not_grow_with_the_layers(
         model = tiny_model("llama", num_hidden_layers=depth, **wide)
         model.save_pretrained(folder / "model", max_shard_size="50MB")
         tokenizer.save_pretrained(folder / "model")
-        plan = Plan(("compressed", *["adapter"] * (depth - 1)), 0.8, form(8))
+        plan = plan_of(model, plan_of_kinds(("compressed", *["adapter"] * (depth - 1))))
         package = Package(write_package(folder / "package", model, tokenizer, plan))
         write_adapter(folder / "adapter", package.load(CPU), LORA, package)
     folders = [str(tmp_path / str(depth)) for depth in depths]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import yaml
-from helpers import CONFIGS, ROOT, SHAPES, form, projections, refusal, tiny_model
+from helpers import CONFIGS, ROOT, SHAPES, projections, refusal, tiny_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -31,8 +31,10 @@ from transformers.pytorch_utils import Conv1D
 
 from scaleot_core.common.errors import UserError
 from scaleot_core.compression.emulator import apply_plan, layer_parameters
+from scaleot_core.compression.layer_choice import plan_for
 from scaleot_core.compression.low_rank import split_projection
-from scaleot_core.compression.plan import Plan, choose_layers
+from scaleot_core.compression.plan import layers_of
+from scaleot_core.compression.shapes import layer_shapes
 from scaleot_core.compression.svd import empty_factors
 from scaleot_core.models.families import FAMILIES, attention, decoder_layers, family, fusion
 from scaleot_core.models.forward import StandIn
@@ -184,21 +186,19 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
-def test_published_model_has_its_layers_and_a_smaller_emulator_that_lora_fits(name):
+def test_published_model_has_its_layers_and_a_smaller_emulator_that_lora_fits(name, params):
     config, count, parameters = PUBLISHED[name]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         assert model.num_parameters() == parameters and len(decoder_layers(model)) == count
-        scores = [float(i) for i in range(count)]
-        kinds = choose_layers(scores, adapter_layers=4, alpha=0.25, placement="importance")
-        plan = Plan(kinds, 0.8, form(64))
+        plan = plan_for(changed(params, {"adapter_layers": 4}), range(count), layer_shapes(model))
         apply_plan(model, plan, empty_factors)
         assert 0.3 < model.num_parameters() / parameters < 0.95
-        there = [i for i, kind in enumerate(kinds) if kind != "harmonizer"]
-        numbers = [attention(config, decoder_layers(model)[i]).layer_idx for i in there]
-        assert len(set(numbers)) == len(there) and 0 in numbers
+        kept = layers_of(plan, "adapter", "compressed")
+        numbers = [attention(config, decoder_layers(model)[i]).layer_idx for i in kept]
+        assert len(set(numbers)) == len(kept) and 0 in numbers
         matrices = len(family(config).projections) + len(family(config).feed_forward_in) + 1
-        assert len(lora_features(model, plan, LoraForm())) == len(there) * matrices
+        assert len(lora_features(model, plan, LoraForm())) == len(kept) * matrices
 
 
 @pytest.mark.parametrize("kind", [MixtralConfig, Qwen3MoeConfig, DeepseekV3Config])
@@ -209,21 +209,17 @@ def test_mixture_of_experts_is_refused_as_such(kind):
 @pytest.mark.parametrize("name", sorted(PAPER))
 def test_papers_model_has_its_layers_and_an_emulator_of_the_size_that_alpha_and_beta_say(name, params):
     config, count, parameters = PAPER[name]
-    row = changed(
-        params, {key: value for key, value in yaml.safe_load((ROOT / "presets.yaml").read_text())[name].items()}
-    )
+    row = changed(params, yaml.safe_load((ROOT / "presets.yaml").read_text())[name])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         assert model.num_parameters() == parameters and len(decoder_layers(model)) == count
-        scores = [float(i) for i in range(count)]
-        kinds = choose_layers(scores, adapter_layers=row.adapter_layers, alpha=0.25, placement="importance")
-        plan = Plan(kinds, 0.8, row.harmonizer)
+        plan = plan_for(row, range(count), layer_shapes(model))
         layer, size = decoder_layers(model)[0].parameters(), config.hidden_size
         whole = sum(p.numel() for p in layer)
         apply_plan(model, plan, empty_factors)
     adapters = sum(p.numel() for p in layer_parameters(model, plan, "adapter").values())
     assert adapters == 4 * whole and 0.07 < adapters / parameters < 0.16  # about a tenth, more of a shorter stack
-    harmonizers, compressed = (len(plan.layers(kind)) for kind in ("harmonizer", "compressed"))
+    harmonizers, compressed = (len(layers_of(plan, kind)) for kind in ("harmonizer", "compressed"))
     assert harmonizers == math.floor(0.25 * (count - 4) + 0.5)
     rank = row.harmonizer.rank
     harmonizer = 2 * size * rank + rank + size

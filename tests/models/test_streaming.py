@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from damages import DAMAGES
-from helpers import CPU, each_family, each_head, form, refusal, streamed, tiny_model
+from helpers import CPU, each_family, each_head, refusal, streamed, tiny_model
 
 from scaleot_core.common.files import write_json
 from scaleot_core.common.tensors import read_tensors, write_tensors
@@ -128,9 +128,7 @@ def test_memory_does_not_grow_with_the_layers(tmp_path, tokenizer, params):
         stored(folder, num_hidden_layers=depth, **wide)
         tokenizer.save_pretrained(folder)
         (folder / "params.yaml").write_text(yaml.safe_dump(values.model_dump()))
-        harmonizers = new_harmonizers(
-            tiny_model("llama", num_hidden_layers=depth, hidden_size=512).config, form(8), seed=0
-        )
+        harmonizers = new_harmonizers(tiny_model("llama", num_hidden_layers=depth, hidden_size=512).config, 8, seed=0)
         write_tensors(folder / "harmonizers.safetensors", harmonizers.state_dict())
         write_json(folder / "scores.json", {"scores": [float(i) for i in range(depth)]})
     folders = [str(tmp_path / str(depth)) for depth in depths]

@@ -32,7 +32,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
     folder = tmp_path_factory.mktemp("parallel")
     write_project(folder, tokenizer)
     change(folder, dlr={"batch_blocks": 3}, offsite_tune={"epochs": 2, "batch_size": 7})
-    succeed(folder, "prepare_data", "layer_importance", "train_harmonizers", "compress")
+    succeed(folder, "sources", "prepare_data", "layer_importance", "train_harmonizers", "compress")
     succeed(folder, "offsite_tune", "full_finetune")
     return folder
 

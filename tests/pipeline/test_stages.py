@@ -36,9 +36,10 @@ from transformers import PreTrainedTokenizerFast
 
 from scaleot_core import results
 from scaleot_core.artifacts import Artifacts
-from scaleot_core.common.files import read_csv
+from scaleot_core.common.files import read_csv, read_json, write_json
 from scaleot_core.common.tensors import read_tensors
 from scaleot_core.compression.plan import LayerKind
+from scaleot_core.exchange.ledger import read_exact
 from scaleot_core.exchange.package import Package
 from scaleot_core.params import load_params
 from scaleot_core.reporting import figures
@@ -77,7 +78,7 @@ def given(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
 def made(given: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same after prepare_data to offsite_tune, none of them stopped. Not to be changed."""
     folder = Path(shutil.copytree(given, tmp_path_factory.mktemp("made") / "project"))
-    succeed(folder, "prepare_data", *OUTPUTS)
+    succeed(folder, "sources", "prepare_data", *OUTPUTS)
     return folder
 
 
@@ -250,7 +251,11 @@ INPUTS: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
     "no weights": ("tiny-model/model.safetensors", Path.unlink, ["params.yaml: model = 'tiny-model'", "no weights"]),
     "damaged weights": ("tiny-model/model.safetensors", cut, ["params.yaml: model = 'tiny-model'", "can't be loaded"]),
     "empty corpus": ("tiny-data/corpus.jsonl", lambda file: file.write_text(""), ["data.corpus", "no text"]),
-    "no answer": ("tiny-data/piqa/train.jsonl", without_label, ["train.jsonl, line 3: the field `label` is missing"]),
+    "no answer": (
+        "tiny-data/piqa/train.jsonl",
+        without_label,
+        ["train.jsonl, line 3: its answer is none of its choices"],
+    ),
 }
 
 
@@ -259,12 +264,12 @@ def test_input_that_cannot_be_used_is_told_by_its_name(fresh: Path, name: str) -
     file, spoil, parts = INPUTS[name]
     spoil(fresh / file)
     refused(fresh, "prepare_data", *parts)
-    assert not files(fresh / "artifacts/tasks")
+    assert "corpus" in file or not files(fresh / "artifacts/tasks")
 
 
 def test_private_question_without_its_answer(owners: Path) -> None:
     without_label(owners / "artifacts/tasks/piqa/train.jsonl")
-    refused(owners, "offsite_tune", "task piqa, training row 3: the field `label` is missing")
+    refused(owners, "offsite_tune", "task piqa, training row 3: its answer is none of its choices")
 
 
 DAMAGED = {
@@ -312,6 +317,26 @@ def test_alpha_that_leaves_no_layer_to_compress_is_told(project: Path) -> None:
     assert not (project / "artifacts/emulator/compressed.safetensors").exists()
 
 
+def test_package_from_within_what_has_left_adds_nothing(project: Path) -> None:
+    """The second one is calibrated on other text, so that of all channels it would take others."""
+    private, old = project / "artifacts" / "emulator.private.json", project / "old.private.json"
+    change(project, method="channels", channels={"ratio": 0.25}, rank_compression={"calibration_blocks": 24})
+    succeed(project, "compress")
+    first = private.rename(old)
+    change(project, channels={"ratio": 0.3}, rank_compression={"calibration_blocks": 1})
+    sets = {}
+    for within in ("", str(old)):
+        change(project, channels={"within": within})
+        succeed(project, "compress")
+        exact = [record for file in (first, private) for record in read_exact(file).values()]
+        sets[within] = (exact[0] | exact[1]).share - exact[0].share
+    assert sets[""] > 0 and sets[str(old)] == 0
+    data = read_json(old)
+    write_json(old, data | {"exact": data["exact"] | {"model": "another"}})
+    ended = run(project, "compress")
+    assert ended.code == 1 and "channels.within" in ended.said[-1] and "no package of this model" in ended.said[-1]
+
+
 def one_model_at_a_time(patch: pytest.MonkeyPatch) -> None:
     """Let stage evaluate load the real model only when the emulator, or the plug-in before, is gone from memory."""
     loaded: list[weakref.ref[torch.nn.Module]] = []
@@ -323,7 +348,7 @@ def one_model_at_a_time(patch: pytest.MonkeyPatch) -> None:
         return model
 
     def whole(*args: Any, **options: Any) -> Any:
-        assert {reference() for reference in loaded} == {None}
+        assert {reference() for reference in loaded} <= {None}
         model = load_model(*args, **options)
         loaded.append(weakref.ref(model))
         return model
@@ -379,6 +404,7 @@ def test_attack_tells_recovery_weights_and_membership(project: Path) -> None:
     (project / "studies").mkdir()
     shutil.copy(ROOT / "studies/dvc.yaml", project / "studies")
     change(project, attack={"steps": 8, "eval_points": 2, "eval_questions": 12, "membership_records": 20})
+    succeed(project, "sources")
     before = files(project / "artifacts")
     assert any("the model" in line for line in succeed(project, "attack"))
     attack = json.loads((project / "attack.json").read_text())

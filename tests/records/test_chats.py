@@ -2,7 +2,7 @@
 
 import pytest
 from helpers import TEST_DATA, refusal
-from private_records import learnt, read, tokens_of, turns
+from private_records import HI, learnt, read, tokens_of, turns
 from tokenizer_kinds import MARKED, REWRITING, STABLE
 from transformers import AutoTokenizer
 
@@ -15,11 +15,6 @@ CONVERSATIONS = {
     "system": turns(("be kind",), "hi", "hello", "bye", "see you"),
     "blanks and others": turns("  hi ", " hello\n\n", "é 😀", "naïve 😀"),
 }
-
-
-def in_use(tokenizer, messages, **options):
-    """What a model is given when it is asked for an answer."""
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **options)
 
 
 def mask_of(example):
@@ -35,13 +30,9 @@ def reference(tokenizer, template, messages):
     """
     marked = without_post_processor(tokenizer)
     marked.chat_template = template
-    error = marked.apply_chat_template(
-        messages,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"return_offsets_mapping": True},
-    )
-    mask, offsets = [bool(mark) for mark in error["assistant_masks"]], error["offset_mapping"]
+    options = {"return_assistant_tokens_mask": True, "tokenizer_kwargs": {"return_offsets_mapping": True}}
+    encoded = marked.apply_chat_template(messages, return_dict=True, **options)
+    mask, offsets = [bool(mark) for mark in encoded["assistant_masks"]], encoded["offset_mapping"]
     for k in range(1, len(mask)):
         mask[k] = mask[k] or (mask[k - 1] and offsets[k][0] < offsets[k - 1][1])
     return mask
@@ -61,9 +52,9 @@ def test_each_answer_stands_behind_exactly_what_the_model_is_given(tmp_path, kin
     kind.chat_template, messages = STABLE[template], CONVERSATIONS["system"]
     (example,) = read(tmp_path, kind, {"messages": messages})
     for i in (2, 4):
-        given = in_use(kind, messages[:i])
-        assert tokens_of(example)[: len(given)] == given
-        assert example[1][len(given) - 2] == IGNORED != example[1][len(given) - 1]
+        asked = kind.apply_chat_template(messages[:i], add_generation_prompt=True, return_dict=False)
+        assert tokens_of(example)[: len(asked)] == asked
+        assert example[1][len(asked) - 2] == IGNORED != example[1][len(asked) - 1]
 
 
 def test_no_bos_is_learnt_and_none_stands_twice(tmp_path, kind):
@@ -77,22 +68,16 @@ def test_no_bos_is_learnt_and_none_stands_twice(tmp_path, kind):
 
 def test_every_answer_is_learnt_with_the_end_of_its_turn(tmp_path, bos):
     bos.chat_template = STABLE["llama 3"]
-    (example,) = read(tmp_path, bos, {"messages": CONVERSATIONS["several"]})
-    assert bos.decode(learnt(example)) == "hello<|im_end|>see you<|im_end|>capital<|im_end|>"
-
-
-def test_what_is_said_after_the_last_answer_is_left_out(tmp_path, bos):
-    bos.chat_template, messages = STABLE["llama 3"], turns("hi", "hello", "bye")
-    (example,) = read(tmp_path, bos, {"messages": messages})
-    assert tokens_of(example) == bos.apply_chat_template(messages[:2], return_dict=False)
+    for more in ([], turns("bye")):  # what is said after the last answer is left out
+        (example,) = read(tmp_path, bos, {"messages": CONVERSATIONS["several"] + more})
+        assert tokens_of(example) == bos.apply_chat_template(CONVERSATIONS["several"], return_dict=False)
+        assert bos.decode(learnt(example)) == "hello<|im_end|>see you<|im_end|>capital<|im_end|>"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("folder", ["gpt2"])
-def test_a_real_tokenizer(tmp_path, folder):
-    if not (TEST_DATA / "tokenizers" / folder).exists():
-        pytest.skip(f"{TEST_DATA / 'tokenizers' / folder} is not there")
-    tokenizer = AutoTokenizer.from_pretrained(TEST_DATA / "tokenizers" / folder)
+@pytest.mark.skipif(not (TEST_DATA / "tokenizers/gpt2").exists(), reason="GPT-2's tokenizer is not there")
+def test_a_real_tokenizer(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(TEST_DATA / "tokenizers/gpt2")
     for template, text in STABLE.items():
         tokenizer.chat_template = text
         for messages in CONVERSATIONS.values():
@@ -106,20 +91,78 @@ def test_marks_of_the_template_say_what_is_learnt(tmp_path, kind, template):
     kind.chat_template = MARKED[template]
     for messages in CONVERSATIONS.values():
         (example,) = read(tmp_path, kind, {"messages": messages})
-        error = without_post_processor(kind).apply_chat_template(
-            messages, return_dict=True, return_assistant_tokens_mask=True
-        )
-        assert example[0] == error["input_ids"][:-1] and sum(error["assistant_masks"]) > 0
-        assert mask_of(example) == [mark == 1 for mark in error["assistant_masks"]]
+        bare, options = without_post_processor(kind), {"return_assistant_tokens_mask": True}
+        encoded = bare.apply_chat_template(messages, return_dict=True, **options)
+        assert example[0] == encoded["input_ids"][:-1] and sum(encoded["assistant_masks"]) > 0
+        assert mask_of(example) == [mark == 1 for mark in encoded["assistant_masks"]]
 
 
-def test_marks_may_leave_out_the_end_of_a_turn_or_take_in_more(tmp_path, bos):
-    bos.chat_template = (
-        "{% for m in messages %}{{ m.role + '\n' }}{% generation %}{{ m.content }}{% endgeneration %}"
-        "<|im_end|>{% endfor %}"
+MARKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role + '\n' }}{% if m.role == 'assistant' %}ANSWER<|im_end|>\n{% else %}"
+    "OTHERS<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKED_CONTENT = "{% generation %}{{ m.content }}{% endgeneration %}"
+
+
+def test_end_of_a_turn_that_is_not_learnt_is_said(tmp_path, bos, capsys):
+    bos.chat_template = MARKS.replace("ANSWER", MARKED_CONTENT).replace("OTHERS", "{{ m.content }}")
+    (example,) = examples = read(tmp_path, bos, {"messages": turns("hi", "hello", "bye", "see you")})
+    assert bos.decode(learnt(example)) == "hellosee you" and examples.tally.endless == 1
+    assert "in 1 of 1 records no end of an answer is learnt" in capsys.readouterr().err
+    bos.chat_template = STABLE["chatml"]
+    assert read(tmp_path, bos, {"messages": HI}).tally.endless == 0
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        MARKS.replace("ANSWER", MARKED_CONTENT).replace("OTHERS", MARKED_CONTENT),
+        MARKS.replace("ANSWER", "{{ m.content }}").replace("OTHERS", MARKED_CONTENT),
+        "{% generation %}" + STABLE["chatml"].replace("{% if add", "{% endgeneration %}{% if add"),
+    ],
+    ids=["user too", "user alone", "everything"],
+)
+def test_nothing_but_what_the_assistant_says_is_ever_learnt(tmp_path, bos, template):
+    bos.chat_template = template
+    for messages in (HI, turns(("be kind",), "hi", "hello", "bye", "see you")):
+        assert "marks as the assistant's what others say" in refusal(read, tmp_path, bos, {"messages": messages})
+
+
+def test_beginning_of_an_answer_that_is_not_marked_is_refused(tmp_path, bos):
+    bos.chat_template = MARKS.replace("ANSWER", f"<think></think>{MARKED_CONTENT}").replace("OTHERS", "{{ m.content }}")
+    assert "doesn't mark the beginning" in refusal(read, tmp_path, bos, {"messages": HI})
+
+
+@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize("inline", [False, True])
+def test_earlier_answers_are_learnt_with_the_thoughts_that_a_template_drops_later(tmp_path, bos, inline, marked):
+    last = (
+        "{{ m.content }}"
+        if inline
+        else "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
     )
-    (example,) = read(tmp_path, bos, {"messages": turns("hi", "hello")})
-    assert bos.decode(learnt(example)) == "hihello"  # the template says so of the user too
+    answer = (
+        f"«{{% if loop.index0 > ns.last %}}{last}{{% else %}}"
+        "{{ m.content.split('</think>')[-1] }}{% endif %}<|im_end|>\n»"
+    )
+    users = (
+        "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
+        "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    )
+    template = users + MARKS.replace("ANSWER<|im_end|>\n", answer).replace("OTHERS", "{{ m.content }}")
+    marks = ("{% generation %}", "{% endgeneration %}") if marked else ("", "")
+    bos.chat_template = template.replace("«", marks[0]).replace("»", marks[1])
+    messages = turns("q1", "a1", "q2", "a2")
+    for number, i in enumerate((1, 3), start=1):
+        said = {"content": f"<think>r{number}</think>a{number}"} if inline else {"reasoning_content": f"r{number}"}
+        messages[i] |= said
+    examples = read(tmp_path, bos, {"messages": messages})
+    assert [bos.decode(learnt(example)) for example in examples] == [
+        f"<think>r{number}</think>a{number}<|im_end|>\n" for number in (1, 2)
+    ]
+    for i, example in zip((1, 3), examples, strict=True):
+        prompt = bos.apply_chat_template(messages[:i], add_generation_prompt=True, return_dict=False)
+        assert tokens_of(example)[: len(prompt)] == prompt
 
 
 @pytest.mark.parametrize("template", REWRITING)
@@ -129,17 +172,12 @@ def test_answers_that_a_template_rewrites_are_learnt_as_in_use(tmp_path, kind, t
     assert list(examples.origins) == [0, 0] and examples.tally.records == 1
     for i, example in zip((2, 4), examples, strict=True):
         assert tokens_of(example) == kind.apply_chat_template(messages[: i + 1], return_dict=False)
-        text, asked = (
-            kind.apply_chat_template(messages[: i + 1], tokenize=False),
-            kind.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True),
-        )
-        assert kind.decode(learnt(example)).strip() == kind.decode(_tail(kind, text, len(asked))).strip()
-
-
-def _tail(tokenizer, text, start):
-    """Tokens of a text from a character on, one that it shares with what is before included."""
-    error = without_post_processor(tokenizer)(text, return_offsets_mapping=True)
-    return [t for t, (_, end) in zip(error["input_ids"], error["offset_mapping"], strict=True) if end > start]
+        asked = kind.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
+        text = kind.apply_chat_template(messages[: i + 1], tokenize=False)
+        encoded = without_post_processor(kind)(text, return_offsets_mapping=True)
+        ends = [end for _, end in encoded["offset_mapping"]]
+        answer = [t for t, end in zip(encoded["input_ids"], ends, strict=True) if end > len(asked)]
+        assert kind.decode(learnt(example)).strip() == kind.decode(answer).strip()
 
 
 def test_thinking_is_learnt_where_the_model_will_think(tmp_path, bos):
@@ -154,12 +192,8 @@ def test_thinking_is_learnt_where_the_model_will_think(tmp_path, bos):
 
 def test_answers_after_the_last_question_are_one_example(tmp_path, bos):
     bos.chat_template = REWRITING["thinking"]
-    messages = [
-        *turns("hi", "hello", "bye", "see"),
-        {"role": "tool", "content": "2"},
-        {"role": "assistant", "content": "you"},
-    ]
-    first, second = read(tmp_path, bos, {"messages": messages})
+    more = [{"role": "tool", "content": "2"}, {"role": "assistant", "content": "you"}]
+    first, second = read(tmp_path, bos, {"messages": turns("hi", "hello", "bye", "see") + more})
     end = "<|im_end|>\n"
     assert bos.decode(learnt(first)) == f"<think>\n\n</think>\n\nhello{end}"
     assert bos.decode(learnt(second)) == f"<think>\n\n</think>\n\nsee{end}<think>\n\n</think>\n\nyou{end}"
@@ -168,10 +202,8 @@ def test_answers_after_the_last_question_are_one_example(tmp_path, bos):
 def test_template_that_asks_otherwise_than_it_renders_is_refused(tmp_path, bos):
     bos.chat_template = STABLE["chatml"].replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
     error = refusal(read, tmp_path, bos, {"messages": turns("hi", "hello")})
-    assert (
-        "line 1: message 2 (assistant): the model's chat template doesn't keep" in error
-        and r"'<think>\n' goes" in error
-    )
+    assert "line 1: message 2 (assistant): the model's chat template doesn't keep" in error
+    assert r"'<think>\n' goes" in error
 
 
 @pytest.mark.parametrize("templates", [STABLE, MARKED], ids=["", "marked"])

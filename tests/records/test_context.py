@@ -33,9 +33,8 @@ def test_of_an_answer_that_is_cut_nothing_is_learnt(tmp_path, bos):
 
 
 def test_answer_longer_than_the_context_is_refused(tmp_path, bos):
-    assert "its last answer has" in refusal(
-        lambda: read(tmp_path, bos, {"messages": turns("hi", "é" * 90)}, context=60)
-    )
+    row = {"messages": turns("hi", "é" * 90)}
+    assert "its last answer has" in refusal(lambda: read(tmp_path, bos, row, context=60))
 
 
 def test_earlier_answer_longer_than_the_context_is_left_out(tmp_path, bos):

@@ -36,9 +36,8 @@ def test_prompt_has_the_tokens_of_use_and_all_of_the_completion_is_learnt(tmp_pa
     before = prompt_tokens(kind, prompt)
     assert tokens_of(example)[: len(before)] == before and learnt(example) == tokens_of(example)[len(before) :]
     assert learnt(example)[-1] == kind.eos_token_id and kind.eos_token_id not in learnt(example)[:-1]
-    text = kind.decode(
-        [token for token in tokens_of(example)[:-1] if token not in (kind.bos_token_id, kind.eos_token_id)]
-    )
+    ends = (kind.bos_token_id, kind.eos_token_id)
+    text = kind.decode([token for token in tokens_of(example)[:-1] if token not in ends])
     assert text.strip() == f"{prompt}{completion}".strip()
     assert len(learnt(example)) > 1 and kind.decode(learnt(example)[:-1]).strip() in completion
 
@@ -66,9 +65,8 @@ def test_no_second_bos_stands_before_a_text_that_has_one(tmp_path, kind, text):
 
 @pytest.mark.parametrize("completion", ["</s>", " </s>\n"])
 def test_completion_that_says_nothing_is_refused(tmp_path, kind, completion):
-    assert "line 1: there is nothing in it to learn" in refusal(
-        read, tmp_path, kind, {"prompt": "hi", "completion": completion}
-    )
+    row = {"prompt": "hi", "completion": completion}
+    assert "line 1: there is nothing in it to learn" in refusal(read, tmp_path, kind, row)
 
 
 def test_completion_without_a_token_of_its_own_is_refused(tmp_path):

@@ -1,9 +1,11 @@
 """Every form of a record that people have is read as they mean it, or refused in a line that says what to do."""
 
+import json
+
 import pytest
 from helpers import refusal
 from private_records import HI, PAIR, learnt, read, tokens_of, turns
-from tokenizer_kinds import STABLE
+from tokenizer_kinds import STABLE, TOOLS
 
 
 @pytest.mark.parametrize(
@@ -126,3 +128,29 @@ def test_content_in_parts_is_joined(tmp_path, bos):
     messages = [{"role": "user", "content": ["hi"]}, {"role": "assistant", "content": parts}]
     (example,) = read(tmp_path, bos, {"messages": messages})
     assert tokens_of(example) == bos.apply_chat_template(turns("hi", "hello"), return_dict=False)
+
+
+def test_messages_may_come_as_json_in_a_text(tmp_path, bos):
+    plain, text = (read(tmp_path, bos, {"messages": messages}) for messages in (HI, json.dumps(HI)))
+    assert plain == text
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [({**PAIR, "text": ""}, " hello</s>"), ({"messages": HI, "prompt": "", "completion": ""}, "hello<|im_end|>\n")],
+)
+def test_empty_cell_of_another_form_says_nothing(tmp_path, bos, row, said):
+    assert bos.decode(learnt(read(tmp_path, bos, row)[0])) == said
+
+
+def test_null_fields_of_tools_and_calls_are_not_there(tmp_path, bos):
+    bos.chat_template = TOOLS
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {}}}}}
+    padded = {
+        "type": "function",
+        "x": None,
+        "function": {"name": "f", "parameters": {"properties": {"a": {}, "b": None}}},
+    }
+    rows = [{"messages": HI, "tools": [t]} for t in (tool, padded)]
+    plain, nulls = (read(tmp_path, bos, row) for row in rows)
+    assert plain == nulls

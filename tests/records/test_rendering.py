@@ -1,11 +1,15 @@
 """What a record says beside its messages reaches the model, or is refused; nothing is lost without a word."""
 
 import json
+from datetime import datetime
 
 import pytest
 from helpers import refusal
 from private_records import HI, learnt, read, tokens_of, turns
 from tokenizer_kinds import STABLE, TOOLS
+
+from scaleot_core.records.context import Context
+from scaleot_core.records.reading import encode_records
 
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"x": {}}}}}
 
@@ -37,22 +41,21 @@ def test_the_template_for_tools_is_taken_where_there_are_several(tmp_path, bos):
 
 @pytest.mark.parametrize("field", ["tools", "documents"])
 def test_what_the_template_makes_no_use_of_is_refused(tmp_path, bos, field):
-    given = {"tools": [ADD], "documents": [{"title": "a", "text": "b"}]}[field]
-    error = refusal(read, tmp_path, bos, {"messages": turns("hi", "hello"), field: given})
+    values = {"tools": [ADD], "documents": [{"title": "a", "text": "b"}]}[field]
+    row = {"messages": HI, field: values}
+    error = refusal(read, tmp_path, bos, row, row, {"messages": HI}, row)
     assert f"line 1: the model's chat template leaves `{field}` out; write them" in error
-    row = {"messages": turns("hi", "hello")}
-    error = refusal(read, tmp_path, bos, *[{**row, field: given}] * 2, row, {**row, field: given})
     assert error.endswith("(so have line 2, line 4)")
-    if field == "tools":
-        error = refusal(read, tmp_path, bos, {"messages": calls("{}"), field: given})
-        assert "leaves `tools` out, and calls of tools too; write them" in error
+
+
+def test_calls_that_are_left_out_with_the_tools_are_told(tmp_path, bos):
+    error = refusal(read, tmp_path, bos, {"messages": calls("{}"), "tools": [ADD]})
+    assert "leaves `tools` out, and calls of tools too; write them" in error
 
 
 def test_documents_and_variables_reach_the_template(tmp_path, bos):
-    bos.chat_template = (
-        "{% for d in documents or [] %}{{ d.text }}<|im_end|>{% endfor %}{% if loud %}LOUD{% endif %}"
-        + STABLE["chatml"]
-    )
+    documents = "{% for d in documents or [] %}{{ d.text }}<|im_end|>{% endfor %}"
+    bos.chat_template = documents + "{% if loud %}LOUD{% endif %}" + STABLE["chatml"]
     row = {"messages": turns("hi", "hello"), "documents": [{"text": "b"}], "chat_template_kwargs": {"loud": True}}
     (example,) = read(tmp_path, bos, row)
     assert bos.decode(example[0]).startswith("b<|im_end|>LOUD<|im_start|>user")
@@ -80,12 +83,16 @@ def test_arguments_are_what_the_template_takes_and_never_quoted_twice(tmp_path, 
         assert 'CALL add({"a": 1})' in bos.decode(learnt(example))
 
 
-def test_call_that_the_template_leaves_out_is_not_learnt_as_silence(tmp_path, bos):
-    (example,) = examples = read(tmp_path, bos, {"messages": calls("{}")})
-    assert bos.decode(learnt(example)) == "two<|im_end|>\n"
-    assert examples.tally.answers_left_out == {"the model's chat template leaves their calls of tools out": 1}
-    assert examples.tally.places == {"the model's chat template leaves their calls of tools out": ["line 1"]}
-    assert "nothing in it to learn" in refusal(read, tmp_path, bos, {"messages": calls("{}")[:2]})
+@pytest.mark.parametrize("switch", [{}, {"weight": 0}])
+def test_call_that_the_template_leaves_out_is_refused_learnt_or_not(tmp_path, bos, switch):
+    error = refusal(read, tmp_path, bos, {"messages": calls("{}", **switch)})
+    assert "message 2 (assistant): the model's chat template leaves its `tool_calls` out" in error
+
+
+def test_call_without_arguments_is_learnt_with_none(tmp_path, bos):
+    bos.chat_template = TOOLS.replace("c.function.arguments", "c.function.arguments | tojson")
+    for arguments in ("", " ", "{}", {}):
+        assert "CALL add({})" in bos.decode(learnt(read(tmp_path, bos, {"messages": calls(arguments)})[0]))
 
 
 def test_reasoning_that_the_template_leaves_out_is_refused(tmp_path, bos):
@@ -95,15 +102,29 @@ def test_reasoning_that_the_template_leaves_out_is_refused(tmp_path, bos):
         assert f"leaves its `{field}` out" in refusal(read, tmp_path, bos, {"messages": messages})
 
 
-def test_message_that_the_template_leaves_out_is_refused(tmp_path, bos):
-    bos.chat_template = (
-        "{% for m in messages if m.role != 'developer' %}{{ m.role + m.content }}<|im_end|>{% endfor %}"
-        "{% if add_generation_prompt %}assistant{% endif %}"
-    )
-    error = refusal(
-        read, tmp_path, bos, {"messages": [{"role": "developer", "content": "be kind"}, *turns("hi", "hello")]}
-    )
-    assert "message 1 (developer): the model's chat template leaves it out" in error
+NO_OTHERS = STABLE["chatml"].replace("in messages %}", "in messages if m.role in ('user', 'assistant') %}")
+
+
+@pytest.mark.parametrize("word", ["be kind", "hello", "12", "user", "!"])
+@pytest.mark.parametrize("role", ["system", "developer", "tool"])
+def test_message_that_the_template_leaves_out_is_refused_though_its_words_occur_elsewhere(tmp_path, bos, role, word):
+    bos.chat_template, other = NO_OTHERS, {"role": role, "content": word}
+    for messages in ([other, *turns(f"{word} hi", "hello")], [*turns("be", word), other, *HI]):
+        number = messages.index(other) + 1
+        error = refusal(read, tmp_path, bos, {"messages": messages})
+        assert f"message {number} ({role}): the model's chat template leaves its `content` out" in error
+
+
+def test_field_of_a_document_that_the_template_leaves_out_is_refused(tmp_path, bos):
+    bos.chat_template = "{% for d in documents or [] %}{{ d.text }}{% endfor %}" + STABLE["chatml"]
+    row = {"messages": HI, "documents": [{"title": "hi", "text": "hi"}]}
+    assert "leaves `title` of `documents` out" in refusal(read, tmp_path, bos, row)
+
+
+@pytest.mark.parametrize("part", ["name", "arguments"])
+def test_part_of_a_call_that_the_template_leaves_out_is_refused(tmp_path, bos, part):
+    bos.chat_template = TOOLS.replace(f"c.function.{part}", "'add'")
+    assert "leaves its `tool_calls` out" in refusal(read, tmp_path, bos, {"messages": calls('{"a": 1}')})
 
 
 def test_what_the_template_says_in_its_own_words_is_not_left_out(tmp_path, bos):
@@ -113,13 +134,15 @@ def test_what_the_template_says_in_its_own_words_is_not_left_out(tmp_path, bos):
 
 
 def test_answer_that_the_template_rewords_is_told(tmp_path, bos):
-    bos.chat_template = STABLE["chatml"].replace(
-        "{{ m.content }}<|im_end|>\n{% else %}", "{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% else %}"
-    )
-    examples = read(
-        tmp_path, bos, {"messages": turns("hi", "<think>hm</think>hello")}, {"messages": turns("hi", "hello")}
-    )
-    assert bos.decode(learnt(examples[0])) == "hello<|im_end|>\n" and examples.tally.reworded == 1
+    bos.chat_template = STABLE["chatml"].replace("{{ m.content }}", "{{ m.content | replace(' ', '_') }}")
+    examples = read(tmp_path, bos, {"messages": turns("hi", "see you")}, {"messages": turns("hi", "hello")})
+    assert bos.decode(learnt(examples[0])) == "see_you<|im_end|>\n" and examples.tally.reworded == 1
+
+
+def test_thoughts_that_the_template_cuts_off_an_answer_are_refused(tmp_path, bos):
+    bos.chat_template = STABLE["chatml"].replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+    error = refusal(read, tmp_path, bos, {"messages": turns("hi", "<think>hm</think>hello")})
+    assert "message 2 (assistant): the model's chat template leaves its `content` out" in error
 
 
 def test_role_that_the_template_knows_is_taken(tmp_path, bos):
@@ -137,3 +160,11 @@ def test_template_that_refuses_is_quoted(tmp_path, bos):
 def test_template_in_the_sandbox_reaches_nothing(tmp_path, bos):
     bos.chat_template = "{{ ''.__class__.__mro__[1].__subclasses__() }}" + STABLE["chatml"]
     assert "the model's chat template refuses it (access to attribute" in refusal(read, tmp_path, bos, {"messages": HI})
+
+
+def test_date_in_a_template_is_the_one_that_is_given(tmp_path, bos):
+    bos.chat_template = "{{ strftime_now('%-d. %B %Y') }}" + STABLE["chatml"]
+    context = Context(2048, now=datetime(2026, 2, 1))
+    (tmp_path / "own.jsonl").write_text(json.dumps({"messages": HI}))
+    ((_, (encoded,)),) = encode_records(bos, tmp_path / "own.jsonl", context, packed=True)
+    assert bos.decode(encoded.tokens).startswith("1. February 2026<|im_start|>")

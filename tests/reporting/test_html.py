@@ -18,8 +18,8 @@ METRICS = {
     "tasks": TASKS,
     "emulator": {"share_of_model": 0.74},
     "corpus_perplexity": {"emulator": 121.25, "model": 26.5},
-    "cost": {"compress": {"tokens": 5, "seconds": 2.5, "peak_memory_mib": 900}, "evaluate": {"seconds": 7.0}},
 }
+COSTS = {"compress": {"tokens": 5, "seconds": 2.5, "peak_memory_mib": 900}, "evaluate": {"seconds": 7.0}}
 
 
 class Reader(HTMLParser):
@@ -63,7 +63,7 @@ def written(tmp_path):
         "membership": {"piqa": {"lora": {"loss": told, "calibrated": told, "extracted": said}}},
     }
     parts = html.sections(
-        METRICS, LAYERS, HISTORIES, sweep=sweep, compared=rows, attacks=attacks, attack=(attack, CURVE)
+        METRICS, LAYERS, HISTORIES, costs=COSTS, sweep=sweep, compared=rows, attacks=attacks, attack=(attack, CURVE)
     )
     summary = {"model": "<script>alert(1)</script>"}
     html.write(tmp_path / "report.html", "ScaleOT on <b>piqa</b>", html.answer(METRICS), summary, parts)

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT, refusal, task_of
+from helpers import ROOT, refusal
+from reported import task_of
 
 from scaleot_core.common.files import read_csv
 from scaleot_core.reporting.measurements import MEASUREMENTS

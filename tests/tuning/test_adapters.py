@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from helpers import PLAN, each_family, emulator_of, refusal, tiny_model, weights_hash
+from helpers import PLAN, each_shape, emulator_of, refusal, tiny_model, weights_hash
 
 from scaleot_core.compression.emulator import layer_parameters
 from scaleot_core.tuning.adapters import TunedLayers, plug_in
 
 
-@each_family
+@each_shape
 def test_plug_in_puts_the_adapters_into_the_real_model_and_touches_nothing_else(name):
     emulator, real = emulator_of(name), tiny_model(name)
     tuned = {key: p + 1 for key, p in layer_parameters(emulator, PLAN, "adapter").items()}

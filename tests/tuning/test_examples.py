@@ -16,22 +16,12 @@ ROWS = piqa_rows(9)
 LONG = {**ROWS[1], "goal": "far " * 100}  # the context of the tiny models is 128 tokens, of about a character each
 
 
-@pytest.fixture
-def data(tokenizer):
-    return from_task(tiny_model("llama"), tokenizer, "piqa", ROWS, block_size=16)
-
-
-# --- what is tuned on ------------------------------------------------------------------------------------
-
-
-def test_examples_are_the_question_and_the_right_answer_of_which_the_answer_is_learnt(tokenizer):
-    for row, (tokens, targets) in zip(
-        ROWS, from_task(tiny_model("llama"), tokenizer, "piqa", ROWS, block_size=16), strict=True
-    ):
+def test_examples_are_the_question_and_the_right_answer_of_which_the_answer_is_learnt(data, tokenizer):
+    for row, (tokens, targets) in zip(ROWS, data, strict=True):
         answer = f" {row['sol2' if row['label'] else 'sol1']}"  # its leading space is tuned on
         assert tokenizer.decode([*tokens, targets[-1]]) == f"Question: {row['goal']}\nAnswer:{answer}"
-        assert tokenizer.decode(targets[targets.count(IGNORED) :]) == answer
-        assert tokens[1:] == [*tokens[1 : targets.count(IGNORED) + 1], *targets[targets.count(IGNORED) : -1]]
+        first = targets.count(IGNORED)
+        assert tokenizer.decode(targets[first:]) == answer and targets[first:-1] == tokens[first + 1 :]
 
 
 def test_question_that_is_too_long_loses_its_beginning_and_never_its_answer(tokenizer, capsys):
@@ -61,12 +51,6 @@ def test_loss_is_the_one_that_lm_eval_gives_the_right_answer(tokenizer):
         assert total == pytest.approx(-log_likelihood, rel=1e-5)
 
 
-def test_context_of_own_records_is_that_of_lm_eval(model, tokenizer, tmp_path):
-    (tmp_path / "own.jsonl").write_text(json.dumps({"text": "far " * 100}))
-    ((tokens, _),) = from_file(model, tokenizer, tmp_path / "own.jsonl", block_size=8, packed=False)
-    assert len(tokens) == lm(model, tokenizer).max_length
-
-
 def test_generated_answer_ends_in_the_end_of_text(tokenizer):
     rows = [{"question": "1 + 1?", "answer": "2 #### 2"}, {"question": "2 + 1?", "answer": "3 #### 3"}]
     examples = from_task(tiny_model("llama"), tokenizer, "gsm8k", rows, block_size=16)
@@ -88,15 +72,12 @@ def test_every_token_of_a_text_is_a_target_once(tokenizer):
 def test_text_needs_an_end(tokenizer):
     without = copy.deepcopy(tokenizer)
     without.eos_token = None
-    said = refusal(lambda: from_task(tiny_model("llama"), without, "wikitext", [{"page": "a"}], block_size=8))
-    assert "end-of-text token" in said
+    message = refusal(lambda: from_task(tiny_model("llama"), without, "wikitext", [{"page": "a"}], block_size=8))
+    assert "end-of-text token" in message
 
 
 def test_no_questions_are_refused(tokenizer):
     assert "task piqa" in refusal(lambda: from_task(tiny_model("llama"), tokenizer, "piqa", [], block_size=16))
-
-
-# --- the loss --------------------------------------------------------------------------------------------
 
 
 def test_batches_are_padded_on_the_right_with_nothing_to_learn():
@@ -117,17 +98,18 @@ def test_answer_loss_is_the_cross_entropy_of_the_answer_tokens_whatever_the_padd
     assert answer_loss(model, *batch).item() == pytest.approx(total / count, rel=1e-5)
 
 
-def test_texts_not_packed_are_examples_of_their_own(tokenizer, tmp_path):
-    file = tmp_path / "texts.jsonl"
-    file.write_text("\n".join(json.dumps({"text": text}) for text in ("one", "two three", "far " * 100)))
-    examples = from_file(tiny_model("llama"), tokenizer, file, block_size=16, packed=False)
-    end = tokenizer.eos_token_id
-    assert [targets[-1] for _, targets in examples] == [end] * 3 and [len(t) for t, _ in examples] == [3, 9, 128]
+def from_texts(folder, tokenizer, *texts, **options):
+    (folder / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return from_file(tiny_model("llama"), tokenizer, folder / "texts.jsonl", **options)
+
+
+def test_texts_not_packed_are_examples_of_their_own_as_long_as_lm_eval_has_them(tokenizer, tmp_path):
+    examples = from_texts(tmp_path, tokenizer, "one", "two three", "far " * 100, block_size=16, packed=False)
+    end, context = tokenizer.eos_token_id, lm(tiny_model("llama"), tokenizer).max_length
+    assert [targets[-1] for _, targets in examples] == [end] * 3 and [len(t) for t, _ in examples] == [3, 9, context]
     assert examples[0] == (tokenizer.encode("one"), [*tokenizer.encode("one")[1:], end])
 
 
 def test_packed_blocks_are_no_longer_than_the_context(tokenizer, tmp_path):
-    file = tmp_path / "texts.jsonl"
-    file.write_text(json.dumps({"text": "far " * 100}))
-    examples = from_file(tiny_model("llama"), tokenizer, file, block_size=512)
-    assert max(len(tokens) for tokens, _ in examples) == 128
+    examples = from_texts(tmp_path, tokenizer, "far " * 100, block_size=512)
+    assert max(len(tokens) for tokens, _ in examples) == examples.block_size == 128

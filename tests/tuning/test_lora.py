@@ -5,16 +5,16 @@ import json
 import pytest
 import torch
 from helpers import (
-    CONFIGS,
+    EIGHT,
     LORA,
     PLAN,
     SHAPES,
     close,
-    each_family,
+    each_shape,
     emulator_of,
-    form,
     logits,
     move_lora,
+    plan_of_kinds,
     pruned_emulator,
     refusal,
     tiny_model,
@@ -25,14 +25,14 @@ from transformers.pytorch_utils import Conv1D
 
 from scaleot_core.compression.channels import channels_of
 from scaleot_core.compression.low_rank import FusedProjection, LowRankLinear, features, weight_of
-from scaleot_core.compression.plan import Plan
 from scaleot_core.exchange.adapter_folder import save_peft
 from scaleot_core.models.families import decoder_layers, family
 from scaleot_core.tuning.adapters import fit_to_model, plugged_in, tuned_emulator
 from scaleot_core.tuning.lora import insert_lora, lora_features, lora_layers, remove_lora, target_modules
 
 ATTENTION = LORA.model_copy(update={"modules": "attention"})
-SHARED = Plan(("harmonizer", "adapter", "shared", "compressed"), 0.8, form(8), like={2: 1})
+ADAPTER_LAYERS = LORA.model_copy(update={"layers": "adapter"})
+SHARED = plan_of_kinds(("harmonizer", "adapter", "shared", "compressed"), {2: 1})
 
 
 def others(model, kept):
@@ -58,17 +58,16 @@ def silence(model, kept):
 # --- where it lies ---------------------------------------------------------------------------------------
 
 
-@each_family
-@pytest.mark.parametrize("lora", [LORA, ATTENTION], ids=["all", "attention"])
-def test_every_matrix_of_every_layer_that_is_there_has_lora_and_nothing_changes(name, lora):
+@each_shape
+@pytest.mark.parametrize("lora", [LORA, ATTENTION, ADAPTER_LAYERS], ids=["all", "attention", "adapter layers"])
+def test_every_matrix_of_the_layers_asked_for_has_lora_and_nothing_changes(name, lora):
     model = emulator_of(name)
     parameters = insert_lora(model, PLAN, lora, seed=0)
     assert torch.equal(logits(model), logits(emulator_of(name)))
-    path = family(model.config).layers
-    there = {f"{path}.{i}.{inner}" for i in (1, 2, 3) for inner in target_modules(model.config, lora)}
-    assert {key.partition(".lora_")[0] for key in parameters} == there and len(parameters) == 2 * len(there)
-    if lora is ATTENTION:
-        assert all(f".{family(model.config).attention}." in key for key in parameters)
+    path, layers = family(model.config).layers, (1,) if lora is ADAPTER_LAYERS else (1, 2, 3)
+    matrices = {f"{path}.{i}.{inner}" for i in layers for inner in target_modules(model.config, lora)}
+    assert {key.partition(".lora_")[0] for key in parameters} == matrices and len(parameters) == 2 * len(matrices)
+    assert all(f".{family(model.config).attention}." in key for key in parameters) == (lora is ATTENTION)
     real = tiny_model(name)
     for key, (into, out) in lora_features(emulator_of(name), PLAN, lora).items():
         assert (into, out) == features(real.get_submodule(key))
@@ -77,24 +76,17 @@ def test_every_matrix_of_every_layer_that_is_there_has_lora_and_nothing_changes(
 
 
 def test_lora_lies_on_factors_fused_projections_and_shared_layers():
-    emulators = map(emulator_of, CONFIGS)
-    kinds = {type(made.get_submodule(key)) for made in emulators for key in lora_features(made, PLAN, LORA)}
+    emulators = map(emulator_of, EIGHT)
+    kinds = {type(emulator.get_submodule(key)) for emulator in emulators for key in lora_features(emulator, PLAN, LORA)}
     assert {LowRankLinear, FusedProjection, Conv1D, torch.nn.Linear} <= kinds
     model = emulator_of("llama", SHARED)
-    adapter = move_lora(model, SHARED)
+    factors = move_lora(model, SHARED).factors
     assert lora_layers(SHARED, LORA) == [1, 2, 3]
-    one, two = (adapter.factors[f"model.layers.{i}.mlp.up_proj"][1] for i in (1, 2))
-    assert not torch.equal(one, two)  # of its own, though the layer beneath is shared
+    pair = [factors[f"model.layers.{i}.mlp.up_proj"][1] for i in (1, 2)]
+    assert not torch.equal(*pair)  # each has its own, though the layer beneath is shared
 
 
-@each_family
-def test_lora_of_the_adapter_layers_is_in_them_alone(name):
-    model, lora = emulator_of(name), LORA.model_copy(update={"layers": "adapter"})
-    parameters = insert_lora(model, PLAN, lora, seed=0)
-    assert parameters and all(f"{family(model.config).layers}.1." in key for key in parameters)
-
-
-@each_family
+@each_shape
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lora_computes_in_the_emulators_dtype_and_is_taken_out_again(name, dtype):
     model, plain = emulator_of(name).to(dtype), emulator_of(name).to(dtype)
@@ -112,7 +104,7 @@ def test_lora_computes_in_the_emulators_dtype_and_is_taken_out_again(name, dtype
 # --- what the real model makes of it ---------------------------------------------------------------------
 
 
-@each_family
+@each_shape
 def test_every_map_of_the_real_model_changes_as_the_emulators_did(name):
     """Fused ones in the order of their outputs; stored as (in, out) or (out, in)."""
     model, real = emulator_of(name), tiny_model(name)
@@ -130,7 +122,7 @@ def test_every_map_of_the_real_model_changes_as_the_emulators_did(name):
     assert torch.equal(logits(real), logits(tiny_model(name)))
 
 
-@each_family
+@each_shape
 def test_real_model_without_the_channels_that_were_cut_gives_the_tuned_emulators_logits(name):
     emulator, plan, kept, real = pruned_emulator(name)
     silence(real, kept)
@@ -147,7 +139,7 @@ def test_real_model_without_the_channels_that_were_cut_gives_the_tuned_emulators
     assert torch.equal(logits(emulator), untuned) and not torch.equal(tuned, untuned)
 
 
-@each_family
+@each_shape
 def test_channels_that_were_cut_get_nothing(name):
     emulator, plan, kept, real = pruned_emulator(name, beta=0.8)
     fitted = fit_to_model(move_lora(emulator, plan), real, kept)
@@ -161,7 +153,7 @@ def test_channels_that_were_cut_get_nothing(name):
                 assert not matrix[gone].any() and (matrix[those].abs().sum(1) > 0).all()
 
 
-@each_family
+@each_shape
 def test_peft_gives_the_plug_ins_logits(name, tmp_path):
     emulator, plan, kept, real = pruned_emulator(name, beta=0.8)
     fitted = fit_to_model(move_lora(emulator, plan), real, kept)
@@ -180,7 +172,7 @@ def test_peft_gives_the_plug_ins_logits(name, tmp_path):
 # --- what is refused -------------------------------------------------------------------------------------
 
 
-@each_family
+@each_shape
 def test_rank_above_a_matrixs_own_is_refused(name):
     lora = LORA.model_copy(update={"rank": 33})
     assert "the rank is at most" in refusal(insert_lora, emulator_of(name), PLAN, lora, 0)
@@ -191,11 +183,10 @@ def test_rank_above_a_matrixs_own_is_refused(name):
 
 
 def test_emulator_without_a_layer_to_adapt_is_refused():
-    plan = Plan(("harmonizer",) * 4, 0.8, form(8))
+    plan = plan_of_kinds(("harmonizer",) * 4)
     assert "no decoder layer" in refusal(insert_lora, emulator_of("llama", plan), plan, LORA, 0)
-    lora = LORA.model_copy(update={"layers": "adapter"})
-    plan = Plan(("harmonizer", "compressed", "compressed", "compressed"), 0.8, form(8))
-    assert "no adapter layer" in refusal(insert_lora, emulator_of("llama", plan), plan, lora, 0)
+    plan = plan_of_kinds(("harmonizer", "compressed", "compressed", "compressed"))
+    assert "no adapter layer" in refusal(insert_lora, emulator_of("llama", plan), plan, ADAPTER_LAYERS, 0)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,11 @@
 
 import math
 import sys
+import time
 
 import pytest
 import torch
-from helpers import CONFIGS, PLAN, dies_after, emulator_of, piqa_rows, refusal, tiny_model, weights_hash
+from helpers import PLAN, dies_after, emulator_of, piqa_rows, refusal, tiny_model, weights_hash
 
 from scaleot_core.compression.emulator import layer_parameters
 from scaleot_core.training.checkpoint import Checkpoint
@@ -33,24 +34,24 @@ def optimizer(parameters, noise=0.0, batch_size=4):
     return PrivateOptimizer(parameters, weight_decay=0.0, clip=CLIP, noise=noise, batch_size=batch_size)
 
 
-def sums(made, monkeypatch):
+def sums(private_adamw, monkeypatch):
     """What AdamW is given at the next step."""
-    given = {}
+    gradients, masters = {}, private_adamw.masters
     monkeypatch.setattr(
-        made.adamw, "step", lambda: given.update({name: m.grad.clone() for name, m in made.masters.items()})
+        private_adamw.adamw, "step", lambda: gradients.update({n: masters[n].grad.clone() for n in masters})
     )
-    made.step_with_noise(1e-3, privacy.secret_draw(0, "noise"))
-    return given
+    private_adamw.step_with_noise(1e-3, privacy.secret_draw(0, "noise"))
+    return gradients
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_sum_is_that_of_every_examples_own_clipped_gradient(name, dtype, data, monkeypatch):
     model = emulator_of(name).to(dtype)
     parameters = layer_parameters(model, PLAN, "adapter")
     for p in parameters.values():
         p.requires_grad_(True)
-    made = optimizer(parameters)
+    private_adamw = optimizer(parameters)
     expected = {key: torch.zeros_like(p, dtype=torch.float32) for key, p in parameters.items()}
     for example in data[:3]:
         gradients = torch.autograd.grad(answer_loss(model, *collate([example])), list(parameters.values()))
@@ -59,12 +60,12 @@ def test_sum_is_that_of_every_examples_own_clipped_gradient(name, dtype, data, m
         for key, gradient in zip(parameters, gradients, strict=True):
             expected[key] += gradient.float() * CLIP / norm / 4
         answer_loss(model, *collate([example])).backward()
-        made.add()
-    for key, given in sums(made, monkeypatch).items():
-        torch.testing.assert_close(given, expected[key], rtol=1e-3, atol=1e-6)
+        private_adamw.add()
+    for key, gradient in sums(private_adamw, monkeypatch).items():
+        torch.testing.assert_close(gradient, expected[key], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS.keys() - {"falcon"}))  # adds in place to what hooks give
+@pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "opt-350m"])
 def test_why_gradients_are_not_taken_by_opacus_hooks(name, data):
     """They are right but where the decoder flattens the batch, as OPT's does; once they are there too, use them."""
     from opacus.grad_sample import GradSampleModule
@@ -78,42 +79,39 @@ def test_why_gradients_are_not_taken_by_opacus_hooks(name, data):
         module.training = any(p.requires_grad for p in module.parameters(recurse=False))
     inputs = torch.randint(1, 200, (3, 12), generator=torch.Generator().manual_seed(0))
     answer_loss(model, inputs, inputs).mul(3).backward()  # equal lengths: the sum of the examples' mean losses
-    given = {key: p.grad_sample for key, p in parameters.items()}
+    hooked_gradients = {p: p.grad_sample for p in parameters.values()}
     hooked.disable_hooks()
     off = 0.0
     for i in range(3):
         part = inputs[i : i + 1]
-        for (key, _), own in zip(
-            parameters.items(),
-            torch.autograd.grad(answer_loss(model, part, part), list(parameters.values())),
-            strict=True,
-        ):
-            off = max(off, float((given[key][i] - own).norm() / own.norm()))
+        samples = torch.autograd.grad(answer_loss(model, part, part), list(parameters.values()))
+        for p, sample in zip(parameters.values(), samples, strict=True):
+            off = max(off, float((hooked_gradients[p][i] - sample).norm() / sample.norm()))
     assert off > 0.5 if name.startswith("opt") else off < 1e-5, off
 
 
 def test_small_gradients_are_not_stretched(monkeypatch):
     p = torch.nn.Parameter(torch.zeros(3))
-    made = optimizer({"p": p})
+    private_adamw = optimizer({"p": p})
     p.grad = torch.tensor([CLIP / 10, 0.0, 0.0])
-    made.add()
-    assert sums(made, monkeypatch)["p"].tolist() == pytest.approx([CLIP / 40, 0, 0])
+    private_adamw.add()
+    assert sums(private_adamw, monkeypatch)["p"].tolist() == pytest.approx([CLIP / 40, 0, 0])
 
 
 def test_step_without_an_example_is_noise_of_the_right_size(monkeypatch):
-    made = optimizer({"p": torch.nn.Parameter(torch.zeros(100_000))}, noise=3.0)
-    noise = sums(made, monkeypatch)["p"]
+    private_adamw = optimizer({"p": torch.nn.Parameter(torch.zeros(100_000))}, noise=3.0)
+    noise = sums(private_adamw, monkeypatch)["p"]
     assert float(noise.std()) == pytest.approx(3.0 * CLIP / 4, rel=0.02) and abs(float(noise.mean())) < 0.001
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_record_whose_gradient_is_not_finite_counts_as_nothing(monkeypatch, value):
     p = torch.nn.Parameter(torch.zeros(3))
-    made = optimizer({"p": p})
+    private_adamw = optimizer({"p": p})
     for gradient in (torch.tensor([value, 1.0, 0.0]), torch.tensor([1.0, 0.0, 0.0])):
         p.grad = gradient
-        made.add()
-    assert sums(made, monkeypatch)["p"].tolist() == pytest.approx([CLIP / 4, 0, 0], rel=1e-3)
+        private_adamw.add()
+    assert sums(private_adamw, monkeypatch)["p"].tolist() == pytest.approx([CLIP / 4, 0, 0], rel=1e-3)
 
 
 @pytest.mark.slow
@@ -131,10 +129,10 @@ def test_every_bit_of_the_seed_counts():
 
 def test_nothing_is_left_over_for_the_next_step(monkeypatch):
     p = torch.nn.Parameter(torch.zeros(3))
-    made = optimizer({"p": p})
+    private_adamw = optimizer({"p": p})
     p.grad = torch.ones(3)
-    made.add()
-    assert sums(made, monkeypatch)["p"].any() and not sums(made, monkeypatch)["p"].any()
+    private_adamw.add()
+    assert sums(private_adamw, monkeypatch)["p"].any() and not sums(private_adamw, monkeypatch)["p"].any()
 
 
 def private(data, settings, seed=0, only="", **changes):
@@ -153,6 +151,14 @@ def test_epsilon_is_kept_to_and_tells_its_steps(data, settings):
     assert privacy.spent(settings, noise=noise[0], sample_rate=0.2, steps=10) == pytest.approx(epsilon, abs=0.02)
     less = settings.model_copy(update={"epsilon": 1.0})
     assert privacy.noise_multiplier(less, sample_rate=0.2, steps=10) > noise[0]
+
+
+@pytest.mark.parametrize("epsilon", [50.0, 1e6, 1e12])
+def test_large_epsilon_is_answered_within_seconds_and_kept_to(settings, epsilon):
+    large, start = settings.model_copy(update={"epsilon": epsilon}), time.monotonic()
+    noise = privacy.noise_multiplier(large, sample_rate=1 / 3, steps=3)
+    spent = privacy.spent(large, noise=noise, sample_rate=1 / 3, steps=3)
+    assert 0.99 * epsilon <= spent <= epsilon and time.monotonic() - start < 30
 
 
 @pytest.mark.slow
@@ -182,18 +188,11 @@ def test_killed_private_tuning_goes_on_to_the_same_bytes(data, settings, tmp_pat
     assert weights_hash(again) == weights_hash(whole)
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"delta": 0.06}, "above one over the 20 examples"),
-        ({"epsilon": 1e-4, "delta": 1e-5}, "no noise keeps to it"),
-    ],
-    ids=str,
-)
-def test_what_would_break_the_promise_is_refused(data, settings, changes, said):
-    assert said in refusal(lambda: private(data, settings, **changes))
+def test_what_would_break_the_promise_is_refused(data, settings):
+    assert "above one over the 20 examples" in refusal(lambda: private(data, settings, delta=0.06))
+    assert "no noise keeps to it" in refusal(lambda: private(data, settings, epsilon=1e-4, delta=1e-5))
 
 
 def test_missing_opacus_is_one_line(data, settings, monkeypatch):
-    monkeypatch.setitem(sys.modules, "opacus.optimizers", None)
-    assert "pip install" in refusal(lambda: private(data, settings, epsilon=3.25))  # of which no noise is remembered
+    monkeypatch.setitem(sys.modules, "opacus.accountants.utils", None)
+    assert "pip install" in refusal(lambda: private(data, settings))
