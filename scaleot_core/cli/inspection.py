@@ -1,5 +1,6 @@
 """Either party's command: `inspect`."""
 
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +20,7 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="A package or an adapter: a folder or .zip.")],
     as_json: AsJson = False,
 ) -> None:
-    """Either party: what a package or an adapter is, and whether it came whole. No weights are kept.
+    """Either party: what a package or an adapter is, whether it came whole, and what in it is suspicious.
 
     A package is checked to the last shape; an adapter by `scaleot check`, which knows the package it belongs to.
     """
@@ -35,8 +36,7 @@ def inspect(
             properties = _adapter_properties(adapter_manifest)
         else:
             package = Package(folder)
-            package.check()
-            manifest, properties = package.manifest, _package_properties(package)
+            manifest, properties = package.manifest, _package_properties(package, _probed(package))
         summary = {
             "path": str(path),
             "format": f"{manifest.format} {manifest.format_version}",
@@ -59,8 +59,24 @@ def _adapter_properties(manifest: "AdapterManifest") -> dict[str, Any]:
     }
 
 
-def _package_properties(package: "Package") -> dict[str, Any]:
-    """List what a sound package is and which records it takes."""
+def _probed(package: "Package") -> list[str] | None:
+    """Check a package to the last number, and list what is suspicious in it; None where it is too large to be run."""
+    import torch
+
+    from scaleot_core.common.progress import say
+    from scaleot_core.exchange.suspicions import suspicions
+    from scaleot_core.memory import device_memory, tuning_bytes
+
+    cpu = torch.device("cpu")
+    if tuning_bytes(package, whole_layers=False) > device_memory(cpu) / 2:
+        package.check()
+        say("too large to be run here: whether it is a trap for records wasn't looked at", style="yellow")
+        return None
+    return suspicions(package.load(cpu), package.plan, package.tokenizer(), secrets.randbits(63))
+
+
+def _package_properties(package: "Package", suspicious: list[str] | None) -> dict[str, Any]:
+    """List what a sound package is, what records it takes, and what in it looks like a trap for them."""
     from scaleot_core.models.families import context_length
     from scaleot_core.records.probes import rendered_parts
 
@@ -77,6 +93,7 @@ def _package_properties(package: "Package") -> dict[str, Any]:
         **({"quantized": manifest.quantized} if manifest.quantized else {}),
         "layers": [layer.model_dump(mode="json") for layer in manifest.layers],
         "sound": True,
+        "suspicious": dict(enumerate(suspicious or (), start=1)),
         **_measured_recovery(manifest),
     }
 
