@@ -1,7 +1,6 @@
 """The data owner's command: `tune`."""
 
 import secrets
-from datetime import datetime
 from pathlib import Path
 from shutil import rmtree
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,6 +10,7 @@ import typer
 from scaleot_core.cli.options import AsJson, setting
 from scaleot_core.cli.output import private_file, show
 from scaleot_core.cli.progress import held, private_files
+from scaleot_core.cli.reading import read_examples
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.progress import say
 from scaleot_core.common.validation import validate_block
@@ -18,8 +18,6 @@ from scaleot_core.params import Params
 from scaleot_core.settings import Lora, LoraForm, Machine, OffsiteTuning, Quantization
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from scaleot_core.tuning.examples import Examples
     from scaleot_core.tuning.selection import TuningResult
 
@@ -83,9 +81,9 @@ def tune(
     from scaleot_core.compression.quantization import check_kernels
     from scaleot_core.exchange import adapter_folder
     from scaleot_core.exchange.archive import check_new, new_output, unpacked
+    from scaleot_core.exchange.foreign_tokenizer import has_template
     from scaleot_core.exchange.package import Package
     from scaleot_core.memory import check_tuning
-    from scaleot_core.models.loading import check_tokenizer
     from scaleot_core.training.checkpoint import Checkpoint
     from scaleot_core.tuning.adapters import trainable
     from scaleot_core.tuning.selection import TooFewRecords
@@ -117,11 +115,9 @@ def tune(
             if quantize:
                 check_kernels(quantize, runtime.device)
             check_tuning(shipped, runtime, whole_layers=lora is None, quantize=quantize)
-            model, tokenizer = shipped.load(runtime.device, quantize), shipped.tokenizer()
-            check_tokenizer(tokenizer, model.config)
-            examples = _read_examples(
-                model, tokenizer, task, data, block_size=block_size, packed=not epsilon, now=began
-            )
+            has_template(shipped)
+            examples = read_examples(shipped, task, data, block_size=block_size, packed=not epsilon, now=began)
+            model = shipped.load(runtime.device, quantize)
             key = fingerprint(
                 settings.model_dump(), lora and lora.model_dump(), quantize, seed, shipped.sha256, examples
             )
@@ -158,33 +154,6 @@ def tune(
         {"adapter": "send back", "private": "keep"},
     )
     say("the losses are those of the tuned package, not of the real model: what it will gain, its owner alone can tell")
-
-
-def _read_examples(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    task: str | None,
-    data: Path | None,
-    *,
-    block_size: int,
-    packed: bool,
-    now: datetime,
-) -> "Examples":
-    """Make examples of the questions of a task, or, without one, of the records in a file.
-
-    The date in a chat template is that of `now`. UserError names the first row that can't be used.
-    """
-    from scaleot_core.data import questions
-    from scaleot_core.evaluation.tasks import check_rows
-    from scaleot_core.models.families import context_length
-    from scaleot_core.tuning.examples import from_file, from_task
-
-    if task is None:
-        assert data is not None
-        return from_file(model, tokenizer, data, block_size=block_size, packed=packed, now=now)
-    rows = questions.private(task, data)
-    check_rows(task, rows, tokenizer, context_length=context_length(model.config), part="training")
-    return from_task(model, tokenizer, task, rows, block_size=block_size, packed=packed)
 
 
 def _too_few(source: str, examples: "Examples", settings: OffsiteTuning) -> UserError:

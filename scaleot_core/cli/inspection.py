@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 def inspect(
     path: Annotated[Path, typer.Argument(help="A package or an adapter: a folder or .zip.")],
+    render: Annotated[
+        bool, typer.Option("--render", help="Run the package's chat template, to see which parts of a chat it renders.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Either party: what a package or an adapter is, and whether it came whole. No weights are kept.
@@ -36,7 +39,7 @@ def inspect(
         else:
             package = Package(folder)
             package.check()
-            manifest, properties = package.manifest, _package_properties(package)
+            manifest, properties = package.manifest, _package_properties(package, render=render)
         summary = {
             "path": str(path),
             "format": f"{manifest.format} {manifest.format_version}",
@@ -59,20 +62,19 @@ def _adapter_properties(manifest: "AdapterManifest") -> dict[str, Any]:
     }
 
 
-def _package_properties(package: "Package") -> dict[str, Any]:
+def _package_properties(package: "Package", *, render: bool) -> dict[str, Any]:
     """List what a sound package is and which records it takes."""
+    from scaleot_core.exchange.foreign_tokenizer import has_template, template_parts
     from scaleot_core.models.families import context_length
-    from scaleot_core.records.probes import rendered_parts
 
-    manifest, model = package.manifest, package.meta_model
-    rendered = rendered_parts(package.tokenizer())
+    manifest, model, is_chat = package.manifest, package.meta_model, has_template(package)
     return {
         "license": manifest.license,
         "architecture": model.config.model_type,
         "parameters": model.num_parameters(),
         "context in tokens": context_length(model.config),
-        "chat template": bool(rendered),
-        "chat template renders": rendered,
+        "chat template": is_chat,
+        **({"chat template renders": template_parts(package)} if render else {}),
         "dtype": manifest.dtype,
         **({"quantized": manifest.quantized} if manifest.quantized else {}),
         "layers": [layer.model_dump(mode="json") for layer in manifest.layers],
