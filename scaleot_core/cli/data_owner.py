@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from scaleot_core.cli.options import AsJson, setting
+from scaleot_core.cli.options import AsJson, SignOption, setting
 from scaleot_core.cli.output import private_file, show
 from scaleot_core.cli.progress import held, private_files
 from scaleot_core.cli.reading import read_examples
@@ -69,6 +69,7 @@ def tune(
     quantize: Annotated[Quantization | None, setting(Machine, "quantize", "Without it the package's dtype.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], setting(Params, "device")] = "auto",
     threads: Annotated[int, setting(Params, "threads")] = 0,
+    sign: SignOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Data owner: tune adapters in the package on your own records. What it writes is all that goes back.
@@ -83,6 +84,7 @@ def tune(
     from scaleot_core.exchange.archive import check_new, new_output, unpacked
     from scaleot_core.exchange.foreign_tokenizer import has_template
     from scaleot_core.exchange.package import Package
+    from scaleot_core.exchange.signature import load_signer
     from scaleot_core.memory import check_tuning
     from scaleot_core.training.checkpoint import Checkpoint
     from scaleot_core.tuning.adapters import trainable
@@ -107,6 +109,7 @@ def tune(
     form = {"rank": lora_rank, "alpha": lora_alpha, "modules": lora_modules}
     lora = validate_block(LoraForm, form) if adapters == "lora" else None
     machine = validate_block(Machine, {"device": device, "threads": threads, "quantize": quantize})
+    signer = load_signer(sign) if sign else None
     check_new(out, private_file(out))
     with held(out) as (progress, began):
         with unpacked(package) as folder, new_output(out, private_file(out)) as target:
@@ -137,6 +140,8 @@ def tune(
                 say("interrupted; the same command goes on from here", style="yellow")
                 raise
             adapter_folder.save(target, shipped, parameters, lora=lora, tuning=settings, tuned=result)
+            if signer:
+                signer(target)
         losses = {"validation_loss": result.validation_loss, "history": result.history}
         write_json(private_file(out), losses, private=True)
         rmtree(progress, ignore_errors=True)  # with what was begun with other options

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 def inspect(
     path: Annotated[Path, typer.Argument(help="A package or an adapter: a folder or .zip.")],
+    verify: Annotated[
+        Path | None, typer.Option(help="The public key (PEM) of who is to have signed it (extra `signing`).")
+    ] = None,
     render: Annotated[
         bool, typer.Option("--render", help="Run the package's chat template, to see which parts of a chat it renders.")
     ] = False,
@@ -35,9 +38,11 @@ def inspect(
         manifest: Manifest
         if manifest_format(folder) == adapter_folder.FORMAT:
             manifest = adapter_manifest = adapter_folder.read_manifest(folder)
+            signature = _signature(folder, verify)
             properties = _adapter_properties(adapter_manifest)
         else:
             package = Package(folder)
+            signature = _signature(folder, verify)
             package.check()
             manifest, properties = package.manifest, _package_properties(package, render=render)
         summary = {
@@ -45,10 +50,22 @@ def inspect(
             "format": f"{manifest.format} {manifest.format_version}",
             **properties,
             "id": manifest_sha256(folder),
+            "signature": signature,
             "bytes": sum(entry.bytes for entry in manifest.files.values()),
         }
         files = {name: entry.model_dump() for name, entry in manifest.files.items()}
     show({**summary, "files": files} if as_json else summary, as_json)
+
+
+def _signature(folder: Path, key: Path | None) -> str | None:
+    """Say whose signature is in a folder, as far as that is known; UserError where it isn't that of a key's owner."""
+    from scaleot_core.exchange.manifest import SIGNATURE
+    from scaleot_core.exchange.signature import verify_signature
+
+    if key:
+        verify_signature(folder, key)
+        return f"by the owner of {key}"
+    return "not verified; name its public key with --verify" if (folder / SIGNATURE).is_file() else None
 
 
 def _adapter_properties(manifest: "AdapterManifest") -> dict[str, Any]:

@@ -4,12 +4,13 @@ from collections.abc import Iterator
 
 from scaleot_core.common.errors import UserError
 from scaleot_core.exchange.package import Package
-from scaleot_core.exchange.sandbox import Begin, run_bounded
+from scaleot_core.exchange.sandbox import GIB, Begin, run_bounded
 from scaleot_core.models.loading import check_tokenizer
 from scaleot_core.records.probes import rendered_parts
 
 TOKENIZER_SECONDS = 120.0  # to load and try one: the largest take some seconds
 TEMPLATE_SECONDS = 20.0  # to render three short conversations
+MEMORY = 2 * GIB  # for either; the largest tokenizers take some hundred MB
 
 
 def has_template(package: Package) -> bool:
@@ -27,7 +28,7 @@ def has_template(package: Package) -> bool:
             raise error.within(f"{package.folder}/tokenizer.json") from None
         yield tokenizer.chat_template is not None
 
-    (answer,) = run_bounded(attempt, what=f"{package.folder}/tokenizer.json", seconds=TOKENIZER_SECONDS)
+    (answer,) = run_bounded(attempt, what=f"{package.folder}/tokenizer.json", seconds=TOKENIZER_SECONDS, memory=MEMORY)
     return answer
 
 
@@ -42,7 +43,7 @@ def template_parts(package: Package) -> dict[str, bool]:
         begin("")
         yield rendered_parts(tokenizer)
 
-    (parts,) = run_bounded(attempt, what=template_file(package), seconds=TEMPLATE_SECONDS)
+    (parts,) = run_bounded(attempt, what=template_file(package), seconds=TEMPLATE_SECONDS, memory=MEMORY)
     return parts
 
 

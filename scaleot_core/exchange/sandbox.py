@@ -27,9 +27,7 @@ Begin = Callable[[str], None]
 """Begin the next step, which has all the time anew; an error names it."""
 
 
-def run_bounded(
-    work: Callable[[Begin], Iterable[Any]], *, what: str, seconds: float, memory: int = 2 * GIB
-) -> Iterator[Any]:
+def run_bounded(work: Callable[[Begin], Iterable[Any]], *, what: str, seconds: float, memory: int) -> Iterator[Any]:
     """Yield what `work` yields, as JSON has it, from a child process; each step of it has `seconds`.
 
     `work` is given a function that begins a step; a yield begins one as well. The child may take `memory` (bytes) more
@@ -52,7 +50,7 @@ def run_bounded(
                     if kind == "result":
                         yield value
                     elif kind == "step":
-                        step = f" {value}"
+                        step = f", {value}" if value else ""
                     elif kind == "error":
                         raise UserError(value.pop("message"), **value)
                     else:
@@ -70,7 +68,7 @@ def run_bounded(
     elif killed or (status and not failure):
         failure = f"it crashed ({signal.strsignal(killed) if killed else status})"
     if failure:
-        raise UserError(f"{what}:{step} {failure}; don't use it, ask whoever made it")
+        raise UserError(f"{what}{step}: {failure}; don't use it, ask whoever made it")
 
 
 def _run_child(
