@@ -8,7 +8,7 @@ import yaml
 from pydantic import Field, ValidationInfo, field_validator
 
 from scaleot_core.common.errors import UserError
-from scaleot_core.common.validation import Block, validate_block
+from scaleot_core.common.validation import Block, StrictLoader, validate_block
 from scaleot_core.settings import (
     AdapterKind,
     Attack,
@@ -135,7 +135,7 @@ def _validated(data: Any) -> Params:
 def load_params(path: Path = Path("params.yaml")) -> Params:
     """Read and check params.yaml; UserError names the first key that is wrong, its value and its range."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run from the project's folder") from None
     except (yaml.YAMLError, ValueError) as error:

@@ -8,7 +8,7 @@ from scaleot_core.common.validation import check_range
 from scaleot_core.compression import dlr
 from scaleot_core.data import questions
 from scaleot_core.data.corpus import local_files
-from scaleot_core.data.local_files import ROWS, TEXTS, has_suffix
+from scaleot_core.data.local_files import is_path
 from scaleot_core.exchange.tokenizer import check_shippable
 from scaleot_core.models.families import context_length
 from scaleot_core.models.loading import load_tokenizer, read_config
@@ -31,9 +31,9 @@ def check_sources(params: Params) -> None:
     for task in params.tasks:
         questions.check(params.data.questions, task)
     for key, value in _sources(params).items():
-        is_path = value.startswith((".", "/", "~")) or has_suffix(value, (*ROWS, *TEXTS))
-        is_path = is_path or (key == "data.questions" and value not in ("embedded", "hub"))
-        if is_path and not Path(value).exists():
+        if (is_path(value) or (key == "data.questions" and value not in ("embedded", "hub"))) and not Path(
+            value
+        ).exists():
             raise UserError("no such file or folder; correct the path", parameter=key, value=value)
     if params.data.corpus != "embedded":
         local_files(params.data.corpus)

@@ -307,3 +307,8 @@ def test_every_parameter_is_a_dependency_of_the_stages_that_read_it():
     keys = {key for key in fields() if not any(other.startswith(f"{key}.") for other in fields())}
     missed = {key for key in keys if key not in watched and key.partition(".")[0] not in watched}
     assert missed == {"device", "threads", "launch", "checkpoint_seconds"}  # where and how a run happens
+
+
+def test_key_that_comes_twice_is_refused(tmp_path):
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text() + "\nalpha: 0.9\n")
+    assert "the key 'alpha' is there twice" in refusal(load_params, tmp_path / "params.yaml")

@@ -1,5 +1,6 @@
 """Either party's command: `inspect`."""
 
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,7 +26,7 @@ def inspect(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Either party: what a package or an adapter is, and whether it came whole. No weights are kept.
+    """Either party: what a package or an adapter is, whether it came whole, and what in it is suspicious.
 
     A package is checked to the last shape; an adapter by `scaleot check`, which knows the package it belongs to.
     """
@@ -43,7 +44,6 @@ def inspect(
         else:
             package = Package(folder)
             signature = _signature(folder, verify)
-            package.check()
             manifest, properties = package.manifest, _package_properties(package, render=render)
         summary = {
             "path": str(path),
@@ -79,23 +79,41 @@ def _adapter_properties(manifest: "AdapterManifest") -> dict[str, Any]:
     }
 
 
+def _probed(package: "Package", sentences: list[list[int]]) -> list[str] | None:
+    """Check a package to the last number, and list what is suspicious in it; None where it is too large to be run."""
+    import torch
+
+    from scaleot_core.common.progress import say
+    from scaleot_core.exchange.suspicions import suspicions
+    from scaleot_core.memory import device_memory, tuning_bytes
+
+    cpu = torch.device("cpu")
+    if tuning_bytes(package, whole_layers=False) > device_memory(cpu) / 2:
+        package.check()
+        say("too large to be run here: whether it is a trap for records wasn't looked at", style="yellow")
+        return None
+    return suspicions(package.load(cpu), package.plan, sentences, secrets.randbits(63))
+
+
 def _package_properties(package: "Package", *, render: bool) -> dict[str, Any]:
-    """List what a sound package is and which records it takes."""
-    from scaleot_core.exchange.foreign_tokenizer import has_template, template_parts
+    """List what a sound package is, what records it takes, and what in it looks like a trap for them."""
+    from scaleot_core.exchange.foreign_tokenizer import template_parts, try_tokenizer
     from scaleot_core.models.families import context_length
 
-    manifest, model, is_chat = package.manifest, package.meta_model, has_template(package)
+    manifest, model, tried = package.manifest, package.meta_model, try_tokenizer(package)
+    suspicious = _probed(package, tried.sentences)
     return {
         "license": manifest.license,
         "architecture": model.config.model_type,
         "parameters": model.num_parameters(),
         "context in tokens": context_length(model.config),
-        "chat template": is_chat,
+        "chat template": tried.has_template,
         **({"chat template renders": template_parts(package)} if render else {}),
         "dtype": manifest.dtype,
         **({"quantized": manifest.quantized} if manifest.quantized else {}),
         "layers": [layer.model_dump(mode="json") for layer in manifest.layers],
         "sound": True,
+        "suspicious": dict(enumerate(suspicious or (), start=1)),
         **_measured_recovery(manifest),
     }
 

@@ -5,8 +5,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scaleot_core.common.errors import UserError
-
 if TYPE_CHECKING:
     from scaleot_core.exchange.package import Package
     from scaleot_core.exchange.sandbox import Begin
@@ -17,25 +15,31 @@ RECORDS_MEMORY, MEMORY_OF_BYTE = 4 * 2**30, 256  # bytes; a token takes some 60
 
 
 def read_examples(
-    package: "Package", task: str | None, data: Path | None, *, block_size: int, packed: bool, now: datetime
+    package: "Package",
+    task: str | None,
+    data: Path | None,
+    *,
+    block_size: int,
+    packed: bool,
+    now: datetime | None = None,
 ) -> "Examples":
     """Make examples of the questions of a task, or, without one, of the records in a file.
 
-    The date in a chat template is that of `now`. UserError names the first row that can't be used, and the package's
-    file that takes too long or too much memory.
+    The date in a chat template is that of `now`, or today's. UserError names the first row that can't be used, and the
+    package's file that takes too long or too much memory.
     """
     from pydantic import TypeAdapter
 
     from scaleot_core.data import questions
     from scaleot_core.evaluation.tasks import check_rows
-    from scaleot_core.exchange.foreign_tokenizer import template_file
+    from scaleot_core.exchange.foreign_tokenizer import check_tokens, template_file
     from scaleot_core.exchange.sandbox import run_bounded
     from scaleot_core.models.families import context_length
     from scaleot_core.records.tally import Tally
     from scaleot_core.tuning.examples import Examples, from_file, from_task, tell
 
     model, tallies = package.meta_model, TypeAdapter(Tally)
-    length, vocabulary = context_length(model.config), model.config.vocab_size
+    length = context_length(model.config)
     rows = questions.private(task, data) if task else []
 
     def read(begin: "Begin") -> Iterator[Any]:
@@ -54,11 +58,7 @@ def read_examples(
     results = run_bounded(read, what=what, seconds=RECORD_SECONDS, memory=memory)
     tally, origins, size = next(results)
     pairs = [(tokens, targets) for tokens, targets in results]
-    if any(not 0 <= token < vocabulary for tokens, _ in pairs for token in tokens):
-        raise UserError(
-            f"{package.folder}/tokenizer.json: it makes tokens that the model's embedding of {vocabulary:,} doesn't "
-            "have; don't use it, ask whoever made it"
-        )
+    check_tokens(package, (tokens for tokens, _ in pairs))
     examples = Examples(pairs, tallies.validate_python(tally), origins=origins, block_size=size)
     tell(f"task {task}" if task else str(data), examples.tally, length)
     return examples

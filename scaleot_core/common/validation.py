@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from functools import reduce
 from typing import Any, TypeVar, get_args, get_origin
 
+import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
@@ -29,6 +30,17 @@ class Block(BaseModel):
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError("Input should not be true or false")
         return value
+
+
+class StrictLoader(yaml.SafeLoader):
+    """Reads YAML as DVC does: a key that comes twice is refused, since one value would win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping; YAMLError for a key that comes twice."""
+        keys = [key.value for key, _ in node.value]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: the key {twice!r} is there twice")
+        return super().construct_mapping(node, deep)
 
 
 B = TypeVar("B", bound=Block)

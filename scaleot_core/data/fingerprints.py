@@ -8,21 +8,28 @@ import os
 from pathlib import Path
 from typing import Any
 
+from scaleot_core.common.errors import UserError
 from scaleot_core.common.files import sha256
+from scaleot_core.data.local_files import is_path
 from scaleot_core.params import Params
 
 LARGE = 2**30  # bytes: reading more than this at every `dvc repro` would take seconds
 
 
 def local_fingerprint(path: Path) -> dict[str, Any]:
-    """Fingerprint a file, or every file below a folder but hidden ones, by its path inside."""
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    inside = {file.relative_to(path).as_posix() if path.is_dir() else "": file for file in files}
-    return {
-        name: _file_fingerprint(file)
-        for name, file in inside.items()
-        if not any(part.startswith(".") for part in Path(name).parts)
-    }
+    """Fingerprint a file, or every file below a folder but hidden ones, by its path inside. Links are followed."""
+    if not path.is_dir():
+        return {"": _file_fingerprint(path)}
+    files, seen = dict[str, Path](), set[str]()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        real = os.path.realpath(folder)
+        folders[:] = [name for name in folders if not name.startswith(".") and real not in seen]
+        seen.add(real)  # a link may lead back to a folder above it
+        for name in names:
+            file = Path(folder) / name
+            if not name.startswith(".") and file.is_file():
+                files[file.relative_to(path).as_posix()] = file
+    return {name: _file_fingerprint(file) for name, file in sorted(files.items())}
 
 
 def _file_fingerprint(file: Path) -> dict[str, Any]:
@@ -50,12 +57,17 @@ def hub_fingerprint(repository: str, revision: str, kind: str) -> dict[str, Any]
 
 
 def source_fingerprint(source: str, revision: str, kind: str, root: Path) -> dict[str, Any]:
-    """Fingerprint one source: `embedded`, a path (relative ones below `root`), or a repository on the hub."""
+    """Fingerprint one source: `embedded`, a path (relative ones below `root`), or a repository on the hub.
+
+    UserError for a path that isn't there.
+    """
     if source == "embedded":  # whose lock is a dependency of its own
         return {"embedded": True}
     path = root / Path(source).expanduser()
     if path.exists():
         return {"local": local_fingerprint(path)}
+    if is_path(source):
+        raise UserError("no such file or folder; correct the path", value=source)
     return {"hub": hub_fingerprint(source, revision, kind)}
 
 
@@ -65,15 +77,22 @@ def source_fingerprints(params: Params) -> dict[str, Any]:
     Relative paths lie below the project's folder, also in the folder of an experiment.
     """
     data, root = params.data, Path(os.environ.get("DVC_ROOT", "."))
+
+    def local(parameter: str, source: str, revision: str, kind: str) -> dict[str, Any]:
+        try:
+            return source_fingerprint(source, revision, kind, root)
+        except UserError as error:
+            raise UserError(error.message, parameter=parameter, value=source) from None
+
     if data.questions == "hub":
         from scaleot_core.evaluation.definitions import task_config  # takes seconds
 
         names = {task: task_config(task)["dataset_path"] for task in params.tasks}
         questions = {task: hub_fingerprint(name, data.questions_revision, "dataset") for task, name in names.items()}
     else:
-        questions = source_fingerprint(data.questions, "", "dataset", root)
+        questions = local("data.questions", data.questions, "", "dataset")
     return {
-        "model": source_fingerprint(params.model, params.model_revision, "model", root),
+        "model": local("model", params.model, params.model_revision, "model"),
         "questions": questions,
-        "corpus": source_fingerprint(data.corpus, data.corpus_revision, "dataset", root),
+        "corpus": local("data.corpus", data.corpus, data.corpus_revision, "dataset"),
     }

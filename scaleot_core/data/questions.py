@@ -18,33 +18,36 @@ from scaleot_core.evaluation.definitions import evaluated_split, task_config
 from scaleot_core.evaluation.fields import PlacedRow
 
 Row = dict[str, Any]
-# Ignored when comparing questions: ids, and answers (which have two encodings).
-NON_CONTENT_FIELDS = {"id", "idx", "ind", "source_id", "example_id", "label", "answerKey", "answer", "answers"}
+IDS = {"id", "idx", "ind", "source_id", "example_id"}  # never a part of a question
+ANSWERS = {"label", "answerKey", "answer", "answers"}  # mostly none either, and they have two encodings
 
 
-def _key(row: Row) -> str:
-    """Return a question's content as text that is the same whatever its case, spacing, number and answer."""
-    content = {name: value for name, value in row.items() if name not in NON_CONTENT_FIELDS}
+def _key(row: Row, ignored: set[str]) -> str:
+    """Return a row's content as text that is the same whatever its case, its spacing and the ignored fields."""
+    content = {name: value for name, value in row.items() if name not in ignored}
     return json.dumps(embedded.plain(content), sort_keys=True, ensure_ascii=False, default=str)
 
 
-def _shuffled(rows: list[Row], seed: int, part: str) -> list[Row]:
-    """Shuffle rows by the seed; of equal questions keep the first."""
+def _unique(rows: list[Row], ignored: set[str]) -> list[Row]:
+    """Keep the first of rows that are equal but for the ignored fields."""
     unique: dict[str, Row] = {}
     for row in rows:
-        unique.setdefault(_key(row), row)
-    order = torch.randperm(len(unique), generator=generator(seed, "questions", part)).tolist()
-    questions = list(unique.values())
-    return [questions[i] for i in order]
+        unique.setdefault(_key(row, ignored), row)
+    return list(unique.values())
+
+
+def _shuffled(rows: list[Row], seed: int, part: str) -> list[Row]:
+    """Shuffle rows by the seed."""
+    return [rows[i] for i in torch.randperm(len(rows), generator=generator(seed, "questions", part)).tolist()]
 
 
 def split(rows: list[Row], *, train: int, evaluate: int, seed: int) -> tuple[list[Row], list[Row]]:
     """Cut one set of rows into at most `train` and `evaluate` of them, with no question in both.
 
-    Evaluation is filled first, so that it stays the same whatever the training size. UserError where nothing is left
-    to train on.
+    Of equal questions, whatever their answers, the first is kept. Evaluation is filled first, so that it stays the same
+    whatever the training size. UserError where nothing is left to train on.
     """
-    shuffled = _shuffled(rows, seed, "split")
+    shuffled = _shuffled(_unique(rows, IDS | ANSWERS), seed, "split")
     if len(shuffled) <= evaluate:
         raise UserError(
             f"there are {len(shuffled)} questions, so none is left to train on; lower it",
@@ -55,12 +58,21 @@ def split(rows: list[Row], *, train: int, evaluate: int, seed: int) -> tuple[lis
 
 
 def cut(
-    train_rows: list[Row], eval_rows: list[Row], *, train: int, evaluate: int, seed: int
+    task: str, train_rows: list[Row], eval_rows: list[Row], *, train: int, evaluate: int, seed: int
 ) -> tuple[list[Row], list[Row]]:
-    """Cut two official splits to size; a training question that the evaluation split also has is dropped."""
-    evaluated = {_key(row) for row in eval_rows}
-    training = [row for row in _shuffled(train_rows, seed, "train") if _key(row) not in evaluated]
-    return training[:train], _shuffled(eval_rows, seed, "evaluation")[:evaluate]
+    """Cut two splits to size. Rows that differ in what is asked or answered are different rows.
+
+    What is left out is told by its number: rows that come twice, and training questions that are evaluated too.
+    """
+    trained, evaluated = (_unique(rows, IDS) for rows in (train_rows, eval_rows))
+    asked = {_key(row, IDS | ANSWERS) for row in evaluated}
+    disjoint = [row for row in trained if _key(row, IDS | ANSWERS) not in asked]
+    twice = len(train_rows) + len(eval_rows) - len(trained) - len(evaluated)
+    if left_out := [f"{twice} come twice"] * (twice > 0) + [
+        f"{len(trained) - len(disjoint)} training questions are evaluated too"
+    ] * (len(disjoint) < len(trained)):
+        say(f"task {task}: rows are left out: {', '.join(left_out)}", style="yellow")
+    return _shuffled(disjoint, seed, "train")[:train], _shuffled(evaluated, seed, "evaluation")[:evaluate]
 
 
 def local(folder: Path, task: str) -> tuple[list[Row], list[Row]]:
@@ -181,7 +193,7 @@ def load(
         else:
             splits = hub(task, revision) if source == "hub" else local(Path(source), task)
             train_rows, eval_rows = (_drop_empty(task, rows) for rows in splits)
-            parts = cut(train_rows, eval_rows, train=train, evaluate=evaluate, seed=seed)
+            parts = cut(task, train_rows, eval_rows, train=train, evaluate=evaluate, seed=seed)
     except UserError as error:
         raise error.within(f"task {task}") from error
     for name, rows in zip(("training", "evaluation"), parts, strict=True):

@@ -9,6 +9,7 @@ import csv
 import glob
 import io
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,14 +22,16 @@ from scaleot_core.common.files import parse_json, parse_jsonl
 Row = dict[str, Any]
 PARQUET = b"PAR1"  # how such a file begins, and compressed ones:
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4"}
+SKIPPABLE = b"\x2a\x4d\x18"  # behind a byte of 0x5_: a frame of Zstandard, or of LZ4, that says nothing
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
 def read_rows(file: Path) -> Iterator[tuple[str, Row]]:
     """Yield where each row of a file lies, such as `records.jsonl, line 3`, and the row itself, as they are read.
 
     The content tells compression (gzip, bzip2, Zstandard, LZ4), Parquet and a JSON array from JSON Lines; the name
-    tells CSV. Text is UTF-8, or UTF-16 with a byte-order mark. UserError for a file that can't be read, and for the
-    first row that isn't sound.
+    tells CSV, and TSV, whose fields tabs separate. Text is UTF-8, or UTF-16 with a byte-order mark. UserError for a
+    file that can't be read, and for the first row that isn't sound.
     """
     if file.is_dir():
         raise UserError(f"{file}: it is a folder; name one file of records")
@@ -40,11 +43,12 @@ def read_rows(file: Path) -> Iterator[tuple[str, Row]]:
         encoding = json.detect_encoding(start[:4])
         if b"\0" in start and encoding == "utf-8":
             raise UserError(f"{file}: it is no text; records are JSON Lines, a JSON list, CSV or Parquet")
-        is_csv = ".csv" in file.suffixes
-        text = io.TextIOWrapper(stream, encoding, errors="surrogateescape", newline="" if is_csv else None)
+        suffixes = [suffix.lower() for suffix in file.suffixes]
+        separator = next((mark for suffix, mark in SEPARATORS.items() if suffix in suffixes), None)
+        text = io.TextIOWrapper(stream, encoding, errors="surrogateescape", newline="" if separator else None)
         beginning = start.decode(encoding, errors="ignore").lstrip("\ufeff \t\r\n")
-        if is_csv:
-            yield from _read_csv(file, text)
+        if separator:
+            yield from _read_csv(file, text, separator)
         elif beginning.startswith("["):
             yield from _read_array(file, text)
         elif beginning.split("\n")[0].rstrip() == "{":
@@ -67,6 +71,8 @@ def _open(file: Path) -> io.BufferedReader:
     import pyarrow
 
     stream = file.open("rb")
+    while stream.peek(8)[1:4] == SKIPPABLE and stream.peek(1)[0] >> 4 == 5:
+        stream.read(int.from_bytes(stream.read(8)[4:], "little"))
     start = stream.peek(4)
     for magic, codec in COMPRESSED.items():
         if start.startswith(magic):
@@ -117,17 +123,34 @@ def _read_array(file: Path, text: TextIO) -> Iterator[tuple[str, Row]]:
         yield f"{file}, record {number}", row
 
 
-def _read_csv(file: Path, text: TextIO) -> Iterator[tuple[str, Row]]:
+def _read_csv(file: Path, text: TextIO, separator: str) -> Iterator[tuple[str, Row]]:
     """Yield rows by the names in the first line; every value is text."""
     csv.field_size_limit(2**31 - 1)  # 131,072 characters, which a document may have, are the library's own limit
-    reader = csv.DictReader(_checked(file, text), strict=True)
-    names = reader.fieldnames or []
-    if len(names) == 1 and (marks := [mark for mark in (";", "\t", "|") if mark in names[0]]):
-        raise UserError(f"{file}, line 1: fields are separated by commas, these by {marks[0]!r}; save it with commas")
+    lines: list[str] = []  # of the row that was read last
+
+    def remembered() -> Iterator[str]:
+        for line in _checked(file, text):
+            lines.append(line)
+            yield line
+
+    reader = csv.DictReader(remembered(), delimiter=separator, strict=True)
+    names = list(reader.fieldnames or [])
+    for mark in (";", "\t", "|", ","):
+        if len(names) == 1 and mark in names[0]:
+            words = "commas" if separator == "," else "tabs"
+            raise UserError(f"{file}, line 1: fields are separated by {words}, these by {mark!r}; save it with {words}")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"{file}, line 1: the column {twice!r} is there twice; delete one")
+    lines.clear()
     for row in reader:
         where = f"{file}, line {reader.line_num}"
         if None in row or None in row.values():
             raise UserError(f"{where}: it has more or fewer fields than the first line, which names them")
+        if re.search(rf'{re.escape(separator)}[ \t]+"', "".join(lines)):
+            for name, value in row.items():
+                if value[:1].isspace() and value.lstrip().startswith('"'):
+                    raise UserError(f"{where}: a blank stands before the quote of {name!r}; delete it")
+        lines.clear()
         yield where, row
 
 

@@ -1,10 +1,12 @@
 """Try a package's tokenizer and its chat template where they can do no harm, before anything depends on them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 from scaleot_core.common.errors import UserError
 from scaleot_core.exchange.package import Package
 from scaleot_core.exchange.sandbox import GIB, Begin, run_bounded
+from scaleot_core.exchange.suspicions import SENTENCES
 from scaleot_core.models.loading import check_tokenizer
 from scaleot_core.records.probes import rendered_parts
 
@@ -13,23 +15,42 @@ TEMPLATE_SECONDS = 20.0  # to render three short conversations
 MEMORY = 2 * GIB  # for either; the largest tokenizers take some hundred MB
 
 
-def has_template(package: Package) -> bool:
-    """Return whether a package has a chat template, after its tokenizer was loaded and tried in a child process.
+class TriedTokenizer(NamedTuple):
+    """What a package's tokenizer was found to do."""
+
+    has_template: bool
+    sentences: list[list[int]]
+    """The tokens of `SENTENCES`."""
+
+
+def try_tokenizer(package: Package) -> TriedTokenizer:
+    """Load a package's tokenizer and try it, in a child process.
 
     UserError where that takes too long or too much memory, and for a tokenizer that `check_tokenizer` refuses.
     """
-    config = package.config
+    config, file = package.config, f"{package.folder}/tokenizer.json"
 
-    def attempt(begin: Begin) -> Iterator[bool]:
+    def attempt(begin: Begin) -> Iterator[Any]:
         tokenizer = package.tokenizer()
         try:
             check_tokenizer(tokenizer, config)
         except UserError as error:
-            raise error.within(f"{package.folder}/tokenizer.json") from None
-        yield tokenizer.chat_template is not None
+            raise error.within(file) from None
+        yield tokenizer.chat_template is not None, [tokenizer(text)["input_ids"] for text in SENTENCES]
 
-    (answer,) = run_bounded(attempt, what=f"{package.folder}/tokenizer.json", seconds=TOKENIZER_SECONDS, memory=MEMORY)
-    return answer
+    ((has_template, sentences),) = run_bounded(attempt, what=file, seconds=TOKENIZER_SECONDS, memory=MEMORY)
+    check_tokens(package, sentences)
+    return TriedTokenizer(has_template, sentences)
+
+
+def check_tokens(package: Package, texts: Iterable[list[int]]) -> None:
+    """Raise UserError where texts have tokens that a package's model has no embedding of."""
+    vocabulary = package.config.vocab_size
+    if any(not 0 <= token < vocabulary for tokens in texts for token in tokens):
+        raise UserError(
+            f"{package.folder}/tokenizer.json: it makes tokens that the model's embedding of {vocabulary:,} doesn't "
+            "have; don't use it, ask whoever made it"
+        )
 
 
 def template_parts(package: Package) -> dict[str, bool]:

@@ -56,7 +56,10 @@ def _check_form(row: Row, before: str | None, *, has_template: bool) -> str:
         what = "`prompt` and `completion`, `messages`, or `text`"
         if before:
             what = f"`{before}` as in the lines before it; give all records of a file one form"
-        raise ValueError(f"it needs {what}{'' if form else other_form(row, has_template=has_template)}")
+        hint = "" if form else other_form(row, has_template=has_template)
+        if not (form or hint or before) and all(isinstance(value, str) for value in row.values()):
+            hint = "; of a CSV file the first line has to name its fields"
+        raise ValueError(f"it needs {what}{hint}")
     return form
 
 

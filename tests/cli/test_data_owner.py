@@ -33,7 +33,7 @@ from scaleot_core.params import Params
 from scaleot_core.settings import LoraForm, Machine, OffsiteTuning
 from scaleot_core.tuning import tuner
 
-COMMANDS = ["pack", "inspect", "tune", "check", "plug", "trace"]
+COMMANDS = ["pack", "inspect", "tune", "audit", "check", "plug", "trace"]
 FEW = ("--epochs", 2, "--threads", 1, "--device", "cpu")
 LAYERS = ("--adapters", "layers", *FEW)
 LORA = ("--lora-rank", 3, *FEW)  # of the 16 rows of a key

@@ -166,7 +166,7 @@ def test_damaged_shard(tmp_path: Path) -> None:
 
 
 def test_folder_without_text(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no \.jsonl, \.json, \.csv, \.parquet or \.txt file is in that folder"):
+    with pytest.raises(UserError, match=r"no \.jsonl, \.json, \.csv, \.tsv, \.parquet or \.txt file is in that folder"):
         list(corpus.read_text(str(tmp_path)))
 
 

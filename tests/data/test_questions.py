@@ -76,9 +76,24 @@ def test_nothing_left_to_train_on(count: int) -> None:
 
 
 def test_cut_drops_training_questions_that_are_evaluated() -> None:
-    train, evaluation = questions.cut(rows(40), rows(20, start=30), train=100, evaluate=5, seed=0)
+    train, evaluation = questions.cut("piqa", rows(40), rows(20, start=30), train=100, evaluate=5, seed=0)
     assert len(evaluation) == 5
     assert goals(train) == goals(rows(30))  # nothing of the whole evaluation split, whatever its cut
+
+
+def test_rows_that_differ_in_what_is_asked_or_answered_all_stay() -> None:
+    answers = [{"question": f"q {i}?", "answer": f"a {j}", "idx": j} for i in range(4) for j in range(5)]
+    labels = [{"question": "q?", "label": k} for k in range(3)]
+    other = [{"question": f"other {i}?", "answer": "a"} for i in range(3)]
+    for train_rows in (answers, labels):
+        train, evaluation = questions.cut("t", train_rows, other, train=100, evaluate=100, seed=0)
+        assert (len(train), len(evaluation)) == (len(train_rows), 3)
+
+
+def test_rows_that_are_left_out_are_told_by_their_number(capsys: pytest.CaptureFixture[str]) -> None:
+    questions.cut("piqa", [*rows(10), *rows(3)], rows(4, start=8), train=100, evaluate=100, seed=0)
+    told = " ".join("".join(capsys.readouterr()).split())
+    assert "task piqa: rows are left out: 3 come twice, 2 training questions are evaluated too" in told
 
 
 def test_folder(tmp_path: Path) -> None:

@@ -179,3 +179,31 @@ def test_what_is_damaged_is_refused_in_a_line_that_says_where(tmp_path, name, co
 def test_what_is_not_there_or_a_folder_is_refused(tmp_path):
     assert refusal(lambda: rows(tmp_path / "none")) == f"{tmp_path / 'none'}: no such file"
     assert "it is a folder" in refusal(lambda: rows(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["d.csv", "D.CSV", "d.Csv", "d.tsv", "D.TSV"])
+@pytest.mark.parametrize("frame", [b"", b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"], ids=["plain", "skippable frame"])
+def test_separated_values_are_read_by_their_name_in_any_case(tmp_path, name, frame):
+    text = "prompt,completion\nq, a\n".replace(",", "\t" if name.lower().endswith("tsv") else ",")
+    content = pyarrow.compress(text.encode(), codec="zstd", asbytes=True)
+    (tmp_path / f"{name}.zst").write_bytes(frame + content)
+    assert [row for _, row in read_rows(tmp_path / f"{name}.zst")] == [{"prompt": "q", "completion": " a"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("d.csv", "a,b,a\n1,2,3\n", "the column 'a' is there twice"),
+        ("d.csv", "a\tb\n1\t2\n", "these by"),
+        ("d.tsv", "a,b\n1,2\n", "these by"),
+        ("d.csv", 'a,b\n"1", "2"\n', "line 2: a blank stands before the quote of 'b'"),
+    ],
+)
+def test_separated_values_that_would_be_misread_are_refused(tmp_path, name, text, reason):
+    (tmp_path / name).write_text(text)
+    assert reason in refusal(list, read_rows(tmp_path / name))
+
+
+def test_quoted_text_with_commas_blanks_and_quotes_is_read(tmp_path):
+    (tmp_path / "d.csv").write_text('a,b\n"x, ""y""", z\n')
+    assert [row for _, row in read_rows(tmp_path / "d.csv")] == [{"a": 'x, "y"', "b": " z"}]
