@@ -1,7 +1,6 @@
 """The data owner's last command before an adapter is sent: `audit`."""
 
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,6 +8,7 @@ import typer
 
 from scaleot_core.cli.options import AsJson, PackageOption, setting
 from scaleot_core.cli.output import private_file, show
+from scaleot_core.cli.reading import read_examples
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.progress import say
 from scaleot_core.common.validation import validate_block
@@ -58,10 +58,10 @@ def audit(
     from scaleot_core.common.runtime import setup
     from scaleot_core.exchange import adapter_folder
     from scaleot_core.exchange.archive import unpacked
+    from scaleot_core.exchange.foreign_tokenizer import try_tokenizer
     from scaleot_core.exchange.package import Package
     from scaleot_core.exchange.suspicions import most_silent
-    from scaleot_core.models.loading import check_tokenizer
-    from scaleot_core.tuning.examples import from_file
+    from scaleot_core.tuning.examples import Examples
     from scaleot_core.tuning.selection import split_records
 
     machine = validate_block(Machine, {"device": device, "threads": threads})
@@ -72,17 +72,20 @@ def audit(
         shipped = Package(package_folder)
         runtime = setup(machine.model_copy(update={"dtype": shipped.manifest.dtype}), "audit")
         tuned, manifest = adapter_folder.read(folder, shipped), adapter_folder.read_manifest(folder)
-        model, tokenizer = shipped.load(runtime.device), shipped.tokenizer()
-    check_tokenizer(tokenizer, model.config)
+        try_tokenizer(shipped)
+        packed = manifest.tuning.privacy is None
+        began = datetime.fromisoformat(private["began"]) if "began" in private else None  # the date in a chat template
+        records, *more = (
+            read_examples(shipped, None, file, block_size=block_size, packed=packed, now=began)
+            for file in (data, held_out)
+            if file is not None
+        )
+        model = shipped.load(runtime.device)
     start_seed = private["seed"] if seed is None else seed
-    packed = manifest.tuning.privacy is None
-    began = datetime.fromisoformat(private["began"]) if "began" in private else None  # the date in a chat template
-    read = partial(from_file, model, tokenizer, block_size=block_size, packed=packed, now=began)
-    records = read(data)
     members, others = split_records(records, private.get("not_tuned_on", 0), start_seed)
-    if held_out is not None:
-        others = read(held_out)
-    figures = library.audit(model, shipped.plan, tuned, members, others, seed=start_seed)
+    if more:
+        members, others = members or records, more[0]
+    figures = library.audit(model, shipped.plan, tuned, members, Examples(others), seed=start_seed)
     limits = library.Limits(most_silent(model.config) if max_unmoved is None else max_unmoved, max_auc, max_extracted)
     reasons = library.reasons(figures, limits)
     show({"adapter": str(adapter), **_summary(figures), "may be sent": not reasons}, as_json)

@@ -1,16 +1,16 @@
 """The data owner's command: `tune`."""
 
 import secrets
-from datetime import datetime
 from pathlib import Path
 from shutil import rmtree
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from scaleot_core.cli.options import AsJson, setting
+from scaleot_core.cli.options import AsJson, SignOption, setting
 from scaleot_core.cli.output import private_file, show
 from scaleot_core.cli.progress import held, private_files
+from scaleot_core.cli.reading import read_examples
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.progress import say
 from scaleot_core.common.validation import validate_block
@@ -18,8 +18,6 @@ from scaleot_core.params import Params
 from scaleot_core.settings import Lora, LoraForm, Machine, OffsiteTuning, Quantization
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from scaleot_core.tuning.examples import Examples
     from scaleot_core.tuning.selection import TuningResult
 
@@ -90,6 +88,7 @@ def tune(
     quantize: Annotated[Quantization | None, setting(Machine, "quantize", "Without it the package's dtype.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], setting(Params, "device")] = "auto",
     threads: Annotated[int, setting(Params, "threads")] = 0,
+    sign: SignOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Data owner: tune adapters in the package on your own records. What it writes is all that goes back.
@@ -102,10 +101,11 @@ def tune(
     from scaleot_core.compression.quantization import check_kernels
     from scaleot_core.exchange import adapter_folder
     from scaleot_core.exchange.archive import check_new, new_output, unpacked
+    from scaleot_core.exchange.foreign_tokenizer import try_tokenizer
     from scaleot_core.exchange.package import Package
+    from scaleot_core.exchange.signature import load_signer
     from scaleot_core.exchange.suspicions import suspicions
     from scaleot_core.memory import check_tuning
-    from scaleot_core.models.loading import check_tokenizer
     from scaleot_core.training.checkpoint import Checkpoint
     from scaleot_core.tuning.adapters import trainable
     from scaleot_core.tuning.selection import TooFewRecords
@@ -127,6 +127,7 @@ def tune(
     form = chosen(rank=lora_rank, alpha=lora_alpha, modules=lora_modules)
     lora = validate_block(LoraForm, form) if adapters == "lora" else None
     machine = validate_block(Machine, {"device": device, "threads": threads, "quantize": quantize})
+    signer = load_signer(sign) if sign else None
     check_new(out, private_file(out))
     with held(out) as (progress, began):
         with unpacked(package) as folder, new_output(out, private_file(out)) as target:
@@ -135,11 +136,9 @@ def tune(
             if quantize:
                 check_kernels(quantize, runtime.device)
             check_tuning(shipped, runtime, whole_layers=lora is None, quantize=quantize)
-            model, tokenizer = shipped.load(runtime.device, quantize), shipped.tokenizer()
-            check_tokenizer(tokenizer, model.config)
-            examples = _read_examples(
-                model, tokenizer, task, data, block_size=block_size, packed=not epsilon, now=began
-            )
+            tried = try_tokenizer(shipped)
+            examples = read_examples(shipped, task, data, block_size=block_size, packed=not epsilon, now=began)
+            model = shipped.load(runtime.device, quantize)
             if epsilon and batch_size is None:
                 settings = settings.model_copy(update={"batch_size": max(1, round(len(examples) / PRIVATE_STEPS))})
             key = fingerprint(
@@ -148,7 +147,7 @@ def tune(
             checkpoint = Checkpoint(progress / key, PROGRESS_SECONDS)
             if any(path.is_dir() for path in progress.iterdir()) and not checkpoint.folder.exists():
                 say("other options, package or records than before: starting anew", style="yellow")
-            for line in suspicions(model, shipped.plan, tokenizer, secrets.randbits(63)):
+            for line in suspicions(model, shipped.plan, tried.sentences, secrets.randbits(63)):
                 say(
                     f"{package}: {line}; it may be a trap for records: tune with --epsilon, or ask its owner",
                     style="yellow",
@@ -168,6 +167,8 @@ def tune(
                 say("interrupted; the same command goes on from here", style="yellow")
                 raise
             adapter_folder.save(target, shipped, parameters, lora=lora, tuning=settings, tuned=result)
+            if signer:
+                signer(target)
         unmoved = max(unmoved_shares(start, parameters).values(), default=0.0)
         losses = {"validation_loss": result.validation_loss, "history": result.history}
         not_tuned_on = len(set(examples.origins)) - result.tuned_on
@@ -193,33 +194,6 @@ def tune(
             "what never moved tells what the records don't have; run `scaleot audit` before you send it", style="yellow"
         )
     say("the losses are those of the tuned package, not of the real model: what it will gain, its owner alone can tell")
-
-
-def _read_examples(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    task: str | None,
-    data: Path | None,
-    *,
-    block_size: int,
-    packed: bool,
-    now: datetime,
-) -> "Examples":
-    """Make examples of the questions of a task, or, without one, of the records in a file.
-
-    The date in a chat template is that of `now`. UserError names the first row that can't be used.
-    """
-    from scaleot_core.data import questions
-    from scaleot_core.evaluation.tasks import check_rows
-    from scaleot_core.models.families import context_length
-    from scaleot_core.tuning.examples import from_file, from_task
-
-    if task is None:
-        assert data is not None
-        return from_file(model, tokenizer, data, block_size=block_size, packed=packed, now=now)
-    rows = questions.private(task, data)
-    check_rows(task, rows, tokenizer, context_length=context_length(model.config), part="training")
-    return from_task(model, tokenizer, task, rows, block_size=block_size, packed=packed)
 
 
 def _too_few(source: str, examples: "Examples", settings: OffsiteTuning) -> UserError:

@@ -4,12 +4,12 @@ A warning, no proof. A maker who knows this probe can build channels that fire a
 channels are silent by nature (Voita et al. 2023, arXiv 2309.04827): there a trap of most of a layer alone stands out.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 
 from scaleot_core.compression.plan import DECODER_KINDS, Plan, layers_of
 from scaleot_core.compression.quantization import QuantizedMatrix
@@ -49,10 +49,11 @@ def _fast(model: PreTrainedModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def suspicions(model: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenizerBase, draw: int) -> list[str]:
-    """List what is suspicious in an emulator's decoder layers, a line for each; `draw` seeds the random tokens.
+def suspicions(model: PreTrainedModel, plan: Plan, sentences: Sequence[list[int]], draw: int) -> list[str]:
+    """List what is suspicious in an emulator's decoder layers, a line for each.
 
-    A draw that the package's maker could foresee would let channels fire on it alone.
+    `sentences` are the tokens of `SENTENCES`; `draw` seeds random ones. A draw that the package's maker could foresee
+    would let channels fire on it alone.
     """
     layers = {i: decoder_layers(model)[i] for i in layers_of(plan, *DECODER_KINDS)}
     peaks: dict[int, Tensor] = {}
@@ -74,8 +75,8 @@ def suspicions(model: PreTrainedModel, plan: Plan, tokenizer: PreTrainedTokenize
     down = family(model.config).feed_forward_out
     handles += [x.get_submodule(down).register_forward_pre_hook(watch_channels(i)) for i, x in layers.items()]
     blocks = torch.randint(model.config.vocab_size, BLOCKS, generator=torch.Generator().manual_seed(draw))
-    for block, sentence in zip(blocks, SENTENCES, strict=False):
-        tokens = torch.tensor(tokenizer(sentence)["input_ids"][: BLOCKS[1]])
+    for block, sentence in zip(blocks, sentences, strict=False):
+        tokens = torch.tensor(sentence[: BLOCKS[1]])
         block[: len(tokens)] = tokens
     with hooks(*handles), _fast(model):
         last_hidden_state(model, blocks)

@@ -6,7 +6,7 @@ from helpers import plan_of_kinds, tiny_model
 
 from scaleot_core.attacks import audit, hostile_owner
 from scaleot_core.compression.emulator import layer_parameters
-from scaleot_core.exchange.suspicions import suspicions
+from scaleot_core.exchange.suspicions import SENTENCES, suspicions
 from scaleot_core.settings import LoraForm, OffsiteTuning
 from scaleot_core.tuning.adapters import TunedLora
 from scaleot_core.tuning.lora import insert_lora, remove_lora
@@ -136,8 +136,8 @@ def test_adapter_that_tells_too_much_is_not_to_be_sent(figures, count):
 
 
 def test_probe_names_the_trap(tokenizer):
-    model = wide()
-    assert not suspicions(model, PLAN, tokenizer, 0)
+    model, sentences = wide(), tokenizer(list(SENTENCES))["input_ids"]
+    assert not suspicions(model, PLAN, sentences, 0)
     hostile_owner.set_trap(model, LAYER, TARGETS, PUBLIC)
-    lines = suspicions(model, PLAN, tokenizer, 0)
+    lines = suspicions(model, PLAN, sentences, 0)
     assert len(lines) == 1 and lines[0].startswith("layer 0: ") and "silent" in lines[0]

@@ -182,10 +182,10 @@ def test_inspect_says_what_records_a_package_takes(tmp_path, package, tokenizer)
         f"{{% for m in messages %}}{system}{{{{ m.content }}}}{{% endif %}}{{% endfor %}}{{{{ tools }}}}"
     )
     chat = write_package(tmp_path / "chat", tiny_model("llama"), chatty)
-    shown = gives("inspect", chat)
+    shown = gives("inspect", chat, "--render")
     assert shown["chat template"] is True
     assert shown["chat template renders"] == {"system messages": False, "tools": True, "calls of tools": False}
-    table = scaleot("inspect", chat).out
+    table = scaleot("inspect", chat, "--render").out
     assert "system messages: no" in table and shown["files"]["adapter.safetensors"]["sha256"][:20] not in table
 
 
