@@ -271,7 +271,7 @@ def test_plugged_in_lora_is_what_peft_loads(tmp_path, base, package, lora):
     for folder in (lora, tmp_path / "lora"):
         close(logits(PeftModel.from_pretrained(load(base), folder)), plugged)
     assert not torch.equal(plugged, logits(tiny_model("llama")))
-    assert sorted(os.listdir(tmp_path / "lora")) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "lora")) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 
 
 @pytest.mark.slow

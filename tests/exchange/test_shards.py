@@ -106,7 +106,9 @@ def test_tuning_and_plugging_in_give_the_same_bytes(
         plugged = tmp_path / f"{name}-plugged"
         assert scaleot("plug", sound / "model", adapter, "--package", sound / name, "--out", plugged).code == 0
         weights = {file.name: file.read_bytes() for file in adapter.glob("*.safetensors")}
-        written[name] = weights, snapshot(plugged)
+        files = snapshot(plugged)
+        assert b"base_model: model" in (files.pop("README.md") or b"")  # which names the package by its hash
+        written[name] = weights, files
     assert written["package"] == written["one"]
     assert names(tmp_path / "one-plugged") == names(sound / "model") and len(names(sound / "model")) > 2
 
