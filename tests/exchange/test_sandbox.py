@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from helpers import (
+    TEST_DATA,
     change_manifest,
     list_again,
     refusal,
@@ -233,6 +234,13 @@ def test_regular_expression_that_never_ends_is_bounded(
 @pytest.mark.parametrize("kind", KINDS)
 def test_honest_tokenizers_of_every_kind_pass(kind: str) -> None:
     check_encoding(made := KINDS[kind](), len(made))
+
+
+@pytest.mark.parametrize("name", ["tokenizers/gpt2", "models/tinytalk_gptneo_8L/hf"])
+def test_honest_tokenizers_in_use_pass(name: str) -> None:
+    if not (folder := TEST_DATA / name).is_dir():
+        pytest.skip("no such tokenizer is here")
+    check_encoding(tokenizer := PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True), len(tokenizer))
 
 
 def test_token_beyond_the_embedding_in_a_record_alone_is_refused(package: Path, monkeypatch: Any) -> None:
