@@ -53,7 +53,8 @@ def read_examples(
         yield [tallies.dump_python(examples.tally, mode="json"), list(examples.origins), examples.block_size]
         yield from examples
 
-    what = f"{package.folder}/tokenizer.json" + (f", or {template_file(package)}" if not task else "")
+    template = None if task else template_file(package)
+    what = f"{package.folder}/tokenizer.json" + (f", or {template}" if template else "")
     memory = RECORDS_MEMORY + MEMORY_OF_BYTE * (data.stat().st_size if data and data.is_file() else 0)
     results = run_bounded(read, what=what, seconds=RECORD_SECONDS, memory=memory)
     tally, origins, size = next(results)

@@ -7,11 +7,12 @@ from scaleot_core.common.errors import UserError
 from scaleot_core.exchange.package import Package
 from scaleot_core.exchange.sandbox import GIB, Begin, run_bounded
 from scaleot_core.exchange.suspicions import SENTENCES
+from scaleot_core.exchange.untrusted import read_untrusted_json
 from scaleot_core.models.loading import check_tokenizer
 from scaleot_core.records.probes import rendered_parts
 
 TOKENIZER_SECONDS = 120.0  # to load and try one: the largest take some seconds
-TEMPLATE_SECONDS = 20.0  # to render three short conversations
+TEMPLATE_SECONDS = 10.0  # to render three short conversations
 MEMORY = 2 * GIB  # for either; the largest tokenizers take some hundred MB
 
 
@@ -64,11 +65,13 @@ def template_parts(package: Package) -> dict[str, bool]:
         begin("")
         yield rendered_parts(tokenizer)
 
-    (parts,) = run_bounded(attempt, what=template_file(package), seconds=TEMPLATE_SECONDS, memory=MEMORY)
+    (parts,) = run_bounded(attempt, what=template_file(package) or "", seconds=TEMPLATE_SECONDS, memory=MEMORY)
     return parts
 
 
-def template_file(package: Package) -> str:
-    """Return the path of the file that has a package's chat template, if there is one."""
-    names = ("chat_template.jinja", "tokenizer_config.json")
-    return f"{package.folder}/{next(name for name in names if name in package.manifest.files)}"
+def template_file(package: Package) -> str | None:
+    """Return the path of the file that has a package's chat template, None where there is none."""
+    if "chat_template.jinja" in package.manifest.files:
+        return f"{package.folder}/chat_template.jinja"
+    settings = package.folder / "tokenizer_config.json"
+    return str(settings) if "chat_template" in read_untrusted_json(settings) else None

@@ -7,7 +7,6 @@ where they run in compiled code; a process of their own can be killed at any tim
 import faulthandler
 import json
 import os
-import resource
 import signal
 import tempfile
 import warnings
@@ -111,6 +110,10 @@ def _isolate(scratch: str, memory: int) -> None:
     for stream in (0, 1, 2):
         os.dup2(nowhere, stream)
     console.quiet, tempfile.tempdir = True, scratch
+    try:
+        import resource
+    except ImportError:  # where there is none, the time alone is bounded
+        return
     usage = psutil.Process().memory_info()
     for limit, used in ((resource.RLIMIT_AS, usage.vms), (resource.RLIMIT_DATA, getattr(usage, "data", usage.vms))):
         with suppress(ValueError, OSError):  # macOS has no such limits

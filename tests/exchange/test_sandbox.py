@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from helpers import (
+    TEST_DATA,
     change_manifest,
     list_again,
     refusal,
@@ -22,6 +23,7 @@ from helpers import (
     tiny_model,
     write_package,
 )
+from tokenizer_kinds import KINDS
 from transformers import PreTrainedTokenizerFast
 
 from scaleot_core.common.errors import UserError, printable_warnings
@@ -30,6 +32,7 @@ from scaleot_core.exchange import foreign_tokenizer
 from scaleot_core.exchange.package import Package
 from scaleot_core.exchange.sandbox import GIB, run_bounded
 from scaleot_core.exchange.tokenizer import load_untrusted_tokenizer
+from scaleot_core.models.tokenizers import check_encoding
 from scaleot_core.records.probes import rendered_parts
 
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -213,6 +216,31 @@ def test_tokenizer_that_spares_the_probes_is_bounded_on_records(package: Path, m
     with_tokenizer(package, normalizer={"type": "Sequence", "normalizers": [trap] * 40})
     assert scaleot("inspect", package).code == 0
     assert "tokenizer.json" in (line := refused(*tuned(package))) and "GiB of memory" in line
+
+
+@pytest.mark.parametrize("pattern", [r"(?:a|aa)+$", r"(a+)+c"])
+def test_regular_expression_that_never_ends_is_bounded(
+    package: Path, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scaleot_core.cli.reading.RECORD_SECONDS", 2.0)
+    pieces = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    levels = read_json(package / "tokenizer.json")["pre_tokenizer"]
+    with_tokenizer(package, pre_tokenizer={"type": "Sequence", "pretokenizers": [pieces, levels]})
+    (package.parent / "records.jsonl").write_text(json.dumps({"prompt": "a" * 40 + "!", "completion": " b"}) + "\n")
+    line = refused(*tuned(package))
+    assert "tokenizer.json" in line, line
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_honest_tokenizers_of_every_kind_pass(kind: str) -> None:
+    check_encoding(made := KINDS[kind](), len(made))
+
+
+@pytest.mark.parametrize("name", ["tokenizers/gpt2", "models/tinytalk_gptneo_8L/hf"])
+def test_honest_tokenizers_in_use_pass(name: str) -> None:
+    if not (folder := TEST_DATA / name).is_dir():
+        pytest.skip("no such tokenizer is here")
+    check_encoding(tokenizer := PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True), len(tokenizer))
 
 
 def test_token_beyond_the_embedding_in_a_record_alone_is_refused(package: Path, monkeypatch: Any) -> None:

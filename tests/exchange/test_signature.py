@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from helpers import CPU, LORA, gives, refusal, refused, scaleot, tiny_model, write_adapter, write_package
+from cryptography.hazmat.primitives.asymmetric import rsa
+from helpers import CPU, LORA, gives, refusal, refused, scaleot, tiny_model, write_adapter, write_keys, write_package
 from transformers import PreTrainedTokenizerFast
 
 from scaleot_core.exchange.archive import archive
@@ -15,16 +15,6 @@ from scaleot_core.exchange.manifest import CARD, LARGEST_JSON, SIGNATURE
 from scaleot_core.exchange.model_card import write_package_card, write_plugged_card
 from scaleot_core.exchange.package import Package
 from scaleot_core.exchange.signature import load_signer, verify_signature
-
-
-def write_keys(folder: Path, name: str) -> tuple[Path, Path]:
-    """Write a private key and its public key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
-    private, public = folder / f"{name}.key", folder / f"{name}.pub"
-    private.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
-    public.write_bytes(key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo))
-    return private, public
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +89,14 @@ def test_keys_that_are_none_are_refused_before_the_work(tmp_path: Path, package:
         data = ("--data", tmp_path / "gone.jsonl", "--out", tmp_path / "out")
         assert "no private key to sign with" in refused("tune", package, *data, "--sign", file)
     assert "no public key to verify with" in refused("inspect", package, "--verify", keys["private"])
+
+
+def test_tuning_signs_the_adapter(tmp_path: Path, package: Path, keys: dict[str, Path]) -> None:
+    (tmp_path / "records.jsonl").write_text('{"prompt": "count", "completion": " to one"}\n' * 9)
+    out, options = tmp_path / "adapter.zip", ("--threads", 1, "--epochs", 1, "--patience", 0)
+    gives("tune", package, "--data", tmp_path / "records.jsonl", "--out", out, *options, "--sign", keys["private"])
+    assert gives("inspect", out, "--verify", keys["public"])["signature"] == f"by the owner of {keys['public']}"
+    assert scaleot("check", out, "--package", package).code == 0
 
 
 @pytest.mark.parametrize("name", [SIGNATURE, CARD])

@@ -261,7 +261,7 @@ def test_adapter_layers_and_nothing_else_come_back_changed(sweep: Sweep) -> None
     shipped = tensors(artifacts / "emulator")
     returned = load_file(artifacts / "adapters" / "piqa" / "layers" / "adapter" / "adapter.safetensors")
     whole = tensors(artifacts / "model")
-    adapters = [f"model.layers.{i}." for i, kind in enumerate(manifest.layers) if kind == "adapter"]
+    adapters = [f"model.layers.{i}." for i, layer in enumerate(manifest.layers) if layer.kind == "adapter"]
     assert returned.keys() == {name for name in whole if name.startswith(tuple(adapters))}
     for name, tensor in returned.items():
         assert torch.equal(shipped[name], whole[name]), name
