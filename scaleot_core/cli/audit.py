@@ -1,5 +1,6 @@
 """The data owner's last command before an adapter is sent: `audit`."""
 
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -73,8 +74,9 @@ def audit(
         tuned, manifest = adapter_folder.read(folder, shipped), adapter_folder.read_manifest(folder)
         try_tokenizer(shipped)
         packed = manifest.tuning.privacy is None
+        began = datetime.fromisoformat(private["began"]) if "began" in private else None  # the date in a chat template
         records, *more = (
-            read_examples(shipped, None, file, block_size=block_size, packed=packed)
+            read_examples(shipped, None, file, block_size=block_size, packed=packed, now=began)
             for file in (data, held_out)
             if file is not None
         )

@@ -172,7 +172,8 @@ def tune(
         unmoved = max(unmoved_shares(start, parameters).values(), default=0.0)
         losses = {"validation_loss": result.validation_loss, "history": result.history}
         not_tuned_on = len(set(examples.origins)) - result.tuned_on
-        write_json(private_file(out), {**losses, "seed": start_seed, "not_tuned_on": not_tuned_on}, private=True)
+        tuning = {"seed": start_seed, "not_tuned_on": not_tuned_on, "began": began.isoformat()}
+        write_json(private_file(out), losses | tuning, private=True)
         rmtree(progress, ignore_errors=True)  # with what was begun with other options
     show(
         {

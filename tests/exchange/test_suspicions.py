@@ -24,6 +24,13 @@ def test_honest_emulator_raises_no_alarm_and_planted_zeros_do(name, sentences):
     assert len(lines) == 1 and lines[0].startswith("layer 3: ") and lines[0].endswith("has 1 rows or columns of zeros")
 
 
+def test_probe_leaves_a_model_in_16_bits_as_it_was(sentences):
+    model = emulator_of("llama").to(torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert not suspicions(model, PLAN, sentences, 7)
+    assert all(t.dtype == before[name].dtype and torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
 def test_layer_that_changes_nothing_is_named(sentences):
     model = emulator_of("llama")
     silence(model, 1)
