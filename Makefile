@@ -18,7 +18,7 @@ help:  ## list the targets
 	  $(error $(PYTHON) is $(or $(shell $(PYTHON) --version 2>&1),not there); needed is Python 3.11, 3.12 or 3.13: name \
 	  one, as in `make PYTHON=python3.12`))
 	$(PYTHON) -m venv --clear .venv
-	.venv/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[pipeline,privacy,int4,dev]'
+	.venv/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[pipeline,privacy,int4,signing,dev]'
 	@.venv/bin/python -m compileall -qq -j 0 .venv/lib || true  # on all cores; templates named .py fail, harmlessly
 	@touch $@
 

@@ -110,13 +110,12 @@ def _isolate(scratch: str, memory: int) -> None:
     for stream in (0, 1, 2):
         os.dup2(nowhere, stream)
     console.quiet, tempfile.tempdir = True, scratch
-    try:
+    with suppress(ImportError):
         import resource
-    except ImportError:  # where there is none, the time alone is bounded
-        return
-    usage = psutil.Process().memory_info()
-    for limit, used in ((resource.RLIMIT_AS, usage.vms), (resource.RLIMIT_DATA, getattr(usage, "data", usage.vms))):
-        with suppress(ValueError, OSError):  # macOS has no such limits
-            _, most = resource.getrlimit(limit)
-            resource.setrlimit(limit, (used + memory if most < 0 else min(used + memory, most), most))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        usage = psutil.Process().memory_info()
+        for limit, used in ((resource.RLIMIT_AS, usage.vms), (resource.RLIMIT_DATA, getattr(usage, "data", usage.vms))):
+            with suppress(ValueError, OSError):  # macOS has no such limits
+                _, most = resource.getrlimit(limit)
+                resource.setrlimit(limit, (used + memory if most < 0 else min(used + memory, most), most))
