@@ -170,11 +170,12 @@ def plug(
     With --as-lora the adapter is written for the real model, for whoever serves LoRA.
     """
     from scaleot_core.common.files import atomic_folder
+    from scaleot_core.common.progress import say
     from scaleot_core.exchange.adapter_folder import save_peft
     from scaleot_core.exchange.archive import check_new, unpacked
     from scaleot_core.exchange.package import Package
     from scaleot_core.exchange.plugging import write_plugged
-    from scaleot_core.exchange.returned import check_adapter, check_base, fitted
+    from scaleot_core.exchange.returned import check_adapter, check_base, fitted, tokenizer_change
     from scaleot_core.models.opened import open_model
     from scaleot_core.tuning.adapters import TunedLora
 
@@ -197,6 +198,10 @@ def plug(
         source = opened.enter_context(open_model(base, scratch=outputs[0].parent))
         model = source.streamed()
         check_base(base, model.read_stored, shipped)
+        if change := tokenizer_change(source.tokenizer, shipped):
+            say(
+                f"{base}: its tokenizer isn't the package's, with which the adapter was tuned: {change}", style="yellow"
+            )
         tuned = fitted(checked.adapter, shipped, model.model, private or private_file(package))
         if as_lora and isinstance(tuned, TunedLora):
             layers = [change.layer for change in checked.layer_changes]
