@@ -31,9 +31,11 @@ def as_columns(rows: Rows) -> dict[str, list[Any]]:
         kinds = Counter(map(_kind, filter(_is_set, values)))
         kind = max(kinds, key=kinds.__getitem__, default=None)
         values = [value if _kind(value) == kind else None for value in values]
-        if any(_is_set(value) and not isinstance(value, bool) for value in values):
-            if kind is float and all(isinstance(value, int) or value.is_integer() for value in filter(_is_set, values)):
-                values = [int(value) if _is_set(value) else None for value in values]  # lm-eval indexes by labels
+        stated: list[Any] = list(filter(_is_set, values))
+        if not all(isinstance(value, bool) for value in stated):
+            if kind is float and all(isinstance(value, int) or value.is_integer() for value in stated):
+                numbers: list[Any] = values  # labels, by which lm-eval indexes, among them
+                values = [int(number) if _is_set(number) else None for number in numbers]
             else:
                 values = [int(value) if isinstance(value, bool) else value for value in values]
         columns[field] = values
