@@ -5,7 +5,7 @@ PARALLEL := --numprocesses=2 --dist=loadscope
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: ablations attack attack-study bench bench-gpu budgets check-default choose compare demo help lint pictures private-study \
+.PHONY: ablations attack attack-study bench bench-gpu budgets check-default choose compare demo help hostile-study lint pictures private-study \
 	report repro sweep table test test-quick
 .DEFAULT_GOAL := help
 
@@ -60,6 +60,9 @@ attack-study: repro  ## the restoration attack over alpha, beta and channels.rat
 
 private-study: repro  ## every method's package tuned with differential privacy and attacked: an hour and a half on 2 cores
 	python -m studies.attacks private
+
+hostile-study: repro  ## what an adapter tells the owner of a package with a trap, without and with privacy: ten minutes on 2 cores
+	python -m studies.hostile
 
 budgets: repro  ## the attack with growing budgets, to 1 M tokens, and what 100 times more would reach; about six hours
 	python -m studies.budgets $(STEPS)

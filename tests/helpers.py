@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -328,6 +330,16 @@ def list_again(folder: Path, *names: str) -> None:
     files = read_json(folder / "manifest.json")["files"]
     entry = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names}
     change_manifest(folder, files={**files, **entry})
+
+
+def write_keys(folder: Path, name: str) -> tuple[Path, Path]:
+    """Write a private key and its public key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    private, public = folder / f"{name}.key", folder / f"{name}.pub"
+    private.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
+    public.write_bytes(key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo))
+    return private, public
 
 
 # --- rows of tasks ---------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The command line of the two parties: `scaleot pack`, `inspect`, `tune`, `check`, `plug` and `trace`.
+"""The command line of the two parties: `scaleot pack`, `inspect`, `tune`, `audit`, `check`, `plug` and `trace`.
 
 What a command needs is imported when it runs, so that `--help` is quick and the data owner needs no DVC.
 """
@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from scaleot_core.cli.audit import audit
 from scaleot_core.cli.data_owner import tune
 from scaleot_core.cli.inspection import inspect
 from scaleot_core.cli.model_owner import check, pack, plug
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command()(pack)
 app.command()(inspect)
 app.command()(tune)
+app.command()(audit)
 app.command()(check)
 app.command()(plug)
 app.command()(trace)

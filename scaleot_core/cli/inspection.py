@@ -1,5 +1,6 @@
 """Either party's command: `inspect`."""
 
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,9 +18,15 @@ if TYPE_CHECKING:
 
 def inspect(
     path: Annotated[Path, typer.Argument(help="A package or an adapter: a folder or .zip.")],
+    verify: Annotated[
+        Path | None, typer.Option(help="The public key (PEM) of who is to have signed it (extra `signing`).")
+    ] = None,
+    render: Annotated[
+        bool, typer.Option("--render", help="Run the package's chat template, to see which parts of a chat it renders.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Either party: what a package or an adapter is, and whether it came whole. No weights are kept.
+    """Either party: what a package or an adapter is, whether it came whole, and what in it is suspicious.
 
     A package is checked to the last shape; an adapter by `scaleot check`, which knows the package it belongs to.
     """
@@ -32,20 +39,33 @@ def inspect(
         manifest: Manifest
         if manifest_format(folder) == adapter_folder.FORMAT:
             manifest = adapter_manifest = adapter_folder.read_manifest(folder)
+            signature = _signature(folder, verify)
             properties = _adapter_properties(adapter_manifest)
         else:
             package = Package(folder)
-            package.check()
-            manifest, properties = package.manifest, _package_properties(package)
+            signature = _signature(folder, verify)
+            manifest, properties = package.manifest, _package_properties(package, render=render)
         summary = {
             "path": str(path),
             "format": f"{manifest.format} {manifest.format_version}",
             **properties,
             "id": manifest_sha256(folder),
+            "signature": signature,
             "bytes": sum(entry.bytes for entry in manifest.files.values()),
         }
         files = {name: entry.model_dump() for name, entry in manifest.files.items()}
     show({**summary, "files": files} if as_json else summary, as_json)
+
+
+def _signature(folder: Path, key: Path | None) -> str | None:
+    """Say whose signature is in a folder, as far as that is known; UserError where it isn't that of a key's owner."""
+    from scaleot_core.exchange.manifest import SIGNATURE
+    from scaleot_core.exchange.signature import verify_signature
+
+    if key:
+        verify_signature(folder, key)
+        return f"by the owner of {key}"
+    return "not verified; name its public key with --verify" if (folder / SIGNATURE).is_file() else None
 
 
 def _adapter_properties(manifest: "AdapterManifest") -> dict[str, Any]:
@@ -59,24 +79,41 @@ def _adapter_properties(manifest: "AdapterManifest") -> dict[str, Any]:
     }
 
 
-def _package_properties(package: "Package") -> dict[str, Any]:
-    """List what a sound package is and which records it takes."""
-    from scaleot_core.models.families import context_length
-    from scaleot_core.records.probes import rendered_parts
+def _probed(package: "Package", sentences: list[list[int]]) -> list[str] | None:
+    """Check a package to the last number, and list what is suspicious in it; None where it is too large to be run."""
+    import torch
 
-    manifest, model = package.manifest, package.meta_model
-    rendered = rendered_parts(package.tokenizer())
+    from scaleot_core.common.progress import say
+    from scaleot_core.exchange.suspicions import suspicions
+    from scaleot_core.memory import device_memory, tuning_bytes
+
+    cpu = torch.device("cpu")
+    if tuning_bytes(package, whole_layers=False) > device_memory(cpu) / 2:
+        package.check()
+        say("too large to be run here: whether it is a trap for records wasn't looked at", style="yellow")
+        return None
+    return suspicions(package.load(cpu), package.plan, sentences, secrets.randbits(63))
+
+
+def _package_properties(package: "Package", *, render: bool) -> dict[str, Any]:
+    """List what a sound package is, what records it takes, and what in it looks like a trap for them."""
+    from scaleot_core.exchange.foreign_tokenizer import template_parts, try_tokenizer
+    from scaleot_core.models.families import context_length
+
+    manifest, model, tried = package.manifest, package.meta_model, try_tokenizer(package)
+    suspicious = _probed(package, tried.sentences)
     return {
         "license": manifest.license,
         "architecture": model.config.model_type,
         "parameters": model.num_parameters(),
         "context in tokens": context_length(model.config),
-        "chat template": bool(rendered),
-        "chat template renders": rendered,
+        "chat template": tried.has_template,
+        **({"chat template renders": template_parts(package)} if render else {}),
         "dtype": manifest.dtype,
         **({"quantized": manifest.quantized} if manifest.quantized else {}),
         "layers": [layer.model_dump(mode="json") for layer in manifest.layers],
         "sound": True,
+        "suspicious": dict(enumerate(suspicious or (), start=1)),
         **_measured_recovery(manifest),
     }
 

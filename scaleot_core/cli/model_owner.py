@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from scaleot_core.cli.options import AdapterArgument, AsJson, PackageOption
+from scaleot_core.cli.options import AdapterArgument, AsJson, PackageOption, SignOption
 from scaleot_core.cli.output import describe_adapters, private_file, show, show_changes
 from scaleot_core.common.errors import UserError
 
@@ -46,6 +46,7 @@ def pack(
         list[Path] | None,
         typer.Option(help="OUT.private.json of a package that was made of the model elsewhere; may be given again."),
     ] = None,
+    sign: SignOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Model owner: make the package to ship from what the pipeline wrote.
@@ -61,11 +62,14 @@ def pack(
     from scaleot_core.exchange.description import LONGEST_LICENSE, UNSTATED, measured_recovery
     from scaleot_core.exchange.ledger import LEDGER, enter, read_exact
     from scaleot_core.exchange.manifest import copy_files, manifest_sha256
+    from scaleot_core.exchange.model_card import write_package_card
     from scaleot_core.exchange.package import Package, save
+    from scaleot_core.exchange.signature import load_signer
     from scaleot_core.exchange.watermark import marked, recipient_key
     from scaleot_core.params import load_params
     from scaleot_core.pipeline import DVC_YAML, read_entry
 
+    signer = load_signer(sign) if sign else None
     license = UNSTATED if license is None else license
     if len(license) > LONGEST_LICENSE:
         raise UserError(f"--license: {len(license)} characters are too many; {LONGEST_LICENSE} are the most")
@@ -91,6 +95,9 @@ def pack(
         else:
             copy_files(artifacts.emulator, folder, package.manifest, license=license, **recovery)
         identity = manifest_sha256(folder)
+        write_package_card(folder, Package(folder).manifest)
+        if signer:
+            signer(folder)
     measured = _measured(project, package.sha256)
     private |= {"package": identity, "measured": measured, **({"mark": mark} if recipient else {})}
     write_json(private_file(out), private, private=True)
@@ -173,6 +180,8 @@ def plug(
     from scaleot_core.common.progress import say
     from scaleot_core.exchange.adapter_folder import save_peft
     from scaleot_core.exchange.archive import check_new, unpacked
+    from scaleot_core.exchange.manifest import CARD
+    from scaleot_core.exchange.model_card import write_plugged_card
     from scaleot_core.exchange.package import Package
     from scaleot_core.exchange.plugging import write_plugged
     from scaleot_core.exchange.returned import check_adapter, check_base, fitted, tokenizer_change
@@ -202,14 +211,18 @@ def plug(
             say(
                 f"{base}: its tokenizer isn't the package's, with which the adapter was tuned: {change}", style="yellow"
             )
+        what = describe_adapters(checked.form)
         tuned = fitted(checked.adapter, shipped, model.model, private or private_file(package))
         if as_lora and isinstance(tuned, TunedLora):
             layers = [change.layer for change in checked.layer_changes]
             with atomic_folder(as_lora) as target:
                 save_peft(target, source.config, tuned, layers=layers)
+                write_plugged_card(target, base, shipped.sha256, what, library="peft")
         if out:
             with atomic_folder(out) as target:
                 write_plugged(target, source, model, tuned)
+                if not (target / CARD).exists():  # the base's own
+                    write_plugged_card(target, base, shipped.sha256, what, library="transformers")
     summary = {"model": out and str(out), "lora": as_lora and str(as_lora)}
     show_changes(summary, checked.layer_changes, as_json)
 

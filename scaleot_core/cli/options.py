@@ -19,6 +19,10 @@ OPTIONS = {  # by parameter, where the names differ
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 PackageOption = Annotated[Path, typer.Option("--package", help="The package that was shipped: a folder or .zip.")]
+SignOption = Annotated[
+    Path | None,
+    typer.Option("--sign", help="Your private key (PEM, of an elliptic curve): sign with it (extra `signing`)."),
+]
 AdapterArgument = Annotated[Path, typer.Argument(help="The adapter that came back: a folder or .zip.")]
 
 

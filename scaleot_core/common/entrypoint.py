@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from safetensors import SafetensorError
 
-from scaleot_core.common.errors import UserError, one_line
+from scaleot_core.common.errors import UserError, one_line, printable, printable_warnings
 from scaleot_core.common.launch import check_launch, is_main_process
 from scaleot_core.common.progress import console, say
 
@@ -34,9 +34,10 @@ def run_command(main: Callable[[], None], called: Callable[[str], str] = "params
     try:
         check_launch()
         console.quiet = not is_main_process()
-        main()
+        with printable_warnings():
+            main()
     except UserError as error:
-        say(f"error: {error.line(called)}", style="bold red")
+        say(f"error: {printable(error.line(called))}", style="bold red")
         sys.exit(1)
     except KeyboardInterrupt:
         say("interrupted; the same command goes on from the last checkpoint", style="yellow")

@@ -1,6 +1,10 @@
 """The one error that a user can cause, and mend."""
 
-from collections.abc import Callable
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 
 class UserError(Exception):
@@ -39,3 +43,27 @@ def one_line(error: BaseException) -> str:
 def printable(text: str) -> str:
     """Drop from a foreign text the characters that would steer a terminal."""
     return "".join(letter for letter in text if letter.isprintable())
+
+
+@contextmanager
+def printable_warnings() -> Iterator[None]:
+    """Let warnings and whatever is logged in a block be printable lines: libraries quote foreign settings in theirs."""
+    new_record, format_warning = logging.getLogRecordFactory(), warnings.formatwarning
+
+    def printable_record(*fields: Any, **options: Any) -> logging.LogRecord:
+        record = new_record(*fields, **options)
+        record.msg, record.args = printable(" ".join(record.getMessage().split())), ()
+        return record
+
+    def printable_line(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        return printable(f"{category.__name__}: {' '.join(str(message).split())}") + "\n"
+
+    logging.setLogRecordFactory(printable_record)
+    warnings.formatwarning = printable_line
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(new_record)
+        warnings.formatwarning = format_warning

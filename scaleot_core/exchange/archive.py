@@ -15,7 +15,7 @@ from scaleot_core.common.progress import byte_progress
 from scaleot_core.exchange.manifest import MOST_FILES
 from scaleot_core.exchange.untrusted import is_litter
 
-LARGEST_ARCHIVE = MOST_FILES + 1  # members: the files and the manifest
+LARGEST_ARCHIVE = MOST_FILES + 3  # members: files, the manifest, a model card and a signature
 LARGEST_DIRECTORY = 2 * MOST_FILES  # members whose names are read, so that a message can name a wrong one
 
 

@@ -15,13 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from scaleot_core.common.errors import UserError, one_line, printable
 from scaleot_core.common.files import read_pieces, sha256, write_json
 from scaleot_core.common.progress import byte_progress
-from scaleot_core.exchange.untrusted import check_hash, is_litter, read_untrusted_json
+from scaleot_core.exchange.untrusted import LARGEST_JSON, check_hash, is_litter, read_untrusted_json
 
 MANIFEST = "manifest.json"
 MOST_LAYERS = 256  # twice as many as the deepest supported models have
 MOST_FILES = 256  # half a terabyte in shards
 LARGEST_TOKENIZER = 2**26  # bytes of one of the tokenizer's files
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+SIGNATURE, CARD = "model.sig", "README.md"  # beside the files and not listed: the first signs the manifest too
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -110,6 +111,10 @@ def read_checked(
     is_plain = {file.name: file.is_file() and (links or not file.is_symlink()) for file in folder.iterdir()}
     large = {name for name in manifest.files.keys() | is_plain.keys() if later is not None and later.fullmatch(name)}
     for name in sorted({*manifest.files, MANIFEST} | is_plain.keys()):
+        if name in (SIGNATURE, CARD) and name not in manifest.files and is_plain[name]:
+            if (folder / name).stat().st_size > LARGEST_JSON:
+                raise UserError(f"{folder}: {name!r} has more than {LARGEST_JSON:,} bytes; delete it, then run again")
+            continue
         if is_litter(name) and name in is_plain:
             raise UserError(f"{folder}: {name!r} is the operating system's; delete it, then run again")
         if name not in (*names, MANIFEST, *large) or not is_plain.get(name, True):

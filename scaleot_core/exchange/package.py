@@ -37,7 +37,7 @@ from scaleot_core.exchange.manifest import (
     write_manifest,
 )
 from scaleot_core.exchange.shards import TENSOR_FILE, part_files
-from scaleot_core.exchange.tokenizer import load_untrusted_tokenizer, save_tokenizer
+from scaleot_core.exchange.tokenizer import load_listed_tokenizer, save_tokenizer
 from scaleot_core.exchange.untrusted import check_tensors, stream_untrusted_tensors
 from scaleot_core.models.families import family
 from scaleot_core.models.forward import last_hidden_state
@@ -100,7 +100,7 @@ class Package:
     """
 
     def __init__(self, folder: Path, *, links: bool = False) -> None:
-        self.folder, self.links = folder, links
+        self.folder = folder
         self.manifest = read_checked(folder, PackageManifest, TOKENIZER_FILES, later=TENSOR_FILE, links=links)
 
     @cached_property
@@ -171,7 +171,7 @@ class Package:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer."""
-        return load_untrusted_tokenizer(self.folder, links=self.links)
+        return load_listed_tokenizer(self.folder, self.manifest.files)
 
     def load(self, device: torch.device, quantization: Quantization | None = None) -> PreTrainedModel:
         """Load the emulator, frozen: built from the configuration and the plan, then filled with the tensors.

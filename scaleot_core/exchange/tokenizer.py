@@ -1,6 +1,8 @@
 """Ship a tokenizer as plain files, and load one that the other party shipped."""
 
+import hashlib
 import tempfile
+from collections.abc import Mapping
 from contextlib import chdir
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from transformers import (
 from scaleot_core.common.errors import UserError, one_line, printable
 from scaleot_core.common.files import read_json, write_json
 from scaleot_core.exchange import untrusted
-from scaleot_core.exchange.manifest import LARGEST_TOKENIZER, TOKENIZER_FILES
+from scaleot_core.exchange.manifest import LARGEST_TOKENIZER, TOKENIZER_FILES, Entry
+from scaleot_core.exchange.untrusted import check_hash
 from scaleot_core.models.tokenizers import tokenizer_difference
 
 TOKENIZER_SETTINGS = {
@@ -66,9 +69,26 @@ def check_shippable(tokenizer: PreTrainedTokenizerBase) -> None:
         save_tokenizer(Path(folder), tokenizer)
 
 
-def load_untrusted_tokenizer(folder: Path, *, links: bool = False) -> PreTrainedTokenizerBase:
+def load_listed_tokenizer(folder: Path, files: Mapping[str, Entry]) -> PreTrainedTokenizerBase:
+    """Load a package's tokenizer from the very bytes that have the hashes which its manifest lists.
+
+    UserError where a file has other content by now, and as `load_untrusted_tokenizer`.
+    """
+    with tempfile.TemporaryDirectory(prefix="scaleot-") as name:
+        for file in sorted(files.keys() & set(TOKENIZER_FILES)):
+            with (folder / file).open("rb") as stream:
+                content = stream.read(files[file].bytes + 1)
+            check_hash(folder / file, hashlib.sha256(content).hexdigest(), files[file].sha256)
+            (Path(name) / file).write_bytes(content)
+        try:
+            return load_untrusted_tokenizer(Path(name))
+        except UserError as error:
+            raise UserError(error.message.replace(name, str(folder), 1)) from None
+
+
+def load_untrusted_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load a package's tokenizer from its tokenizer.json; UserError where it isn't sound or names anything else."""
-    settings = untrusted.read_untrusted_json(folder / "tokenizer_config.json", links=links)
+    settings = untrusted.read_untrusted_json(folder / "tokenizer_config.json")
     if not isinstance(settings, dict) or settings.get("tokenizer_class") != "TokenizersBackend":
         raise UserError(f"{folder}/tokenizer_config.json: not that of a package's tokenizer; fetch it again")
     if foreign := sorted(settings.keys() - TOKENIZER_SETTINGS):

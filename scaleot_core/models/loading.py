@@ -31,7 +31,7 @@ from transformers.utils import (
 from scaleot_core.common.errors import UserError, one_line
 from scaleot_core.common.files import read_json
 from scaleot_core.models.families import family
-from scaleot_core.models.tokenizers import tokenizer_difference
+from scaleot_core.models.tokenizers import check_encoding, tokenizer_difference
 
 logging.disable_progress_bar()
 
@@ -193,13 +193,14 @@ def _missing_index(folder: Path) -> str:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
-    """Raise UserError if a tokenizer has tokens that the model has no embedding of."""
+    """Raise UserError if a tokenizer has tokens that the model has no embedding of, or can't encode a text soundly."""
     tokens = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
     if tokens > config.vocab_size:
         raise UserError(
             f"its tokenizer has {tokens} tokens and the model's embedding {config.vocab_size}, so it "
             "belongs to another model; put the right one there"
         )
+    check_encoding(tokenizer, config.vocab_size)
 
 
 def save_model(source: str, folder: Path, dtype: torch.dtype, revision: str = "") -> None:

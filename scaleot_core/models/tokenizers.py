@@ -1,5 +1,6 @@
-"""Tell in what two tokenizers differ: on text, on special tokens, and in the chats that they render."""
+"""Try tokenizers: whether one encodes soundly, and in what two differ, on text, special tokens and chats."""
 
+import string
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
@@ -7,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from scaleot_core.common.errors import one_line
+from scaleot_core.common.errors import UserError, one_line
 
 PROBES = (
     "The 2nd «naïve» test,\n\tof 3.14 words: 你好!  <|x|>",
@@ -22,7 +23,32 @@ CHATS: tuple[list[dict[str, Any]], ...] = (
     [{"role": "system", "content": "Be kind."}, *ASKED],
 )
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "Add.", "parameters": {}}}]
+MOST_GROWTH, MOST_ADDED = 4, 16  # letters or tokens for each byte of a text, and around it
 SETTINGS = ("bos_token", "eos_token", "unk_token", "pad_token", "model_max_length")  # not padding_side: `collate` pads
+
+
+def check_encoding(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    """Raise UserError where a tokenizer fails on a text, makes it grow beyond reason, or goes beyond a vocabulary.
+
+    A normalizer may still make grow what no probe has in it.
+    """
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    for text in (*string.printable, *PROBES):
+        most = MOST_GROWTH * len(text.encode()) + MOST_ADDED
+        try:
+            size = len(normalizer.normalize_str(text)) if normalizer else 0
+            tokens = list(tokenizer(text)["input_ids"]) if size <= most else []
+        except BaseException as error:  # a panic of the tokenizers library is no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+                raise
+            raise UserError(f"its tokenizer can't encode {text!r} ({one_line(error)}); use another") from error
+        if (size := max(size, len(tokens))) > most:
+            raise UserError(f"its tokenizer makes {size:,} letters or tokens of {text!r}; use another")
+        if max(tokens, default=0) >= vocabulary:
+            raise UserError(
+                f"its tokenizer makes token {max(tokens)} of {text!r}, and the model's embedding has {vocabulary}; "
+                "use another"
+            )
 
 
 def tokenizer_difference(one: PreTrainedTokenizerBase, two: PreTrainedTokenizerBase) -> str:

@@ -100,6 +100,8 @@ class Conversation:
     def _apply(self, messages: list[Message], **options: Any) -> Any:
         try:
             return self.tokenizer.apply_chat_template(messages, **options)
+        except MemoryError:
+            raise
         except Exception as error:  # a template raises what it likes
             raise ValueError(f"the model's chat template refuses it ({one_line(error)})") from None
 

@@ -1,6 +1,6 @@
 """Make what tuning sees of a task's questions, or of the data owner's own records (method section 5)."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
@@ -52,13 +52,15 @@ def from_task(
     *,
     block_size: int,
     packed: bool = True,
+    begin: Callable[[str], object] = str,
 ) -> Examples:
     """Make an example of every question of a task, split and cut exactly as lm-eval's scoring does it.
 
     Targets are those of the right answer, `IGNORED` elsewhere; an answer that evaluation generates ends in the
     end-of-text token, so that the model learns to stop. A question that is too long loses its beginning, and that is
     said. Texts that are scored as a whole come in blocks of `block_size` tokens, each of which is a target; not
-    `packed`, each is an example of its own. UserError where there are none.
+    `packed`, each is an example of its own. `begin` is told after which question the next begins. UserError where there
+    are none.
     """
     view, loaded = lm(model, tokenizer), load_task(task, rows)
     context = Context(view.max_length)
@@ -81,10 +83,11 @@ def from_task(
     for number, record in enumerate(encoded(), start=1):
         with context.tally.record(f"question {number}"):
             records.append(record if is_text and packed else context.cut(record))
+        begin(f"after question {number:,}")
     examples = _pack(records, context, block_size) if is_text and packed else _examples(records, context)
     if not examples:
         raise UserError(f"task {task}: there are no training questions")
-    _tell(f"task {task}", context)
+    tell(f"task {task}", context.tally, context.length)
     return examples
 
 
@@ -96,14 +99,15 @@ def from_file(
     block_size: int,
     packed: bool = True,
     now: datetime | None = None,
+    begin: Callable[[str], object] = str,
 ) -> Examples:
     """Make examples of the records in a file, all of one form: a prompt and completion, a conversation, or a text.
 
     Targets are the completion, or every answer of the assistant, each with its end; of texts, packed into blocks, every
     token. A record that is too long loses its beginning: a conversation its oldest turns. Not `packed`, a record is one
     example, as privacy needs it: of a conversation that takes several, the last. The date in a chat template
-    is that of `now`, or today's. What isn't learnt is said. UserError names the first record that can't be used
-    (`encode_records`).
+    is that of `now`, or today's. What isn't learnt is said, and `begin` is told after which record the next begins.
+    UserError names the first record that can't be used (`encode_records`).
     """
     context = Context(context_length(model.config), now=now)
     records: list[Encoded] = []
@@ -113,13 +117,15 @@ def from_file(
         records += parts
         origins += [number] * len(parts)
         is_packed = form == "text" and packed
+        begin(f"after record {number + 1:,}")
     examples = _pack(records, context, block_size) if is_packed else _examples(records, context, origins)
-    _tell(str(file), context)
+    tell(str(file), context.tally, context.length)
     return examples
 
 
-def _tell(what: str, context: Context) -> None:
-    for line in context.tally.lines(context.length):
+def tell(what: str, tally: Tally, context_length: int) -> None:
+    """Say what of some records isn't learnt."""
+    for line in tally.lines(context_length):
         say(f"{what}: {line}", style="yellow")
 
 

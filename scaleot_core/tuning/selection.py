@@ -103,9 +103,7 @@ def _split(data: Examples, tuning: Tuning, seed: int, label: str) -> tuple[list[
 
     None are held out where nothing is decided by them. TooFewRecords where none are left to train on.
     """
-    records: dict[int, list[Example]] = {}
-    for origin, example in zip(data.origins, data, strict=True):
-        records.setdefault(origin, []).append(example)
+    records = set(data.origins)
     if not tuning.validation_fraction or (len(tuning.lr) == 1 and not tuning.patience):
         return data, [], 0
     held_out = max(1, round(tuning.validation_fraction * len(records)))
@@ -114,10 +112,19 @@ def _split(data: Examples, tuning: Tuning, seed: int, label: str) -> tuple[list[
             f"{label}: {len(records)} examples are too few to hold some out; lower `validation_fraction`, set "
             "`patience` to 0 or give more"
         )
+    rest, validation = split_records(data, held_out, seed)
+    return rest, validation, held_out
+
+
+def split_records(data: Examples, held_out: int, seed: int) -> tuple[list[Example], list[Example]]:
+    """Return the examples of a seed's draw of `held_out` records, last, and those of the others, first."""
+    records: dict[int, list[Example]] = {}
+    for origin, example in zip(data.origins, data, strict=True):
+        records.setdefault(origin, []).append(example)
     by_number = list(records.values())
     order = torch.randperm(len(records), generator=generator(seed, "validation")).tolist()
     validation, rest = ([e for k in part for e in by_number[k]] for part in (order[:held_out], order[held_out:]))
-    return rest, validation, held_out
+    return rest, validation
 
 
 def _search_lr(

@@ -33,7 +33,7 @@ from scaleot_core.params import Params
 from scaleot_core.settings import LoraForm, Machine, OffsiteTuning
 from scaleot_core.tuning import tuner
 
-COMMANDS = ["pack", "inspect", "tune", "check", "plug", "trace"]
+COMMANDS = ["pack", "inspect", "tune", "audit", "check", "plug", "trace"]
 FEW = ("--epochs", 2, "--threads", 1, "--device", "cpu")
 LAYERS = ("--adapters", "layers", *FEW)
 LORA = ("--lora-rank", 3, *FEW)  # of the 16 rows of a key
@@ -182,10 +182,10 @@ def test_inspect_says_what_records_a_package_takes(tmp_path, package, tokenizer)
         f"{{% for m in messages %}}{system}{{{{ m.content }}}}{{% endif %}}{{% endfor %}}{{{{ tools }}}}"
     )
     chat = write_package(tmp_path / "chat", tiny_model("llama"), chatty)
-    shown = gives("inspect", chat)
+    shown = gives("inspect", chat, "--render")
     assert shown["chat template"] is True
     assert shown["chat template renders"] == {"system messages": False, "tools": True, "calls of tools": False}
-    table = scaleot("inspect", chat).out
+    table = scaleot("inspect", chat, "--render").out
     assert "system messages: no" in table and shown["files"]["adapter.safetensors"]["sha256"][:20] not in table
 
 

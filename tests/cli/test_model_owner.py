@@ -22,6 +22,7 @@ from helpers import (
     streamed,
     tiny_model,
     write_adapter,
+    write_keys,
     write_package,
 )
 from peft import PeftModel
@@ -30,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from scaleot_core.common.files import write_json
 from scaleot_core.common.tensors import read_tensors, write_tensors
 from scaleot_core.compression.emulator import package_tensors
+from scaleot_core.exchange.archive import unpacked
 from scaleot_core.exchange.ledger import exact_weights, model_fingerprint
 from scaleot_core.exchange.manifest import manifest_sha256
 from scaleot_core.exchange.package import Package, save
@@ -265,13 +267,23 @@ def test_plug_in_is_a_plain_transformers_folder(tmp_path, base, adapter, package
     AutoTokenizer.from_pretrained(tmp_path / "plugged", local_files_only=True)
 
 
+def test_package_has_a_card_and_is_signed(project, tmp_path):
+    private, public = write_keys(tmp_path, "owner")
+    gives("pack", "--project", project, "--out", project / "signed.zip", "--license", "MIT", "--sign", private)
+    assert gives("inspect", project / "signed.zip", "--verify", public)["signature"] == f"by the owner of {public}"
+    with unpacked(project / "signed.zip") as folder:
+        assert "license: mit" in (folder / "README.md").read_text()
+    message = refused("pack", "--project", project, "--out", project / "other", "--sign", public)
+    assert "no private key to sign with" in message and not (project / "other").exists()
+
+
 def test_plugged_in_lora_is_what_peft_loads(tmp_path, base, package, lora):
     gives("plug", base, lora, "--package", package, "--out", tmp_path / "plugged", "--as-lora", tmp_path / "lora")
     plugged = logits(load(tmp_path / "plugged"))
     for folder in (lora, tmp_path / "lora"):
         close(logits(PeftModel.from_pretrained(load(base), folder)), plugged)
     assert not torch.equal(plugged, logits(tiny_model("llama")))
-    assert sorted(os.listdir(tmp_path / "lora")) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "lora")) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 
 
 @pytest.mark.slow

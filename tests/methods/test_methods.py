@@ -43,7 +43,7 @@ def owner(tmp_path, blocks, params):
             "harmonizer.rank": 4,
             "distill.steps": 3,
             "distill.batch_blocks": 2,
-            "channels.ratio": 0.25 if method == "channels" else 0.0,
+            "channels.ratio": 0.75 if method == "channels" else 0.0,
             "rank_compression.calibration_blocks": 4,
         }
         values = changed(params, {**small, **changes})

@@ -44,7 +44,7 @@ def test_stages_on_a_gpu_give_the_same_bytes_twice(project: Path, tmp_path: Path
     for folder in (one, two):
         shutil.rmtree(folder / "artifacts")
         shutil.rmtree(folder / ".scaleot", ignore_errors=True)
-        change(folder, dtype=dtype, channel_pruning={"ratio": 0.3})
+        change(folder, dtype=dtype, channels={"ratio": 0.3})
         whole(folder)
     assert artifacts(one) == artifacts(two)
     cost = read_json(one / "costs" / "train_harmonizers.json")
