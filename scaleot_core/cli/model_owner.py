@@ -177,12 +177,14 @@ def plug(
     With --as-lora the adapter is written for the real model, for whoever serves LoRA.
     """
     from scaleot_core.common.files import atomic_folder
+    from scaleot_core.common.progress import say
     from scaleot_core.exchange.adapter_folder import save_peft
     from scaleot_core.exchange.archive import check_new, unpacked
+    from scaleot_core.exchange.manifest import CARD
     from scaleot_core.exchange.model_card import write_plugged_card
     from scaleot_core.exchange.package import Package
     from scaleot_core.exchange.plugging import write_plugged
-    from scaleot_core.exchange.returned import check_adapter, check_base, fitted
+    from scaleot_core.exchange.returned import check_adapter, check_base, fitted, tokenizer_change
     from scaleot_core.models.opened import open_model
     from scaleot_core.tuning.adapters import TunedLora
 
@@ -205,6 +207,10 @@ def plug(
         source = opened.enter_context(open_model(base, scratch=outputs[0].parent))
         model = source.streamed()
         check_base(base, model.read_stored, shipped)
+        if change := tokenizer_change(source.tokenizer, shipped):
+            say(
+                f"{base}: its tokenizer isn't the package's, with which the adapter was tuned: {change}", style="yellow"
+            )
         what = describe_adapters(checked.form)
         tuned = fitted(checked.adapter, shipped, model.model, private or private_file(package))
         if as_lora and isinstance(tuned, TunedLora):
@@ -215,7 +221,8 @@ def plug(
         if out:
             with atomic_folder(out) as target:
                 write_plugged(target, source, model, tuned)
-                write_plugged_card(target, base, shipped.sha256, what, library="transformers")
+                if not (target / CARD).exists():  # the base's own
+                    write_plugged_card(target, base, shipped.sha256, what, library="transformers")
     summary = {"model": out and str(out), "lora": as_lora and str(as_lora)}
     show_changes(summary, checked.layer_changes, as_json)
 

@@ -21,15 +21,23 @@ def place(row: dict[str, Any], otherwise: str) -> str:
 
 
 def as_columns(rows: Rows) -> dict[str, list[Any]]:
-    """Return the columns of a data set, each of the kind that most rows have there; any other value becomes None."""
+    """Return the columns of a data set, each of the kind that most rows have there; any other value becomes None.
+
+    Numbers that are all whole are integers, which pandas makes floats of where one is missing.
+    """
     columns = {}
     for field in dict.fromkeys(name for row in rows for name in row):
         values = [row.get(field) for row in rows]
         kinds = Counter(map(_kind, filter(_is_set, values)))
         kind = max(kinds, key=kinds.__getitem__, default=None)
         values = [value if _kind(value) == kind else None for value in values]
-        if not all(isinstance(value, bool | None) for value in values):
-            values = [int(value) if isinstance(value, bool) else value for value in values]
+        stated: list[Any] = list(filter(_is_set, values))
+        if not all(isinstance(value, bool) for value in stated):
+            if kind is float and all(isinstance(value, int) or value.is_integer() for value in stated):
+                numbers: list[Any] = values  # labels, by which lm-eval indexes, among them
+                values = [int(number) if _is_set(number) else None for number in numbers]
+            else:
+                values = [int(value) if isinstance(value, bool) else value for value in values]
         columns[field] = values
     return columns
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from scaleot_core.common.errors import UserError, one_line
 from scaleot_core.evaluation.definitions import task_config, task_manager
 from scaleot_core.evaluation.fields import Rows, as_columns, place
+from scaleot_core.evaluation.judgement import check_answers
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -178,7 +179,10 @@ def _where(task: "Task", docs: Sequence[Any], number: int, rows: Rows, part: str
 
 
 def check_rows(name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase, *, context_length: int, part: str) -> None:
-    """Raise UserError if a row can't be tuned on or scored, naming the first, or if the context is too short."""
+    """Raise UserError if a row can't be tuned on or scored, naming the first, or if the context is too short.
+
+    Or if the task's definition doesn't score as right what would be tuned on.
+    """
     task = load_task(name, rows)
     generated = (task.config.generation_kwargs or {}).get("max_gen_toks", MAX_GENERATED)
     if task.OUTPUT_TYPE == "generate_until" and generated >= context_length:
@@ -189,7 +193,8 @@ def check_rows(name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase, *, con
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
         texts(task, rows=rows, part=part)
     else:
-        answer_pairs(task, tokenizer, context_length=context_length, rows=rows, part=part)
+        pairs = answer_pairs(task, tokenizer, context_length=context_length, rows=rows, part=part)
+        check_answers(task, zip(task.training_docs(), pairs, strict=True))
 
 
 def texts(task: "Task", *, rows: Rows = (), part: str = "training") -> list[str]:

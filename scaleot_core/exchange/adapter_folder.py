@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from scaleot_core.common.errors import UserError
+from scaleot_core.common.errors import UserError, printable
 from scaleot_core.common.files import write_json
 from scaleot_core.common.tensors import write_tensors
 from scaleot_core.compression.emulator import layer_parameters
@@ -30,6 +30,20 @@ from scaleot_core.tuning.selection import TuningResult
 FORMAT: Final = "scaleot-adapter"
 FORMAT_VERSION: Final = 2
 LAYERS, LORA, LORA_CONFIG = "adapter.safetensors", "adapter_model.safetensors", "adapter_config.json"
+LORA_SETTINGS: Final = (
+    "base_model_name_or_path",
+    "bias",
+    "fan_in_fan_out",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "peft_type",
+    "r",
+    "target_modules",
+    "task_type",
+)  # that an adapter states: those that every version of PEFT knows, and other readers of its adapters
 
 
 class Privacy(BaseModel):
@@ -100,17 +114,19 @@ def save(
 def save_peft(folder: Path, config: PretrainedConfig, adapter: TunedLora, *, layers: list[int]) -> None:
     """Write LoRA as a plain PEFT adapter into an existing, empty folder."""
     write_tensors(folder / LORA, adapter.to_peft())
-    write_json(folder / LORA_CONFIG, _lora_config(config, layers, adapter.form))
+    fields = _lora_config(config, layers, adapter.form)
+    write_json(folder / LORA_CONFIG, {key: fields[key] for key in LORA_SETTINGS})
 
 
 def _lora_config(config: PretrainedConfig, layers: list[int], form: LoraForm) -> dict[str, Any]:
-    """Return PEFT's configuration as JSON has it, the same bytes each time."""
+    """Return all of PEFT's configuration as JSON has it; settings that are left at their default vary with PEFT."""
     from scaleot_core.tuning.lora import peft_config
 
     fields = peft_config(config, layers, form).to_dict()
     return {
         key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
         for key, value in fields.items()
+        if key != "peft_version"
     }
 
 
@@ -166,12 +182,19 @@ def _read_lora(folder: Path, model: PreTrainedModel, plan: Plan, form: LoraForm,
 
 
 def _check_lora_config(file: Path, expected: dict[str, Any], *, links: bool) -> None:
-    """Raise UserError unless PEFT's configuration, which PEFT would follow to the letter, is the one that we write."""
+    """Raise UserError unless PEFT's configuration, which PEFT would follow to the letter, means what ours does.
+
+    Whole, as a version of PEFT writes it, or in part. A setting of another version than this one may be unset, or a
+    number, which turns nothing on and names nothing.
+    """
     stated = read_untrusted_json(file, links=links)
     if not isinstance(stated, dict):
         raise UserError(f"{file}: a JSON object is needed; fetch it again")
-    expected = {**expected, "peft_version": stated.get("peft_version")}
-    for key in sorted(expected.keys() | stated.keys()):
-        is_unset = key not in expected and stated[key] in (None, False, [], {})  # of another version of PEFT
-        if stated.get(key) != expected.get(key) and not is_unset:
-            raise UserError(f"{file}: `{key}` is not what such an adapter has; don't load it")
+    for key in sorted({*LORA_SETTINGS, *stated} - {"peft_version"}):
+        value = stated.get(key)
+        if key in expected:
+            is_sound = value == expected[key]
+        else:
+            is_sound = value in (None, False, [], {}) or (isinstance(value, int | float) and value is not True)
+        if not is_sound:
+            raise UserError(f"{file}: `{printable(key)}` is not what such an adapter has; don't load it")

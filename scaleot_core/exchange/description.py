@@ -11,7 +11,7 @@ from scaleot_core.common.files import read_json
 from scaleot_core.common.runtime import DTYPES
 from scaleot_core.compression.plan import Layer
 from scaleot_core.exchange.manifest import MOST_LAYERS, Manifest
-from scaleot_core.models.families import FAMILIES
+from scaleot_core.models.families import FAMILIES, TRAINED_LENGTH
 from scaleot_core.settings import AdapterKind
 
 FORMAT: Final = "scaleot-emulator"
@@ -57,8 +57,13 @@ def measured_recovery(metrics: Path, package: str) -> dict[str, Any]:
 
 
 def config_fields(model_type: str) -> set[str]:
-    """Name the settings that a configuration may have: those of transformers' class, except where it came from."""
-    return set(AutoConfig.for_model(model_type).to_dict()) - {"_name_or_path"}
+    """Name the settings that a configuration may have: those of transformers' class, except where it came from.
+
+    Where the class states no context, the number of tokens that the model was trained on too.
+    """
+    config = AutoConfig.for_model(model_type)
+    trained = set() if hasattr(config, "max_position_embeddings") else {TRAINED_LENGTH}
+    return set(config.to_dict()) - {"_name_or_path"} | trained
 
 
 def stated_config(manifest: PackageManifest) -> PretrainedConfig:
@@ -74,6 +79,9 @@ def stated_config(manifest: PackageManifest) -> PretrainedConfig:
     foreign = sorted(fields.keys() - config_fields(name))
     if foreign:
         raise ValueError(f"`{foreign[0]}` is no setting of {name}")
+    trained = fields.get(TRAINED_LENGTH)
+    if trained is not None and (type(trained) is not int or trained < 1):
+        raise ValueError(f"`{TRAINED_LENGTH}` is {trained!r}; it should be a number of tokens")
     count = CONFIG_MAPPING[name].attribute_map.get("num_hidden_layers", "num_hidden_layers")
     stated = {fields.get(count), fields.get("num_hidden_layers", fields.get(count))}
     if stated != {len(manifest.layers)}:  # before a configuration of so many layers is made

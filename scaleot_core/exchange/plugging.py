@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from torch import Tensor
-from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from scaleot_core.common.progress import byte_progress
 from scaleot_core.common.tensors import copy_tensors
@@ -18,7 +18,7 @@ def write_plugged(folder: Path, source: ModelSource, model: StreamedModel, adapt
     """Write a model with an adapter plugged in, in transformers' format, into an existing, empty folder.
 
     `model` is the source's; `adapter` has its shapes. One tensor at a time is in memory, and what the adapter doesn't
-    change is copied byte by byte.
+    change is copied byte by byte: other tensors, and every file beside the weights.
     """
     names = {model.places[name][:2]: name for name in adapter.changes}
 
@@ -30,9 +30,10 @@ def write_plugged(folder: Path, source: ModelSource, model: StreamedModel, adapt
     with byte_progress("writing the plug-in", sum(file.stat().st_size for file in source.files)) as moved:
         for file in source.files:
             copy_tensors(file, folder / file.name, partial(plugged, file), moved)
-    for name in (SAFE_WEIGHTS_INDEX_NAME, GENERATION_CONFIG_NAME):
-        beside = source.files[0].with_name(name)
-        if beside.is_file() and not (name == SAFE_WEIGHTS_INDEX_NAME and (folder / SAFE_WEIGHTS_NAME).is_file()):
-            shutil.copyfile(beside, folder / name)
-    source.config.save_pretrained(folder)
-    source.tokenizer.save_pretrained(folder)
+    index = source.files[0].with_name(SAFE_WEIGHTS_INDEX_NAME)
+    if index.is_file() and not (folder / SAFE_WEIGHTS_NAME).is_file():
+        shutil.copyfile(index, folder / index.name)
+    for file in source.beside:
+        target = folder / file.relative_to(source.folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from scaleot_core.common.errors import UserError, one_line
 from scaleot_core.common.files import read_json
@@ -15,6 +15,7 @@ from scaleot_core.compression.plan import Plan, shared_layers
 from scaleot_core.exchange import adapter_folder
 from scaleot_core.exchange.package import Package
 from scaleot_core.models.families import family
+from scaleot_core.models.tokenizers import tokenizer_difference
 from scaleot_core.settings import LoraForm
 from scaleot_core.tuning.adapters import TunedAdapter, TunedLayers, TunedLora, fit_to_model
 
@@ -143,6 +144,11 @@ def check_base(base: str, read: Callable[[str], Tensor | None], package: Package
             different = name
     if different:
         raise UserError(f"{base}: its {different!r} is not that of the package, which was made from another model")
+
+
+def tokenizer_change(tokenizer: PreTrainedTokenizerBase, package: Package) -> str:
+    """Say in what the real model's tokenizer, or its chat template, isn't the package's; empty for in nothing."""
+    return tokenizer_difference(package.tokenizer(), tokenizer)
 
 
 def fitted(tuned: TunedAdapter, package: Package, model: PreTrainedModel, private: Path) -> TunedAdapter:

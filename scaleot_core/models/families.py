@@ -176,9 +176,13 @@ def fusion(config: PretrainedConfig, name: str) -> Fusion:
     return Fusion((heads // runs, shared // runs, shared // runs), runs)
 
 
+TRAINED_LENGTH = "seq_length"
+"""The setting in files of BLOOM, which its class has not: the number of tokens that it was trained on."""
+
+
 def context_length(config: PretrainedConfig) -> int:
     """Give the most tokens that a model takes; of BLOOM, which takes any number, those it was trained on."""
-    given: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "seq_length", None)
+    given: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, TRAINED_LENGTH, None)
     return given or 2048
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,9 +20,10 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils import (
     CONFIG_NAME,
-    GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
     cached_file,
     logging,
 )
@@ -32,6 +34,12 @@ from scaleot_core.models.families import family
 from scaleot_core.models.tokenizers import check_encoding, tokenizer_difference
 
 logging.disable_progress_bar()
+
+DESCRIPTIONS = (
+    *("*.json", "*.jinja", "*.md", "*.model", "*.py", "*.tiktoken", "*.txt"),
+    *("LICENCE*", "LICENSE*", "NOTICE*", "README*", "additional_chat_templates/*.jinja"),
+)
+"""Patterns of the files in a model's folder that are none of weights; those of weights' indexes among them."""
 
 
 def _pretrained(source: str | Path, **options: Any) -> PreTrainedModel:
@@ -121,12 +129,19 @@ def weight_files(source: str) -> list[Path]:
     """
     with describing(source):
         name, find = _place(source), partial(cached_file, _raise_exceptions_for_missing_entries=False)
-        find(name, GENERATION_CONFIG_NAME)  # which is to lie beside them
         if single := find(name, SAFE_WEIGHTS_NAME):
             return [Path(single)]
         index = find(name, SAFE_WEIGHTS_INDEX_NAME)
         files = sorted(set(read_json(Path(index))["weight_map"].values())) if index else []
         return [Path(str(cached_file(name, file))) for file in files]
+
+
+def description_folder(source: str) -> Path:
+    """Give the folder of a model's configuration, with all that describes it there; that of the hub is fetched."""
+    with describing(source):
+        if (path := Path(_place(source))).is_dir():
+            return path
+        return Path(snapshot_download(source, allow_patterns=[*DESCRIPTIONS], ignore_patterns=["*/*", "*.index.json"]))
 
 
 def _place(source: str) -> str:
@@ -156,6 +171,8 @@ def _check_place(source: str, path: Path) -> None:
         raise UserError("that is a file; name the folder of a transformers model")
     elif not (path / CONFIG_NAME).is_file():
         raise UserError(f"no {CONFIG_NAME} is in that folder, so it is no transformers model; correct the path")
+    elif missing := _missing_index(path):
+        raise UserError(f"{missing} is missing, which says what is in which of its files of weights; fetch it again")
     elif (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
         try:
             import sentencepiece  # noqa: F401
@@ -164,6 +181,15 @@ def _check_place(source: str, path: Path) -> None:
                 "its tokenizer.model is SentencePiece's: pip install sentencepiece protobuf, or put its tokenizer.json "
                 "there"
             ) from None
+
+
+def _missing_index(folder: Path) -> str:
+    """Name the index that a folder lacks whose weights lie in several files; empty where its weights can be found."""
+    indexes = {SAFE_WEIGHTS_NAME: SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME: WEIGHTS_INDEX_NAME}
+    if any((folder / name).is_file() for name in (*indexes, *indexes.values())):
+        return ""
+    shards = {name: name.replace(".", "-*-of-*.", 1) for name in indexes}
+    return next((index for name, index in indexes.items() if any(folder.glob(shards[name]))), "")
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:

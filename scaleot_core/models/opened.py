@@ -11,10 +11,18 @@ from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from scaleot_core.common.tensors import SAFETENSORS_DTYPES
-from scaleot_core.models.loading import describing, read_description, read_model, weight_files
+from scaleot_core.models.loading import (
+    DESCRIPTIONS,
+    describing,
+    description_folder,
+    read_description,
+    read_model,
+    weight_files,
+)
 from scaleot_core.models.streaming import StreamedModel
 
 CPU = torch.device("cpu")
+WEIGHTS_INDEX = ".index.json"
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,14 @@ class ModelSource:
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     files: list[Path]
+    folder: Path
+    """Where its configuration lies."""
+
+    @property
+    def beside(self) -> list[Path]:
+        """What lies in its folder beside weights: configurations, the tokenizer, chat templates, README and licence."""
+        files = [file for pattern in DESCRIPTIONS for file in self.folder.glob(pattern) if file.is_file()]
+        return sorted(file for file in set(files) if not file.name.endswith(WEIGHTS_INDEX))
 
     def streamed(self) -> StreamedModel:
         """Open it to be read in one dtype: the narrowest that any of its tensors has."""
@@ -47,7 +63,7 @@ def open_model(source: str, scratch: Path) -> Iterator[ModelSource]:
     and written to a temporary folder in `scratch`.
     """
     config, tokenizer = read_description(source)
-    found = ModelSource(config, tokenizer, weight_files(source))
+    found = ModelSource(config, tokenizer, weight_files(source), description_folder(source))
     with describing(source):
         is_whole = bool(found.files) and found.streamed().is_whole
     if is_whole:
@@ -55,4 +71,4 @@ def open_model(source: str, scratch: Path) -> Iterator[ModelSource]:
         return
     with tempfile.TemporaryDirectory(prefix=".model.", dir=scratch) as folder:
         read_model(source)[0].save_pretrained(folder, save_original_format=False)  # tensors are named as in the model
-        yield ModelSource(config, tokenizer, weight_files(folder))
+        yield ModelSource(config, tokenizer, weight_files(folder), found.folder)

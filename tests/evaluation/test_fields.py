@@ -91,7 +91,9 @@ def test_labels_that_lm_eval_takes_for_numbers_are_taken(
     rows = placed([{**row, "label": change(row["label"])} for row in piqa_rows(8)])
     check_rows("piqa", rows, tokenizer, context_length=512, part="training")
     task = load_task("piqa", rows)
-    assert [right_choices(task, doc) for doc in task.training_docs()] == [[i % 2] for i in range(8)]
+    docs = list(task.training_docs())
+    assert [right_choices(task, doc) for doc in docs] == [[i % 2] for i in range(8)]
+    assert task.process_results(docs[1], [(-2.0, False), (-1.0, True)])["acc"] == 1  # which a float is no index for
 
 
 def test_rows_of_another_task_are_refused(refusal_of: Callable[[str, list[Row]], str]) -> None:

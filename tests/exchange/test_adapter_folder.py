@@ -12,13 +12,14 @@ from helpers import (
     each_family,
     each_shape,
     emulator_of,
+    list_again,
     logits,
     refusal,
     snapshot,
     tiny_model,
     write_adapter,
 )
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from scaleot_core.common.tensors import read_tensors
@@ -86,3 +87,27 @@ def test_adapter_of_another_package_or_other_layers_is_refused(tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "layers": [2]}))
     assert "its layers are [2]" in refusal(read, folder, "llama")
+
+
+@pytest.mark.parametrize("stated", ["ours", "whole", "of another version"])
+def test_adapter_is_read_whichever_version_of_peft_wrote_its_configuration(stated, tmp_path):
+    folder = write_adapter(tmp_path / "adapter", emulator_of("llama"), LORA)
+    file = folder / "adapter_config.json"
+    assert json.loads(file.read_text()).keys() == set(adapter_folder.LORA_SETTINGS)
+    if stated != "ours":
+        new = {"new_group_size": 16, "new_kind": None} if stated == "of another version" else {}
+        file.write_text(json.dumps({**LoraConfig().to_dict(), **json.loads(file.read_text()), **new}, default=list))
+        list_again(folder, file.name)
+    check_peft_loads(folder, "llama")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"new": True}, {"new": "name"}, {"new": ["name"]}, {"use_rslora": True}, {"r": None}]
+)
+def test_setting_that_could_turn_something_on_is_refused(changes, tmp_path):
+    folder = write_adapter(tmp_path / "adapter", emulator_of("llama"), LORA)
+    file = folder / "adapter_config.json"
+    fields = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in fields.items() if value is not None}))
+    list_again(folder, file.name)
+    assert f"`{next(iter(changes))}` is not what such an adapter has" in refusal(read, folder, "llama")

@@ -28,7 +28,7 @@ from scaleot_core.common.files import read_json
 from scaleot_core.common.tensors import read_tensors, write_tensors
 from scaleot_core.compression.emulator import package_tensors
 from scaleot_core.exchange.package import Package, save
-from scaleot_core.models.families import attention, decoder_layers, family
+from scaleot_core.models.families import attention, context_length, decoder_layers, family
 from scaleot_core.models.loading import load_model, load_tokenizer
 
 
@@ -229,3 +229,14 @@ def test_folder_without_a_sound_manifest_is_refused(package):
     assert "manifest.json: not valid JSON" in refused(package)
     (package / "manifest.json").unlink()
     assert "manifest.json: no such file" in refused(package)
+
+
+def test_context_that_bloom_was_trained_on_goes_into_its_package(tmp_path, tokenizer):
+    folder = write_package(tmp_path / "bloom", tiny_model("bloom", seq_length=64), tokenizer)
+    assert context_length(Package(folder).config) == 64
+    architecture = read_json(folder / "manifest.json")["architecture"]
+    for length in (-1, "64", True):
+        change_manifest(folder, architecture={**architecture, "seq_length": length})
+        assert "`seq_length` is" in refused(folder)
+    change_manifest(folder, architecture={k: v for k, v in architecture.items() if k != "seq_length"})
+    assert context_length(Package(folder).config) == 2048

@@ -194,3 +194,9 @@ def test_code_in_a_folder_is_neither_run_nor_asked_for(tmp_path, tokenizer, monk
         load_model(tmp_path / "m", device=torch.device("cpu"), dtype=torch.float32)
     with pytest.raises(UserError):
         save_model(str(tmp_path / "m"), tmp_path / "copy", torch.float32)
+
+
+@pytest.mark.parametrize("single", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_in_several_files_without_their_index_name_what_is_missing(folder, single):
+    (folder / WEIGHTS).rename(folder / single.replace(".", "-00001-of-00001."))
+    assert refusal(read_model, str(folder)).startswith(f"model = {str(folder)!r}: {single}.index.json is missing")
