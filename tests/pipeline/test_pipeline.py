@@ -376,7 +376,7 @@ def test_attacks_over_the_dial(sweep: Sweep) -> None:
     Path("studies/attacks.yaml").write_text(yaml.safe_dump(settings))
     sweep.repository.call("git", "add", "studies")
     sweep.repository.call("git", "commit", "--quiet", "--message", "studies")
-    sweep.repository.call("python", "studies/attacks.py")
+    sweep.repository.call("python", "-m", "studies.attacks")
     rows = read_csv(Path("docs/studies/attacks.csv"))
     assert [row["adapters"] for row in rows] == ["layers", "lora"]
     for row in rows:
