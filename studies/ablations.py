@@ -30,12 +30,12 @@ FIGURES = {
 
 def moves(measured: Measured, default: Measured) -> bool:
     """Say whether a task's gap or recovery is more than a standard error away from the default run's."""
-    here, there = five(measured, "layers"), five(default, "layers")
-    plugged, tuned = (there[name]["acc_stderr"] for name in ("plug_in", "emulator_finetune"))
-    gained = there["full_finetune"]["acc"] - there["zero_shot"]["acc"]
+    figures, defaults = five(measured, "layers"), five(default, "layers")
+    plugged, tuned = (defaults[name]["acc_stderr"] for name in ("plug_in", "emulator_finetune"))
+    gained = defaults["full_finetune"]["acc"] - defaults["zero_shot"]["acc"]
     errors = {"gap": (plugged**2 + tuned**2) ** 0.5, "recovery": plugged / gained if gained > 0 else None}
     return any(
-        error is not None and abs(here[figure]["acc"] - there[figure]["acc"]) > error
+        error is not None and abs(figures[figure]["acc"] - defaults[figure]["acc"]) > error
         for figure, error in errors.items()
     )
 

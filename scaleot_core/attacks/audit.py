@@ -87,7 +87,7 @@ def reasons(figures: Mapping[str, Any], limits: Limits) -> list[str]:
         auc, error = best_auc(attack)
         if auc > limits.auc and auc - 2 * error > 0.5:
             listed.append(f"who has a record can tell that it was tuned on: AUC {auc:.2f}")
-        said = attack["extracted"]
-        if said["members"] - said["others"] > limits.extracted:
-            listed.append(f"it says {said['members']:.0%} of the answers word for word")
+        extracted = attack["extracted"]
+        if extracted["members"] - extracted["others"] > limits.extracted:
+            listed.append(f"it says {extracted['members']:.0%} of the answers word for word")
     return listed

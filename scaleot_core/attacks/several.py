@@ -68,8 +68,8 @@ def _join_channels(united: PreTrainedModel, index: int, parts: Sequence[nn.Modul
         bias = None
         if biases[0] is not None:
             pairs = zip(biases, chosen, strict=True)
-            known = [vector.unflatten(0, (fused, -1))[:, new] for vector, new in pairs]
-            bias = torch.cat([*known, known[0].new_zeros(fused, missing)], dim=1).flatten()
+            shipped = [vector.unflatten(0, (fused, -1))[:, new] for vector, new in pairs]
+            bias = torch.cat([*shipped, shipped[0].new_zeros(fused, missing)], dim=1).flatten()
         modules[into] = linear(weight, bias)
     downs = [weight_of(part.get_submodule(names.feed_forward_out)) for part in parts]
     columns = [weight[:, new] for (weight, _), new in zip(downs, chosen, strict=True)]

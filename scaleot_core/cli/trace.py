@@ -47,8 +47,8 @@ def trace(
     keys = [recipient_key(mark["secret"], recipient) for recipient, mark in marks.items()]
     tensors = next(iter(marks.values()))["tensors"]
     with unpacked(leak) as folder:
-        found = scores(Weights(folder), Weights(emulator.folder), emulator.config, tensors, keys)
-    by_recipient = dict(zip(marks, found, strict=True))
+        values = scores(Weights(folder), Weights(emulator.folder), emulator.config, tensors, keys)
+    by_recipient = dict(zip(marks, values, strict=True))
     recipients = named(by_recipient)
     verdict = f"made from the package of {' and '.join(recipients)}" if recipients else "it can't be told"
     summary = {"leak": str(leak), "recipients": recipients, "scores": by_recipient, "threshold": threshold(len(marks))}

@@ -53,17 +53,17 @@ def _at(data: Any, location: tuple[int | str, ...]) -> Any:
 
 def _field(block: Any, location: tuple[int | str, ...]) -> FieldInfo | None:
     """Find the field behind an error's location in a block; None where no field has that name."""
-    found = None
+    field = None
     for part in location:
         if isinstance(part, int) and get_origin(block) is list:
-            found = FieldInfo.from_annotation(get_args(block)[0])
+            field = FieldInfo.from_annotation(get_args(block)[0])
             continue
         fields = getattr(block, "model_fields", {})
         if part not in fields:
-            return found
-        found = fields[part]
-        block = found.annotation
-    return found
+            return field
+        field = fields[part]
+        block = field.annotation
+    return field
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class Bounds:
     @classmethod
     def of(cls, field: FieldInfo | None) -> "Bounds":
         """Find a field's; several annotations may each have one."""
-        given = field.metadata if field else ()
-        return cls(**{end.name: getattr(m, end.name) for m in given for end in fields(cls) if hasattr(m, end.name)})
+        bounds = field.metadata if field else ()
+        return cls(**{end.name: getattr(m, end.name) for m in bounds for end in fields(cls) if hasattr(m, end.name)})
 
     def text(self) -> str:
         """Say the range, such as `the range is above 0, at most 1`; an empty text without one."""

@@ -101,7 +101,7 @@ def cached_factors(folder: Path, covariances: Mapping[str, Tensor] | None = None
         if not file.exists():
             left, right = decompose(weight, None if covariance is None else covariance.to(weight.device))
             write_tensors(file, {"left": left, "right": right})
-        kept = read_tensors(file)
-        return kept["left"].to(weight.device), kept["right"].to(weight.device)
+        stored = read_tensors(file)
+        return stored["left"].to(weight.device), stored["right"].to(weight.device)
 
     return factors

@@ -56,10 +56,10 @@ def _naming(name: str, packaged: Path) -> list[Path]:
     """Return the folders of definitions that call a task, a group or a tag by a name, whatever the case."""
     key = "(?:[\"']?(?:task|group|tag)[\"']?\\s*:|-)"
     line = re.compile(f"^\\s*{key}\\s*[\"']?{re.escape(name)}[\"']?\\s*$".encode(), re.MULTILINE | re.IGNORECASE)
-    found = {file.parent for file in packaged.rglob("*yaml") if line.search(file.read_bytes())}
-    if len(found) > 1:  # a group and its tasks may lie in several folders of one
-        found = {packaged / folder.relative_to(packaged).parts[0] for folder in found}
-    return sorted(found)
+    folders = {file.parent for file in packaged.rglob("*yaml") if line.search(file.read_bytes())}
+    if len(folders) > 1:  # a group and its tasks may lie in several folders of one
+        folders = {packaged / folder.relative_to(packaged).parts[0] for folder in folders}
+    return sorted(folders)
 
 
 def _all_names(packaged: Path) -> list[str]:

@@ -33,9 +33,9 @@ def check_answers(task: "Task", answers: Iterable[tuple[dict[str, Any], tuple[st
         if not figures or any(figures.values()):
             return
     if figures:
-        told = ", ".join(f"{name} {figure:g}" for name, figure in figures.items())
+        scores = ", ".join(f"{name} {figure:g}" for name, figure in figures.items())
         raise UserError(
-            f"task {task.config.task}: lm-eval's definition scores its own answer {answer!r} as wrong ({told}), so "
+            f"task {task.config.task}: lm-eval's definition scores its own answer {answer!r} as wrong ({scores}), so "
             "tuning on it can't help; use another task"
         )
 

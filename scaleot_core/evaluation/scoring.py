@@ -54,7 +54,7 @@ def batches_of(rows: Sequence[Row], batch_size: int) -> Iterator[list[Row]]:
     """Batch rows so that a batch has `batch_size` requests, or one row of more."""
     batch: list[Row] = []
     for row in rows:
-        if batch and sum(len(each.continuations) for each in [*batch, row]) > batch_size:
+        if batch and sum(len(held.continuations) for held in [*batch, row]) > batch_size:
             yield batch
             batch = []
         batch.append(row)
@@ -76,10 +76,10 @@ def score(
     shared = [row for row in rows if len(row.continuations) > 1]
     scores: dict[int, tuple[float, bool]] = {}
     for batch in (*batches_of(shared, batch_size), *batches_of(alone, batch_size)):
-        found = _score_rows(model, batch)
-        scores |= found
-        for _ in found:
-            tick(tokens=sum(map(len, batch)) // len(found))
+        batch_scores = _score_rows(model, batch)
+        scores |= batch_scores
+        for _ in batch_scores:
+            tick(tokens=sum(map(len, batch)) // len(batch_scores))
     return [scores[number] for number in range(len(requests))]
 
 
@@ -106,17 +106,17 @@ def _score_rows(model: PreTrainedModel, rows: Sequence[Row]) -> dict[int, tuple[
     hidden = last_hidden_state(model, tokens, *([positions, visible(owner)] if shared else []))
     where = torch.tensor(at, device=hidden.device)
     logits = logits_of(model, hidden[where[:, 0], where[:, 1]])
-    wanted = [(number, continuation) for row in rows for number, continuation in row.continuations.items()]
-    scored = torch.tensor([token for _, continuation in wanted for token in continuation], device=hidden.device)
+    continuations = [(number, continuation) for row in rows for number, continuation in row.continuations.items()]
+    scored = torch.tensor([token for _, continuation in continuations for token in continuation], device=hidden.device)
     likelihoods = logits.log_softmax(-1).gather(1, scored[:, None])[:, 0].cpu()
     greedy = (logits.argmax(-1) == scored).cpu()
-    lengths = [len(continuation) for _, continuation in wanted]
-    parts = zip(wanted, likelihoods.split(lengths), greedy.split(lengths), strict=True)
+    lengths = [len(continuation) for _, continuation in continuations]
+    parts = zip(continuations, likelihoods.split(lengths), greedy.split(lengths), strict=True)
     return {number: (likelihood.sum().item(), bool(hit.all())) for (number, _), likelihood, hit in parts}
 
 
 def visible(owner: Tensor) -> Tensor:
     """Say which token sees which, (B, T, T): those before it of the context and of its own continuation, and itself."""
-    own = owner[:, :, None] == owner[:, None, :]
+    same = owner[:, :, None] == owner[:, None, :]
     earlier = torch.ones(owner.shape[1], owner.shape[1], dtype=torch.bool).tril()
-    return (own | (owner == 0)[:, None, :]) & earlier
+    return (same | (owner == 0)[:, None, :]) & earlier

@@ -91,19 +91,19 @@ def exact_weights(package: Package, model: StreamedModel, channels: Mapping[int,
         stored = model.read(name).cpu()
         layer, _, inner = name.removeprefix(f"{names.layers}.").partition(".")
         is_inside, (module, _, kind) = name.startswith(f"{names.layers}."), inner.rpartition(".")
-        whole = stored.T if is_inside and names.transposed and stored.ndim == 2 else stored  # (out, in)
+        matrix = stored.T if is_inside and names.transposed and stored.ndim == 2 else stored  # (out, in)
         axis = 1 if is_inside and module == names.feed_forward_out and kind == "weight" else 0
-        lines, same = torch.arange(whole.shape[axis]), stored
+        lines, same = torch.arange(matrix.shape[axis]), stored
         if part is not None:
-            lines = fusion(config, module.rpartition(".")[2]).rows(len(whole))[part]
+            lines = fusion(config, module.rpartition(".")[2]).rows(len(matrix))[part]
         elif shipped.shape != stored.shape and is_inside and int(layer) in channels:
             fused = names.feed_forward_in.get(module, 1)
             lines = channel_rows(channels[int(layer)], len(lines) // fused, fused)
         if part is not None or shipped.shape != stored.shape:
-            same = whole.index_select(axis, lines)
+            same = matrix.index_select(axis, lines)
         if torch.equal(shipped, same):
             mask = sum(1 << line for line in lines.tolist()) | (tensors[name].mask if name in tensors else 0)
-            tensors[name] = Lines(mask=mask, size=whole.numel() // whole.shape[axis])
+            tensors[name] = Lines(mask=mask, size=matrix.numel() // matrix.shape[axis])
     weights = sum(math.prod(model.places[name].shape) for name in model.names)
     return ExactWeights(model=model_fingerprint(model.folder), weights=weights, tensors=tensors)
 

@@ -79,10 +79,14 @@ def build(owner: ModelOwner) -> BuiltEmulator:
     total, tuned = len(similarities) + 1, owner.params.adapter_layers
 
     def keeping(count: int) -> Plan:
-        kept = centres(similarities, count)
-        tuned_layers = set(adapters(kept, tuned))
+        layers = centres(similarities, count)
+        tuned_layers = set(adapters(layers, tuned))
         return tuple(
-            ADAPTER if i in tuned_layers else COMPRESSED if i in kept else Layer(kind="shared", source=nearest(kept, i))
+            ADAPTER
+            if i in tuned_layers
+            else COMPRESSED
+            if i in layers
+            else Layer(kind="shared", source=nearest(layers, i))
             for i in range(total)
         )
 

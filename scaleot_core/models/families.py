@@ -99,9 +99,9 @@ def family(config: PretrainedConfig) -> Family:
     try:
         return FAMILIES[config.model_type]
     except KeyError:
-        known = ", ".join(sorted(FAMILIES))
+        names = ", ".join(sorted(FAMILIES))
         what = "a mixture of experts, which no method here can cut" if _has_experts(config) else "not supported"
-        raise UserError(f"model: architecture {config.model_type!r} is {what}; supported are {known}") from None
+        raise UserError(f"model: architecture {config.model_type!r} is {what}; supported are {names}") from None
 
 
 def _has_experts(config: PretrainedConfig) -> bool:
@@ -163,8 +163,8 @@ class Fusion:
 def _key_heads(config: PretrainedConfig) -> int:
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
         return 1  # of Falcon
-    given = (getattr(config, name, None) for name in ("num_key_value_heads", "num_kv_heads", "num_attention_heads"))
-    return next(int(heads) for heads in given if heads)
+    counts = (getattr(config, name, None) for name in ("num_key_value_heads", "num_kv_heads", "num_attention_heads"))
+    return next(int(heads) for heads in counts if heads)
 
 
 def fusion(config: PretrainedConfig, name: str) -> Fusion:
@@ -182,8 +182,8 @@ TRAINED_LENGTH = "seq_length"
 
 def context_length(config: PretrainedConfig) -> int:
     """Give the most tokens that a model takes; of BLOOM, which takes any number, those it was trained on."""
-    given: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, TRAINED_LENGTH, None)
-    return given or 2048
+    length: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, TRAINED_LENGTH, None)
+    return length or 2048
 
 
 def takes_positions(config: PretrainedConfig) -> bool:

@@ -47,12 +47,12 @@ class ModelSource:
         return StreamedModel(self.files[0].parent, self.config, device=CPU, dtype=dtype, files=self.files)
 
     def _dtypes(self) -> set[torch.dtype]:
-        known = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items() if dtype.is_floating_point}
-        found = set()
+        dtypes = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items() if dtype.is_floating_point}
+        names = set()
         for file in self.files:
             with safe_open(file, framework="pt") as stream:
-                found |= {stream.get_slice(name).get_dtype() for name in stream.keys()}  # noqa: SIM118
-        return {known[name] for name in found if name in known}
+                names |= {stream.get_slice(name).get_dtype() for name in stream.keys()}  # noqa: SIM118
+        return {dtypes[name] for name in names if name in dtypes}
 
 
 @contextmanager
@@ -63,12 +63,12 @@ def open_model(source: str, scratch: Path) -> Iterator[ModelSource]:
     and written to a temporary folder in `scratch`.
     """
     config, tokenizer = read_description(source)
-    found = ModelSource(config, tokenizer, weight_files(source), description_folder(source))
+    opened = ModelSource(config, tokenizer, weight_files(source), description_folder(source))
     with describing(source):
-        is_whole = bool(found.files) and found.streamed().is_whole
+        is_whole = bool(opened.files) and opened.streamed().is_whole
     if is_whole:
-        yield found
+        yield opened
         return
     with tempfile.TemporaryDirectory(prefix=".model.", dir=scratch) as folder:
         read_model(source)[0].save_pretrained(folder, save_original_format=False)  # tensors are named as in the model
-        yield ModelSource(config, tokenizer, weight_files(folder), found.folder)
+        yield ModelSource(config, tokenizer, weight_files(folder), opened.folder)

@@ -84,8 +84,11 @@ def _actions(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, Action]]
     yield "its chat templates would be others", lambda other: other.chat_template
     names = list(templates) if isinstance(templates, dict) else [None] if templates else []
     for name, chat, tools in product(names, CHATS, (None, TOOLS)):
-        said = "" if name is None else f" {name!r}"
-        yield f"its chat template{said} would render otherwise", partial(_render, name=name, chat=chat, tools=tools)
+        shown_name = "" if name is None else f" {name!r}"
+        yield (
+            f"its chat template{shown_name} would render otherwise",
+            partial(_render, name=name, chat=chat, tools=tools),
+        )
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, *, text: str, special: bool) -> Any:

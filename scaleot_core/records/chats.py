@@ -41,15 +41,15 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat, context: Context
         raise ValueError(f"there is nothing in it to learn: {_why_nothing(chat)}")
     conversation = conversation.of(conversation.messages[: answers[-1] + 1])
     check_nothing_is_lost(conversation, answers)
-    whole = _parts(conversation, answers)
+    answered = _parts(conversation, answers)
     parts = [
         context.newest_turns(conversation.messages, part, lambda rest, left: _parts(conversation.of(rest), left)[-1])
-        for part in whole
+        for part in answered
     ]
     tally = context.tally
     tally.answers_left_out += Counter({UNASKED: len(learnt) - len(answers)})
     tally.reworded += sum(is_reworded(conversation, i) for i in answers)
-    tally.endless += any(not _has_end(conversation, *part) for part in whole)
+    tally.endless += any(not _has_end(conversation, *part) for part in answered)
     tally.ignored.update(f"messages: {printable(name)}" for name in ignored_fields(conversation))
     tally.switched_off += chat.switched_off
     return parts

@@ -95,16 +95,16 @@ def utility(measured: Five) -> Utility:
 
 def mean(values: Sequence[float | None]) -> float | None:
     """Average values; None where there is none or one is undefined, as a recovery may be."""
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known and len(known) == len(values) else None
+    defined = [value for value in values if value is not None]
+    return statistics.fmean(defined) if defined and len(defined) == len(values) else None
 
 
 def over_seeds(values: Sequence[float | None]) -> tuple[float, float | None] | None:
     """Give the mean over seeds and, of several, its standard error; None where a seed has no figure."""
-    known, middle = [value for value in values if value is not None], mean(values)
+    defined, middle = [value for value in values if value is not None], mean(values)
     if middle is None:
         return None
-    return middle, statistics.stdev(known) / len(known) ** 0.5 if len(known) > 1 else None
+    return middle, statistics.stdev(defined) / len(defined) ** 0.5 if len(defined) > 1 else None
 
 
 def judged_by(measured: Measured | Five) -> list[str]:

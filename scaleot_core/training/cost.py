@@ -40,8 +40,8 @@ class Meter:
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], options: dict[str, Any]) -> None:
             inputs = (*args, options.get("input_ids"), options.get("inputs_embeds"))
-            given = next(tensor for tensor in inputs if tensor is not None)
-            self.tokens += given.shape[0] * given.shape[1]
+            tokens = next(tensor for tensor in inputs if tensor is not None)
+            self.tokens += tokens.shape[0] * tokens.shape[1]
 
         stack = model.get_submodule(decoder_stack(model.config))
         stack.register_forward_pre_hook(hook, with_kwargs=True)

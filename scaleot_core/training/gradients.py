@@ -26,9 +26,9 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     parameters = [p for p in parameters if not is_sharded(p)]
     if world_size() == 1 or not parameters:
         return
-    there = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
-    distributed.all_reduce(there)
-    for parameter, count in zip(parameters, there.tolist(), strict=True):
+    has_gradient = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    distributed.all_reduce(has_gradient)
+    for parameter, count in zip(parameters, has_gradient.tolist(), strict=True):
         if count:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -52,11 +52,11 @@ def backward(batch: Batch, loss: Callable[[Batch], Tensor], weigh: Callable[[Bat
     mine = shard_batch(batch)
     value = 0.0
     if len(mine):
-        own = loss(mine)
+        part_loss = loss(mine)
         if len(mine) < len(batch):
-            own = own * (weigh(mine) / weigh(batch))
-        own.backward()
-        value = own.item()
+            part_loss = part_loss * (weigh(mine) / weigh(batch))
+        part_loss.backward()
+        value = part_loss.item()
     elif fsdp_enabled():
         (loss(batch[:1]) * 0).backward()  # the others wait for this process's part of the layers
     return all_reduce_sum(value)
