@@ -82,7 +82,10 @@ def reasons(figures: Mapping[str, Any], limits: Limits) -> list[str]:
     listed = []
     worst = max(figures["unmoved"], key=figures["unmoved"].__getitem__)
     if figures["unmoved"][worst] > limits.unmoved:
-        listed.append(f"{figures['unmoved'][worst]:.1%} of {worst!r} never moved, and what did can spell records out")
+        share = figures["unmoved"][worst]
+        listed.append(
+            f"{share:.1%} of the rows or columns of {worst!r} never moved; those that did can spell records out"
+        )
     if (attack := figures["membership"]) is not None:
         auc, error = best_auc(attack)
         if auc > limits.auc and auc - 2 * error > 0.5:

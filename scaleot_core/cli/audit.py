@@ -19,7 +19,10 @@ from scaleot_core.settings import Machine
 def audit(
     adapter: Annotated[Path, typer.Argument(help="The adapter that is to be sent: a folder or .zip.")],
     package: PackageOption,
-    data: Annotated[Path, typer.Option(help="The records that it was tuned on, as `tune` was given them.")],
+    data: Annotated[
+        Path | None, typer.Option(help="The records that it was tuned on, as `tune` was given them.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="The task whose questions they are, as `tune` was given it.")] = None,
     held_out: Annotated[
         Path | None,
         typer.Option(
@@ -64,6 +67,8 @@ def audit(
     from scaleot_core.tuning.examples import Examples
     from scaleot_core.tuning.selection import split_records
 
+    if data is None and task is None:
+        raise UserError("name with --data, or with --task, what the adapter was tuned on")
     machine = validate_block(Machine, {"device": device, "threads": threads})
     private = read_json(private_file(adapter)) if private_file(adapter).is_file() else {}
     if seed is None and "seed" not in private:
@@ -76,9 +81,8 @@ def audit(
         packed = manifest.tuning.privacy is None
         began = datetime.fromisoformat(private["began"]) if "began" in private else None  # the date in a chat template
         records, *more = (
-            read_examples(shipped, None, file, block_size=block_size, packed=packed, now=began)
-            for file in (data, held_out)
-            if file is not None
+            read_examples(shipped, task, file, block_size=block_size, packed=packed, now=began)
+            for file in ([data] if held_out is None else [data, held_out])
         )
         model = shipped.load(runtime.device)
     start_seed = private["seed"] if seed is None else seed

@@ -321,6 +321,9 @@ def test_questions_of_a_task_come_in_the_same_files(tmp_path, package, name):
     (tmp_path / name).write_text(json.dumps(rows, indent=1) if name == "train.json" else lines, encoding="utf-8")
     command = ("tune", package, "--task", "piqa", "--data", tmp_path / name, "--out", tmp_path / "out")
     assert gives(*command, *LORA)["records"] == 12
+    audit = ("audit", tmp_path / "out", "--package", package)
+    assert "may be sent" in gives(*audit, "--task", "piqa", "--data", tmp_path / name, "--max-unmoved", 1)
+    assert "--task" in refused(*audit)
 
 
 def test_tune_needs_something_to_tune_on(tmp_path, package):
