@@ -265,7 +265,7 @@ def write_adapter(folder: Path, model: PreTrainedModel, lora: LoraForm | None, p
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in parameters.values():
-            parameter.add_(0.1 * torch.randn(parameter.shape))
+            parameter.add_(0.02 * torch.randn(parameter.shape))
     folder.mkdir()
     tuned = TuningResult([], 1e-3, 7, {})
     adapter_folder.save(folder, package, parameters, lora=lora, tuning=OffsiteTuning(), tuned=tuned)

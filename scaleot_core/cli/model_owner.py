@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from scaleot_core.cli.options import AdapterArgument, AsJson, PackageOption, SignOption
+from scaleot_core.cli.options import AdapterArgument, AsJson, PackageOption, SignOption, setting
 from scaleot_core.cli.output import describe_adapters, private_file, show, show_changes
 from scaleot_core.common.errors import UserError
+from scaleot_core.settings import AdapterLimits
 
 if TYPE_CHECKING:
     from scaleot_core.exchange.ledger import ExactWeights
-    from scaleot_core.exchange.returned import LayerChange
+
+LIMITS = AdapterLimits()
 
 
 def pack(
@@ -139,8 +141,9 @@ def _measured(project: Path, package: str) -> dict[str, Any]:
 def check(adapter: AdapterArgument, package: PackageOption, as_json: AsJson = False) -> None:
     """Model owner: whether an adapter is sound and belongs to a package, and how far it moved each layer.
 
-    Relative change is the norm of a layer's change over the norm of what was shipped; the outlier is the largest change
-    of one weight over the root mean square of all changes in its tensor, about 5 for noise.
+    Relative change is the norm of a layer's change over the norm of what was shipped, and the largest such ratio of its
+    tensors; the outlier is the largest change of one weight over the root mean square of all changes in its tensor,
+    about 5 for noise.
     """
     from scaleot_core.exchange.archive import unpacked
     from scaleot_core.exchange.package import Package
@@ -164,17 +167,19 @@ def plug(
         Path | None,
         typer.Option(help="What `scaleot pack` wrote for you beside the package; PACKAGE.private.json if not named."),
     ] = None,
-    max_change: Annotated[
-        float | None, typer.Option(min=0, help="Refuse an adapter that changes a layer by more (relative norm).")
+    public: Annotated[
+        Path | None,
+        typer.Option(help="Public text (.jsonl, .parquet, .csv with `text`, or .txt): the loss is compared on it."),
     ] = None,
-    max_outlier: Annotated[
-        float | None, typer.Option(min=0, help="Refuse an adapter with a larger outlier (see `scaleot check`).")
-    ] = None,
+    max_change: Annotated[float, setting(AdapterLimits, "max_change")] = LIMITS.max_change,
+    max_tensor_change: Annotated[float, setting(AdapterLimits, "max_tensor_change")] = LIMITS.max_tensor_change,
+    max_outlier: Annotated[float, setting(AdapterLimits, "max_outlier")] = LIMITS.max_outlier,
+    max_loss_increase: Annotated[float, setting(AdapterLimits, "max_loss_increase")] = LIMITS.max_loss_increase,
     as_json: AsJson = False,
 ) -> None:
-    """Model owner: check an adapter and plug it into the real model. OUT loads with transformers alone.
+    """Model owner: check an adapter, plug it into the real model, and try it. OUT loads with transformers alone.
 
-    With --as-lora the adapter is written for the real model, for whoever serves LoRA.
+    With --as-lora the adapter is written for the real model, for whoever serves LoRA, and tried as PEFT loads it there.
     """
     from scaleot_core.common.files import atomic_folder
     from scaleot_core.common.progress import say
@@ -184,10 +189,12 @@ def plug(
     from scaleot_core.exchange.model_card import write_plugged_card
     from scaleot_core.exchange.package import Package
     from scaleot_core.exchange.plugging import write_plugged
-    from scaleot_core.exchange.returned import check_adapter, check_base, fitted, tokenizer_change
+    from scaleot_core.exchange.returned import check_adapter, check_base, check_limits, fitted, tokenizer_change
+    from scaleot_core.exchange.trial import trial_blocks, trial_lora, trial_loss
     from scaleot_core.models.opened import open_model
     from scaleot_core.tuning.adapters import TunedLora
 
+    limits = AdapterLimits(max_change=max_change, max_tensor_change=max_tensor_change, max_outlier=max_outlier)
     if out is None and as_lora is None:
         raise UserError("nothing to write: name a folder with --out, or with --as-lora")
     outputs = [path for path in (out, as_lora) if path is not None]
@@ -203,8 +210,9 @@ def plug(
         checked = check_adapter(folder, shipped)
         if as_lora and not isinstance(checked.adapter, TunedLora):
             raise UserError(f"{adapter}: it has whole layers, which are no LoRA; name --out alone")
-        _check_limits(adapter, checked.layer_changes, max_change, max_outlier)
+        check_limits(adapter, checked.layer_changes, limits)
         source = opened.enter_context(open_model(base, scratch=outputs[0].parent))
+        blocks = trial_blocks(public, source)
         model = source.streamed()
         check_base(base, model.read_stored, shipped)
         if change := tokenizer_change(source.tokenizer, shipped):
@@ -213,28 +221,25 @@ def plug(
             )
         what = describe_adapters(checked.form)
         tuned = fitted(checked.adapter, shipped, model.model, private or private_file(package))
+        before = trial_loss(source, source.files, blocks) if public else None
+        losses = []
         if as_lora and isinstance(tuned, TunedLora):
-            layers = [change.layer for change in checked.layer_changes]
-            with atomic_folder(as_lora) as target:
-                save_peft(target, source.config, tuned, layers=layers)
-                write_plugged_card(target, base, shipped.sha256, what, library="peft")
+            target = opened.enter_context(atomic_folder(as_lora))
+            save_peft(target, source.config, tuned, layers=[change.layer for change in checked.layer_changes])
+            write_plugged_card(target, base, shipped.sha256, what, library="peft")
+            losses.append(trial_lora(source, target, tuned, blocks))
         if out:
-            with atomic_folder(out) as target:
-                write_plugged(target, source, model, tuned)
-                if not (target / CARD).exists():  # the base's own
-                    write_plugged_card(target, base, shipped.sha256, what, library="transformers")
-    summary = {"model": out and str(out), "lora": as_lora and str(as_lora)}
+            target = opened.enter_context(atomic_folder(out))
+            write_plugged(target, source, model, tuned)
+            if not (target / CARD).exists():  # the base's own
+                write_plugged_card(target, base, shipped.sha256, what, library="transformers")
+            losses.append(trial_loss(source, [target / file.name for file in source.files], blocks))
+        if before is not None and not max(losses) <= before + max_loss_increase:
+            raise UserError(
+                f"{adapter}: with it the loss on {public} is {max(losses):.3f} nats instead of {before:.3f}; ask for "
+                "another, or raise --max-loss-increase"
+            )
+    summary: dict[str, Any] = {"model": out and str(out), "lora": as_lora and str(as_lora)}
+    if before is not None:
+        summary |= {"loss on public text, real model": before, "loss on public text, plug-in": losses[-1]}
     show_changes(summary, checked.layer_changes, as_json)
-
-
-def _check_limits(
-    adapter: Path, changes: "list[LayerChange]", max_change: float | None, max_outlier: float | None
-) -> None:
-    """Raise UserError for the first layer that moved further than the model owner wants."""
-    for change in changes:
-        for name, limit, value in (("change", max_change, change.relative), ("outlier", max_outlier, change.outlier)):
-            if limit is not None and not value <= limit:
-                raise UserError(
-                    f"{adapter}: layer {change.layer} has {name} {value:.3g}, the limit is {limit:g}; "
-                    "look at `scaleot check`, then ask for another or raise the limit"
-                )

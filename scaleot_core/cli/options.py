@@ -10,6 +10,7 @@ from scaleot_core.common.validation import Block
 OPTIONS = {  # by parameter, where the names differ
     "tasks": "--task",
     "data.questions": "--data",
+    "data.corpus": "--public",
     "model": "BASE",
     "validation_fraction": "--validation",
     "rank": "--lora-rank",

@@ -47,9 +47,9 @@ def show_changes(summary: dict[str, Any], changes: "list[LayerChange]", as_json:
         print(json.dumps(summary | {"layer_changes": [asdict(change) for change in changes]}))
         return
     show(summary, as_json)
-    table = Table("layer", "relative change", "outlier", title="How far each layer moved")
+    table = Table("layer", "relative change", "its tensors' largest", "outlier", title="How far each layer moved")
     for change in changes:
-        table.add_row(str(change.layer), f"{change.relative:.4f}", f"{change.outlier:.1f}")
+        table.add_row(str(change.layer), f"{change.relative:.4f}", f"{change.tensor:.4f}", f"{change.outlier:.1f}")
     Console().print(table)
 
 

@@ -16,7 +16,7 @@ from scaleot_core.exchange import adapter_folder
 from scaleot_core.exchange.package import Package
 from scaleot_core.models.families import family
 from scaleot_core.models.tokenizers import tokenizer_difference
-from scaleot_core.settings import LoraForm
+from scaleot_core.settings import AdapterLimits, LoraForm
 from scaleot_core.tuning.adapters import TunedAdapter, TunedLayers, TunedLora, fit_to_model
 
 
@@ -27,6 +27,8 @@ class LayerChange:
     layer: int
     relative: float
     """Norm of the change over the norm of what was shipped, over all weights that the adapter may change."""
+    tensor: float
+    """The same of the tensor that moved furthest; a vector counts for at least the layer's root mean square weights."""
     outlier: float
     """Largest ratio, over tensors, of the largest change of a weight to the root mean square change."""
 
@@ -36,11 +38,11 @@ def layer_changes(
 ) -> list[LayerChange]:
     """Measure how far every tuned layer moved from the package's tensors, `shipped`; one at a time is in memory."""
     prefix = f"{family(config).layers}."
-    layers: dict[int, _Moved] = {}
+    layers: dict[int, dict[str, _Moved]] = {}  # by layer, each tensor that the adapter changes
     if isinstance(adapter, TunedLayers):
         for name, tensor in shipped:
             if name in adapter.weights:
-                moved = layers.setdefault(_layer_of(name, prefix), _Moved())
+                moved = layers.setdefault(_layer_of(name, prefix), {}).setdefault(name, _Moved())
                 moved.add_shipped(tensor)
                 tuned = adapter.weights[name]
                 moved.add_change(a.double() - b for a, b in zip(_pieces(tuned), _pieces(tensor), strict=True))
@@ -48,14 +50,29 @@ def layer_changes(
         matrices: dict[str, list[_Moved]] = {}  # by their names in the package, where shared layers have one
         for name in adapter.factors:
             i = _layer_of(name, prefix)
-            moved = layers.setdefault(i, _Moved())
+            moved = layers.setdefault(i, {}).setdefault(name, _Moved())
             moved.add_change(_pieces(adapter.change(name)))
             shipped_name = name.replace(f"{prefix}{i}.", f"{prefix}{shared_layers(plan).get(i, i)}.", 1)
             matrices.setdefault(shipped_name, []).append(moved)
         for name, numbers in _numbers(shipped, matrices):
             for moved in matrices[name]:
                 moved.add_shipped(numbers)
-    return [layers[i].result(i) for i in sorted(layers)]
+    return [_layer_change(i, list(layers[i].values())) for i in sorted(layers)]
+
+
+def check_limits(adapter: Path, changes: Iterable[LayerChange], limits: AdapterLimits) -> None:
+    """Raise UserError for the first layer that moved further than the model owner wants."""
+    for change in changes:
+        for what, limit, value in (
+            ("change", limits.max_change, change.relative),
+            ("tensor change", limits.max_tensor_change, change.tensor),
+            ("outlier", limits.max_outlier, change.outlier),
+        ):
+            if not value <= limit:
+                raise UserError(
+                    f"{adapter}: layer {change.layer} has {what} {value:.3g}, the limit is {limit:g}; look at "
+                    f"`scaleot check`, then ask for another or raise --max-{what.replace(' ', '-')}"
+                )
 
 
 def _layer_of(name: str, prefix: str) -> int:
@@ -87,29 +104,40 @@ def _numbers(shipped: Iterable[tuple[str, Tensor]], matrices: Container[str]) ->
 
 
 class _Moved:
-    """Sums over one layer's tensors, for its `LayerChange`."""
+    """Sums over one tensor: its numbers, squares as it was shipped, squares of the change and the change's outlier."""
 
     def __init__(self) -> None:
-        self.size = self.moved = self.outlier = 0.0
+        self.shipped = self.change = self.outlier = 0.0
+        self.count, self.is_vector = 0, False
 
     def add_shipped(self, numbers: Tensor) -> None:
-        """Add a tensor as it was shipped."""
-        self.size += sum(float(piece.double().square().sum()) for piece in _pieces(numbers))
+        """Add the tensor, or a part of it, as it was shipped."""
+        self.shipped += sum(float(piece.double().square().sum()) for piece in _pieces(numbers))
+        self.count += numbers.numel()
+        self.is_vector = numbers.ndim < 2
 
     def add_change(self, pieces: Iterable[Tensor]) -> None:
-        """Add the change of a tensor, in pieces."""
-        squares = most = count = 0.0
+        """Add the tensor's change, in pieces."""
+        most = count = 0.0
         for piece in pieces:
-            squares += float(piece.double().square().sum())
+            self.change += float(piece.double().square().sum())
             most, count = max(most, float(piece.abs().max())), count + piece.numel()
-        self.moved += squares
         if most:
-            self.outlier = max(self.outlier, most / math.sqrt(squares / count))
+            self.outlier = most / math.sqrt(self.change / count)
 
-    def result(self, layer: int) -> LayerChange:
-        """Compute the layer's change."""
-        relative = math.sqrt(self.moved / self.size) if self.size else math.inf if self.moved else 0.0
-        return LayerChange(layer, relative, self.outlier)
+
+def _layer_change(layer: int, tensors: list[_Moved]) -> LayerChange:
+    shipped, change = sum(tensor.shipped for tensor in tensors), sum(tensor.change for tensor in tensors)
+    square = shipped / max(1, sum(tensor.count for tensor in tensors))  # a bias of zeros may move
+    furthest = max(
+        _relative(tensor.change, max(tensor.shipped, square * tensor.count * tensor.is_vector)) for tensor in tensors
+    )
+    return LayerChange(layer, _relative(change, shipped), furthest, max(tensor.outlier for tensor in tensors))
+
+
+def _relative(change: float, shipped: float) -> float:
+    """Divide two norms, given as squares."""
+    return math.sqrt(change / shipped) if shipped else math.inf if change else 0.0
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +37,7 @@ from scaleot_core.exchange.archive import unpacked
 from scaleot_core.exchange.ledger import exact_weights, model_fingerprint
 from scaleot_core.exchange.manifest import manifest_sha256
 from scaleot_core.exchange.package import Package, save
+from scaleot_core.models.forward import mean_loss
 from scaleot_core.params import load_params
 from scaleot_core.pipeline import read_entry
 from scaleot_core.tuning.adapters import TunedLayers, plug_in
@@ -76,18 +79,29 @@ def lora(tmp_path_factory, package):
 
 
 @pytest.fixture
-def poisoned(tmp_path, adapter):
-    """Return a function that writes the adapter with one weight raised."""
+def forged(tmp_path, adapter):
+    """Return a function that writes the adapter with tensors changed in place, those with a part in their names."""
 
-    def poison(amount):
-        folder = shutil.copytree(adapter, tmp_path / "poison")
+    def forge(change, part):
+        folder = Path(tempfile.mkdtemp(dir=tmp_path)) / "forged"
+        shutil.copytree(adapter, folder)
         tensors = read_tensors(folder / "adapter.safetensors")
-        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] += amount
+        for name in tensors:
+            if part in name:
+                change(tensors[name])
         write_tensors(folder / "adapter.safetensors", tensors)
         list_again(folder, "adapter.safetensors")
         return folder
 
-    return poison
+    return forge
+
+
+def blocks_loss(model, public):
+    """Compute the loss of a model on the first blocks of public text by itself."""
+    passages = public.read_text().split("\n\n")
+    tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+    tokens = [token for text in passages for token in tokenizer(f"{text}\n\n", add_special_tokens=False)["input_ids"]]
+    return mean_loss(model, torch.tensor(tokens[: 8 * 128]).view(8, 128))
 
 
 # --- pack ------------------------------------------------------------------------------------------------
@@ -246,9 +260,10 @@ def test_check_says_how_far_each_layer_moved(adapter, package):
     assert "relative change" in scaleot("check", adapter, "--package", package).out
 
 
-def test_one_poisoned_weight_is_an_outlier(adapter, poisoned, package):
+def test_one_poisoned_weight_is_an_outlier(adapter, forged, package):
+    poisoned = forged(lambda weight: weight[3, 5].add_(10.0), "up_proj")
     (clean,), (spoilt,) = (
-        gives("check", folder, "--package", package)["layer_changes"] for folder in (adapter, poisoned(10.0))
+        gives("check", folder, "--package", package)["layer_changes"] for folder in (adapter, poisoned)
     )
     assert spoilt["outlier"] > 5 * clean["outlier"]
 
@@ -328,10 +343,35 @@ def test_limits_refuse_an_adapter_that_moved_too_far(tmp_path, base, adapter, pa
     gives(*command, "--max-change", moved["relative"] * 1.01, "--max-outlier", moved["outlier"] * 1.01)
 
 
-def test_outlier_that_is_too_large_for_its_square_is_refused(tmp_path, base, poisoned, package):
-    command = ("plug", base, poisoned(1e30), "--package", package, "--out", tmp_path / "out")
-    for limit in ("--max-change", "--max-outlier"):
-        assert "the limit is 20" in refused(*command, limit, 20)
+def test_forged_adapter_is_refused_by_default_limits_and_by_the_trial(tmp_path, base, forged, package):
+    """Norms that are zeroed or turned round hardly change a layer; numbers that overflow are lifted past all limits."""
+    out = ("--package", package, "--out", tmp_path / "out")
+    for change, value in ((torch.zero_, "1,"), (torch.neg_, "2.0")):
+        adapter = forged(change, "norm")
+        assert f"layer 1 has tensor change {value}" in refused("plug", base, adapter, *out)
+        assert gives("check", adapter, "--package", package)["layer_changes"][0]["relative"] < 0.6
+    lifted = ("--max-change", 2, "--max-tensor-change", 2.1)
+    assert gives("plug", base, adapter, "--package", package, "--out", tmp_path / "lifted", *lifted)
+    beyond = ("--max-change", 1e45, "--max-tensor-change", 1e45, "--max-outlier", 1e45)
+    overflowing = forged(lambda weight: weight.fill_(3e38), "norm")
+    assert "the plug-in's loss is nan" in refused("plug", base, overflowing, *out, *beyond)
+    assert "layer 1 has change" in refused("plug", base, overflowing, *out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_plug_in_that_is_worse_on_public_text_is_refused(tmp_path, base, forged, package):
+    public = tmp_path / "public.txt"
+    public.write_text("one two three\n\n" * 200)
+    adapter = forged(lambda weight: weight.mul_(1.4), "down_proj")
+    command = ("plug", base, adapter, "--package", package, "--public", public)
+    summary = gives(*command, "--out", tmp_path / "plugged", "--max-loss-increase", 100)
+    before, after = (summary[f"loss on public text, {model}"] for model in ("real model", "plug-in"))
+    assert after > before == pytest.approx(blocks_loss(load(base), public), rel=1e-4)
+    assert after == pytest.approx(blocks_loss(load(tmp_path / "plugged"), public), rel=1e-4)
+    message = refused(*command, "--out", tmp_path / "out", "--max-loss-increase", (after - before) / 2)
+    assert f"is {after:.3f} nats instead of {before:.3f}" in message and not (tmp_path / "out").exists()
+    public.write_text("short")
+    assert "are needed; name a longer one" in refused(*command, "--out", tmp_path / "out")
 
 
 def test_base_that_the_package_was_not_made_from(tmp_path, adapter, package, tokenizer):
