@@ -258,14 +258,16 @@ class Shipped(NamedTuple):
 LORA = LoraForm(rank=3, alpha=5.0, layers="all", modules="all")
 
 
-def write_adapter(folder: Path, model: PreTrainedModel, lora: LoraForm | None, package: Any = None) -> Path:
-    """Write an adapter of an emulator whose trained parameters have moved at random, as `trainable` names them."""
+def write_adapter(
+    folder: Path, model: PreTrainedModel, lora: LoraForm | None, package: Any = None, change: float = 0.02
+) -> Path:
+    """Write an adapter of an emulator whose parameters have moved at random, as far as tuning moves them or further."""
     package = package or Shipped(model)
     parameters = trainable(model, package.plan, lora, seed=0)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in parameters.values():
-            parameter.add_(0.02 * torch.randn(parameter.shape))
+            parameter.add_(change * torch.randn(parameter.shape))
     folder.mkdir()
     tuned = TuningResult([], 1e-3, 7, {})
     adapter_folder.save(folder, package, parameters, lora=lora, tuning=OffsiteTuning(), tuned=tuned)

@@ -37,6 +37,7 @@ from scaleot_core.exchange.manifest import (
     write_manifest,
 )
 from scaleot_core.exchange.shards import TENSOR_FILE, part_files
+from scaleot_core.exchange.suspicions import random_tokens
 from scaleot_core.exchange.tokenizer import load_listed_tokenizer, save_tokenizer
 from scaleot_core.exchange.untrusted import check_tensors, stream_untrusted_tensors
 from scaleot_core.models.families import family
@@ -191,7 +192,7 @@ class Package:
         model = assemble(self.config, self.plan, tensors.items(), device=device)
         try:
             with torch.no_grad():
-                last_hidden_state(model, torch.zeros(1, 2, dtype=torch.long))
+                last_hidden_state(model, random_tokens(model.config, (1, 2), torch.Generator().manual_seed(0)))
         except Exception as error:  # whatever settings that don't go together lead to
             raise UserError(
                 f"{self.folder}/{MANIFEST}: its model doesn't run ({one_line(error)}); fetch it again"

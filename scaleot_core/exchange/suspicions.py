@@ -48,6 +48,12 @@ def _fast(model: PreTrainedModel) -> Iterator[None]:
             parameter.data = parameter.data.to(dtype)
 
 
+def random_tokens(config: PretrainedConfig, shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
+    """Draw tokens, none of which pads: transformers would warn of a mask that is missing."""
+    tokens, padding = torch.randint(config.vocab_size, shape, generator=draw), config.pad_token_id
+    return tokens if padding is None else torch.where(tokens == padding, (padding + 1) % config.vocab_size, tokens)
+
+
 @torch.no_grad()
 def suspicions(model: PreTrainedModel, plan: Plan, sentences: Sequence[list[int]], draw: int) -> list[str]:
     """List what is suspicious in an emulator's decoder layers, a line for each.
@@ -74,7 +80,7 @@ def suspicions(model: PreTrainedModel, plan: Plan, sentences: Sequence[list[int]
     handles = [layer.register_forward_hook(watch_layer(i)) for i, layer in layers.items()]
     down = family(model.config).feed_forward_out
     handles += [x.get_submodule(down).register_forward_pre_hook(watch_channels(i)) for i, x in layers.items()]
-    blocks = torch.randint(model.config.vocab_size, BLOCKS, generator=torch.Generator().manual_seed(draw))
+    blocks = random_tokens(model.config, BLOCKS, torch.Generator().manual_seed(draw))
     for block, sentence in zip(blocks, sentences, strict=False):
         tokens = torch.tensor(sentence[: BLOCKS[1]])
         block[: len(tokens)] = tokens

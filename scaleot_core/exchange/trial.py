@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from scaleot_core.common.errors import UserError
 from scaleot_core.common.random import generator
 from scaleot_core.data.corpus import read_text
+from scaleot_core.exchange.suspicions import random_tokens
 from scaleot_core.models.families import context_length, decoder_layers, family
 from scaleot_core.models.forward import last_hidden_state, logits_of, swapped_layers
 from scaleot_core.models.opened import CPU, ModelSource
@@ -32,7 +33,7 @@ def trial_blocks(public: Path | None, source: ModelSource) -> Tensor:
     length = context_length(source.config)
     if public is None:
         count, size = BLOCKS
-        return torch.randint(source.config.vocab_size, (count, min(size, length)), generator=generator(0, "trial"))
+        return random_tokens(source.config, (count, min(size, length)), generator(0, "trial"))
     if not public.exists():
         raise UserError(f"{public}: no such file; name one with public text")
     count, size = PUBLIC_BLOCKS[0], min(PUBLIC_BLOCKS[1], length)

@@ -41,7 +41,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder / "real")
     tokenizer.save_pretrained(folder / "real")
     package = Package(write_package(folder / "package", model, tokenizer))
-    write_adapter(folder / "adapter", package.load(CPU), LORA, package)
+    write_adapter(folder / "adapter", package.load(CPU), LORA, package, change=0.05)
     options = ("--package", folder / "package", "--out", folder / "plugged", "--as-lora", folder / "lora")
     assert scaleot("plug", folder / "real", folder / "adapter", *options).code == 0
     return folder
