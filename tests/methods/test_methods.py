@@ -19,6 +19,7 @@ from scaleot_core.compression.plan import layers_of, shared_layers
 from scaleot_core.compression.shapes import plan_bytes
 from scaleot_core.compression.svd import decompose
 from scaleot_core.exchange.package import Package, save
+from scaleot_core.exchange.suspicions import SENTENCES, suspicions
 from scaleot_core.methods import METHODS, ModelOwner, base, crash, distilled, gradot, uniform
 from scaleot_core.models.families import attention, decoder_layers, family
 from scaleot_core.models.forward import hidden_states, next_token_loss
@@ -83,6 +84,7 @@ def test_package_is_the_emulator_of_the_bytes_that_the_plan_says(name, method, o
     assert again == plan and len(layers_of(plan, "adapter")) == 2
     torch.testing.assert_close(loaded(IDS).logits, made(IDS).logits)
     assert not torch.allclose(loaded(IDS).logits, tiny_model(name, num_hidden_layers=LAYERS)(IDS).logits)
+    assert not suspicions(loaded, plan, tokenizer(list(SENTENCES))["input_ids"], 7)
     size = plan_bytes(who.shapes, plan)
     assert size <= target < who.shapes.model_bytes
     headers = folder_bytes(tmp_path / "package", ".safetensors") - size
