@@ -5,8 +5,8 @@ PARALLEL := --numprocesses=2 --dist=loadscope
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: ablations attack attack-study bench bench-gpu budgets check-default choose compare demo help hostile-study lint pictures private-study \
-	report repro sweep table test test-quick
+.PHONY: ablations attack attack-study bench bench-gpu budgets check-default choose compare demo help hostile-study lint pictures poison-study \
+	private-study report repro sweep table test test-quick
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -63,6 +63,9 @@ private-study: repro  ## every method's package tuned with differential privacy 
 
 hostile-study: repro  ## what an adapter tells the owner of a package with a trap, without and with privacy: ten minutes on 2 cores
 	python -m studies.hostile
+
+poison-study: repro  ## a backdoor tuned at an ordinary distance, and what `plug` says of it: forty minutes on 2 cores
+	python -m studies.poison
 
 budgets: repro  ## the attack with growing budgets, to 1 M tokens, and what 100 times more would reach; about six hours
 	python -m studies.budgets $(STEPS)
