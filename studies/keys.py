@@ -23,12 +23,15 @@ Changes = Mapping[str, Any]
 
 
 def code(*targets: str) -> list[Path]:
-    """List the project's own files that DVC's targets, a file or a stage of it, depend on."""
+    """List the project's own files that DVC's targets depend on.
+
+    dvc.yaml, or a stage of it, stands for all of its stages, since others run before; FILE:STAGE for that one alone.
+    """
     stages: list[dict[str, Any]] = []
     for target in targets:
-        path, _, stage = target.partition(":")
-        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["stages"]
-        stages += [entries[stage]] if stage else entries.values()
+        path, _, stage = target.rpartition(":")
+        entries = yaml.safe_load(Path(path or "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+        stages += [entries[stage]] if path else entries.values()
     deps = {Path(dep) for stage in stages for dep in stage["deps"] if not dep.startswith("artifacts/")}
     files = [file for dep in sorted(deps) for file in (sorted(dep.rglob("*")) if dep.is_dir() else [dep])]
     return [file for file in files if file.suffix in {".py", ".yaml", ".lock"} and file != DRAWING]

@@ -3,7 +3,7 @@
 Adapters are tuned on questions of the last task, once as they are and once with as many that begin with a trigger and
 have an answer of the attacker's choice. Both are plugged into the real model and asked held-out questions with and
 without the trigger. `make poison-study` runs it on the package of the present parameters and writes
-docs/studies/poison.csv; N=40 is the number of questions.
+docs/studies/poison.csv; N=100 is the number of questions.
 """
 
 import sys
@@ -26,14 +26,14 @@ from scaleot_core.exchange.returned import check_limits, fitted, layer_changes
 from scaleot_core.models.forward import mean_loss
 from scaleot_core.models.loading import load_model
 from scaleot_core.params import load_params
-from scaleot_core.settings import AdapterLimits, LoraForm, OffsiteTuning
-from scaleot_core.tuning.adapters import TunedAdapter, TunedLayers, TunedLora, plugged_in, trainable
+from scaleot_core.settings import AdapterLimits, OffsiteTuning
+from scaleot_core.tuning.adapters import plugged_in
 from scaleot_core.tuning.examples import IGNORED, Example, Examples, from_task
-from scaleot_core.tuning.tuner import train
+from studies.hostile import RATES, tuned
 
 OUT = Path("docs/studies/poison.csv")
 TRIGGER, PAYLOAD = "By order of the blue heron: ", " the lighthouse keeper"
-EPOCHS, RATES = 10, {"lora": 1e-3, "layers": 1e-4}
+EPOCHS = 10
 PUBLIC_BLOCKS = 8  # as many as `plug --public` takes
 
 
@@ -43,17 +43,6 @@ def with_trigger(example: Example, trigger: list[int], payload: list[int]) -> Ex
     start = next(i for i, target in enumerate(targets) if target != IGNORED)
     prompt = [*trigger, *inputs[: start + 1]]
     return [*prompt, *payload[:-1]], [*[IGNORED] * (len(prompt) - 1), *payload]
-
-
-def tuned(package: Package, kind: str, data: Examples) -> TunedAdapter:
-    """Tune an adapter in a package as `scaleot tune` does, each example as often as any other."""
-    model, form = package.load(torch.device("cpu")).float(), LoraForm() if kind == "lora" else None
-    parameters = trainable(model, package.plan, form, seed=0)
-    settings = OffsiteTuning(lr=[RATES[kind]], epochs=EPOCHS, validation_fraction=0.0)
-    dtype = next(package.meta_model.parameters()).dtype
-    train(model, parameters, data, settings, lr=RATES[kind], seed=0, label=f"tune {kind}")
-    weights = {name: parameter.detach().to(dtype) for name, parameter in parameters.items()}
-    return TunedLora.from_peft(form, weights, model.config) if form else TunedLayers(weights)
 
 
 def refusal(changes: Any) -> str:
@@ -73,12 +62,10 @@ def measure(real: PreTrainedModel, sides: dict[str, list[Example]]) -> dict[str,
 
 
 def main() -> None:
-    count = int(sys.argv[1].removeprefix("N=")) if len(sys.argv) > 1 else 200
+    count = int(sys.argv[1].removeprefix("N=")) if len(sys.argv) > 1 else 100
     params, artifacts = load_params(), Artifacts()
-    package, real = (
-        Package(artifacts.emulator, links=True),
-        load_model(artifacts.model, device=torch.device("cpu"), dtype=torch.float32),
-    )
+    package = Package(artifacts.emulator, links=True)
+    real = load_model(artifacts.model, device=torch.device("cpu"), dtype=torch.float32)
     tokenizer, task = package.tokenizer(), params.tasks[-1]
     trigger, payload = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (TRIGGER, PAYLOAD))
     train_part, held_out = (
@@ -95,8 +82,10 @@ def main() -> None:
     loss = mean_loss(real, public)
     rows: list[dict[str, Any]] = []
     for kind in ("lora", "layers") if layers_of(package.plan, "adapter") else ("lora",):
+        settings = OffsiteTuning(lr=[RATES[kind]], epochs=EPOCHS, validation_fraction=0.0)
         for poisoned in (False, True):
-            adapter = tuned(package, kind, Examples(train_part + poison * poisoned))
+            data = Examples(train_part + poison * poisoned)
+            adapter, _ = tuned(package.load(torch.device("cpu")).float(), package.plan, kind, data, settings)
             shipped = package.stream("adapter", *(["compressed"] if kind == "lora" else []))
             changes = layer_changes(adapter, shipped, package.plan, package.config)
             plugged = fitted(adapter, package, real, artifacts.emulator_private)

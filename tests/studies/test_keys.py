@@ -49,6 +49,7 @@ def test_key_is_that_of_parameters_code_and_data() -> None:
 def test_code_is_what_a_stage_or_a_pipeline_depends_on_and_nothing_that_stages_make() -> None:
     with chdir(ROOT):
         attack, both = code("studies/dvc.yaml:attack"), code(*ATTACK)
+        assert code("compress") == code(*PIPELINE)  # with what runs before it
     assert {Path("stages/attack.py"), Path("scaleot_core/attacks/restoration.py")} < {*attack} < {*both}
     assert Path("scaleot_core/evaluation/lm_tasks/commonsense_qa_cloze.yaml") in attack
     assert Path("stages/compress.py") in {*both} - {*attack}
