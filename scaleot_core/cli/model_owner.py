@@ -1,7 +1,6 @@
 """The model owner's commands: `pack`, `check` and `plug`."""
 
 import secrets
-import warnings
 from contextlib import ExitStack
 from functools import reduce
 from operator import or_
@@ -228,9 +227,7 @@ def plug(
             target = opened.enter_context(atomic_folder(as_lora))
             save_peft(target, source.config, tuned, layers=[change.layer for change in checked.layer_changes])
             write_plugged_card(target, base, shipped.sha256, what, library="peft")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # PEFT's, of a name that transformers has changed
-                losses.append(trial_lora(source, target, tuned, blocks))
+            losses.append(trial_lora(source, target, tuned, blocks))
         if out:
             target = opened.enter_context(atomic_folder(out))
             write_plugged(target, source, model, tuned)

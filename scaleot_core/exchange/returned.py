@@ -19,6 +19,8 @@ from scaleot_core.models.tokenizers import tokenizer_difference
 from scaleot_core.settings import AdapterLimits, LoraForm
 from scaleot_core.tuning.adapters import TunedAdapter, TunedLayers, TunedLora, fit_to_model
 
+LEAST_VECTOR = 0.1  # of the layer's root mean square weight: a vector below it is next to nothing
+
 
 @dataclass(frozen=True)
 class LayerChange:
@@ -28,7 +30,7 @@ class LayerChange:
     relative: float
     """Norm of the change over the norm of what was shipped, over all weights that the adapter may change."""
     tensor: float
-    """The same of the tensor that moved furthest; a vector counts for at least the layer's root mean square weights."""
+    """The same of the tensor that moved furthest; a vector of next to nothing is taken to be of the usual size."""
     outlier: float
     """Largest ratio, over tensors, of the largest change of a weight to the root mean square change."""
 
@@ -128,10 +130,12 @@ class _Moved:
 
 def _layer_change(layer: int, tensors: list[_Moved]) -> LayerChange:
     shipped, change = sum(tensor.shipped for tensor in tensors), sum(tensor.change for tensor in tensors)
-    square = shipped / max(1, sum(tensor.count for tensor in tensors))  # a bias of zeros may move
-    furthest = max(
-        _relative(tensor.change, max(tensor.shipped, square * tensor.count * tensor.is_vector)) for tensor in tensors
-    )
+    square = shipped / max(1, sum(tensor.count for tensor in tensors))
+    furthest = 0.0
+    for tensor in tensors:
+        usual = square * tensor.count
+        is_bare = tensor.is_vector and tensor.shipped < LEAST_VECTOR**2 * usual  # a bias of zeros may move
+        furthest = max(furthest, _relative(tensor.change, usual if is_bare else tensor.shipped))
     return LayerChange(layer, _relative(change, shipped), furthest, max(tensor.outlier for tensor in tensors))
 
 

@@ -1,5 +1,6 @@
 """Run a plug-in as it was written, before anyone else does: finite, not much worse on public text, the same by PEFT."""
 
+import warnings
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -85,7 +86,9 @@ def trial_lora(source: ModelSource, folder: Path, tuned: TunedLora, blocks: Tens
     with plugged_in(model, (), tuned):
         plugged = model(input_ids=blocks, use_cache=False).logits
     loss = _finite(float(torch.stack([_loss(*pair) for pair in zip(plugged, blocks, strict=True)]).mean()))
-    loaded = PeftModel.from_pretrained(model, folder)(input_ids=blocks, use_cache=False).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's, of a name that transformers has changed
+        loaded = PeftModel.from_pretrained(model, folder)(input_ids=blocks, use_cache=False).logits
     most = SAME * (plugged - before).abs().max() + ROUNDING * plugged.abs().max()
     if not (loaded - plugged).abs().max() <= most:
         raise UserError(f"{folder}: loaded by PEFT it doesn't give the plug-in's logits; use --out instead")

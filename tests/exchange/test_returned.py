@@ -51,6 +51,10 @@ def test_layer_that_did_not_move_has_moved_by_nothing():
     tuned = TunedLayers({**tensors, f"{prefix}.b": torch.tensor([4.0, 0.0])})
     (moved,) = layer_changes(tuned, tensors.items(), PLAN, config)
     assert moved.relative == pytest.approx(4 / 3) and moved.outlier == pytest.approx(2**0.5)
+    assert moved.tensor == pytest.approx(4 / (9 / 11 * 2) ** 0.5)  # a bias of zeros counts as weights do
+    small = {f"{prefix}.a": torch.ones(3, 3), f"{prefix}.b": torch.full((2,), 0.2)}
+    (thrown_away,) = layer_changes(TunedLayers({**small, f"{prefix}.b": torch.zeros(2)}), small.items(), PLAN, config)
+    assert thrown_away.tensor == pytest.approx(1) and thrown_away.relative < 0.1
 
 
 @each_shape
