@@ -257,7 +257,12 @@ class Attack(Block):
     """folders of other packages of the model: attacker `collusion` starts from all of them and the package together"""
     sibling: str = ""
     """folder of a public model of the same shapes: attacker `sibling` starts from it and the package; empty for none"""
-    references: list[Literal["widened", "without_weights", "uniform"]] = ["widened", "without_weights", "uniform"]
+    references: list[Literal["model", "widened", "without_weights", "uniform"]] = [
+        "model",
+        "widened",
+        "without_weights",
+        "uniform",
+    ]
     """what else is attacked with the same budget"""
     eval_questions: Annotated[int, Field(ge=2)] = 100
     """most evaluated questions of a task that the model, the package and each attacked one are measured on"""

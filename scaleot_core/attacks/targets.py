@@ -39,9 +39,9 @@ def targets(package: Package, owner: ModelOwner, served: Callable[[], PreTrained
     `package` is the attacker who trains everything in it, `cut_only` the one who trains only what stands for what was
     cut, as the attack on closed layers of SCARA does (Huang et al. 2024), and `queries` the one whose labels are the
     outputs of the model that `served` loads, as in model extraction (Tramèr et al. 2016; Krishna et al. 2020).
-    References are attacked as `package` is: `widened` is the package at full capacity, `without_weights` the same
-    shapes with all but the adapter layers drawn anew, and `uniform` another method's emulator of equal bytes, by the
-    same owner. `collusion` starts from the packages of `attack.beside` too, put together, and `sibling` from the public
+    References are attacked as `package` is: `model` is the real model, which gains by such text too, `widened` the
+    package at full capacity, `without_weights` the same shapes with all but the adapter layers drawn anew, and `uniform`
+    another method's emulator of equal bytes, by the same owner. `collusion` starts from the packages of `attack.beside` too, put together, and `sibling` from the public
     model `attack.sibling` with the package in it, where these are named. `cut_only` is left out where the package has
     nothing in the place of what was cut.
     """
@@ -77,6 +77,7 @@ def targets(package: Package, owner: ModelOwner, served: Callable[[], PreTrained
         "sibling": Target(sibling),
         "cut_only": Target(shipped, parameters=of_cut),
         "queries": Target(shipped, loss=by_queries),
+        "model": Target(owner.load),
         "widened": Target(partial(shipped, widen)),
         "without_weights": Target(partial(shipped, partial(forget, seed=params.seed))),
         "uniform": Target(uniform),

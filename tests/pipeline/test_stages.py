@@ -409,12 +409,13 @@ def test_attack_tells_recovery_weights_and_membership(project: Path) -> None:
     assert any("the model" in line for line in succeed(project, "attack"))
     attack = json.loads((project / "attack.json").read_text())
     attackers = {"package", "cut_only", "queries"}
-    assert attack["restoration"].keys() == {*attackers, "widened", "without_weights", "uniform"}
+    assert attack["restoration"].keys() == {*attackers, "model", "widened", "without_weights", "uniform"}
     for row in attack["restoration"].values():
         assert row["tokens"] == 8 * 4 * 32 and math.isfinite(row["recovered"])
         assert 0 <= row["tasks"]["piqa"]["acc"] <= 1 and row["tasks"]["piqa"]["questions"] == 12
         assert row["open"]["piqa"]["text_perplexity"] > 1 and 0 <= row["open"]["piqa"]["answer_tokens"] <= 1
     assert len({attack["restoration"][name]["perplexity"] for name in attackers}) == 3  # each by its own way
+    assert attack["restoration"]["model"]["perplexity"] < attack["before"]["model"]["perplexity"]  # by such text
     model, floor = attack["before"]["model"]["above_floor"], attack["restoration"]["without_weights"]["above_floor"]
     assert model["corpus"] == model["piqa"]["text"] == 1 and floor["corpus"] == floor["piqa"]["text"] == 0
     assert sum(attack["weights"].values()) == pytest.approx(1) and all(attack["weights"].values())
