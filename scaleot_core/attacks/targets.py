@@ -40,10 +40,10 @@ def targets(package: Package, owner: ModelOwner, served: Callable[[], PreTrained
     cut, as the attack on closed layers of SCARA does (Huang et al. 2024), and `queries` the one whose labels are the
     outputs of the model that `served` loads, as in model extraction (Tramèr et al. 2016; Krishna et al. 2020).
     References are attacked as `package` is: `model` is the real model, which gains by such text too, `widened` the
-    package at full capacity, `without_weights` the same shapes with all but the adapter layers drawn anew, and `uniform`
-    another method's emulator of equal bytes, by the same owner. `collusion` starts from the packages of `attack.beside` too, put together, and `sibling` from the public
-    model `attack.sibling` with the package in it, where these are named. `cut_only` is left out where the package has
-    nothing in the place of what was cut.
+    package at full capacity, `without_weights` the same shapes with all but the adapter layers drawn anew, `uniform`
+    another method's emulator of equal bytes, by the same owner. `collusion` starts from the packages of `attack.beside`
+    too, put together, and `sibling` from the public model `attack.sibling` with the package in it, where these are
+    named. `cut_only` is left out where the package has nothing in the place of what was cut.
     """
     params, device = owner.params, owner.runtime.device
 
