@@ -57,7 +57,7 @@ def written(tmp_path):
     above = {"piqa": {"text": 0.5, "acc": 0.8125}, "text": {"text": 0.75}}
     attack = {
         "before": {"model": capable, "package": {**capable, "above_floor": {**above, "corpus": 0.4375}}},
-        "restoration": dict.fromkeys(("package", "collusion", "without_weights"), {**CURVE[-1], **capable}),
+        "restoration": {name: {**CURVE[-1], **capable} for name in ("package", "collusion", "without_weights")},
         "recovery_difficulty": {"loss": 9.375, "loss_stdev": 0.25},
         "weights": {"exact": 0.6125, "rank": 0.1, "none": 0.2875},
         "membership": {"piqa": {"lora": {"loss": told, "calibrated": told, "extracted": said}}},
