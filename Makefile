@@ -1,7 +1,7 @@
 # `make help` lists what there is.
 PYTHON ?= python3
-# Tests of one file share what they build; the files with most tests go first.
-PARALLEL := --numprocesses=2 --dist=loadscope
+# Tests of one file share what they build; whole pipelines, which take longest, go first (tests/conftest.py).
+PARALLEL := --numprocesses=2 --dist=loadscope --no-loadscope-reorder
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DVC_NO_ANALYTICS := 1
 

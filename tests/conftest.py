@@ -16,6 +16,11 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     return argname if isinstance(val, bytes) else None
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put whole pipelines first, so that no process waits in the end for another's."""
+    items.sort(key=lambda item: "pipeline" not in item.path.parts)
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Mark a test of any other family as slow."""
     arguments = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
