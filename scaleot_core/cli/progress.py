@@ -21,8 +21,7 @@ def progress_folder(out: Path) -> Path:
 def held(out: Path) -> Iterator[tuple[Path, datetime]]:
     """Yield the progress folder of an output, held by this run alone, and when its tuning began.
 
-    UserError where the folder is a link or another's, and
-    where another run holds it.
+    UserError where the folder is a link or another's, and where another run holds it.
     """
     folder = progress_folder(out)
     if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and folder.stat().st_uid == os.geteuid())):
@@ -36,7 +35,7 @@ def held(out: Path) -> Iterator[tuple[Path, datetime]]:
         except OSError:
             raise UserError(f"{out}: another run is writing it; wait for it, or choose another --out") from None
         started = folder / "started.json"
-        if started.is_file():
+        if started.is_file() and _has_state(folder):
             began = datetime.fromisoformat(read_json(started)["began"])
         else:
             began = datetime.now()
@@ -44,10 +43,15 @@ def held(out: Path) -> Iterator[tuple[Path, datetime]]:
         try:
             yield folder, began
         finally:
-            if not any(path.is_dir() for path in folder.glob("*")):  # nothing to go on from
+            if not _has_state(folder):
                 rmtree(folder, ignore_errors=True)
     finally:
         os.close(lock)
+
+
+def _has_state(folder: Path) -> bool:
+    """Say whether there is something to go on from."""
+    return any(path.is_dir() for path in folder.glob("*"))
 
 
 @contextmanager

@@ -38,6 +38,8 @@ def load_task(name: str, train: Rows, evaluation: Rows | None = None) -> "Task":
         task = _build(name, **parts)
     except UserError:
         raise
+    except ImportError as error:  # of a package that the definition needs: no row is to blame
+        raise UserError(f"task {name}: lm-eval's definition doesn't run here ({one_line(error)})") from error
     except Exception as error:  # whatever a definition does with a row that it can't use
         raise _unfit(name, parts, error) from error
     answer = None if task.OUTPUT_TYPE == "multiple_choice" else task.config.doc_to_target  # else it must be a choice

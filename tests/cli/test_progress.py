@@ -54,6 +54,10 @@ def test_date_is_that_of_the_day_a_tuning_began(tmp_path):
     assert abs(datetime.now() - began).total_seconds() < 60
     with held(tmp_path / "out") as (_, again):
         assert again == began
+    (folder / "key").rmdir()  # a run that was killed before it had anything to go on from
+    (folder / "started.json").write_text('{"began": "2020-01-01T00:00:00"}')
+    with held(tmp_path / "out") as (_, anew):
+        assert anew > again
 
 
 def test_nothing_stays_where_there_is_nothing_to_go_on_from(tmp_path):

@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 from helpers import CLOZE, GSM8K, WEBQS, piqa_rows, refusal
 
+from scaleot_core.evaluation import tasks
 from scaleot_core.evaluation.tasks import answer_pairs, check_rows, load_task, metrics, right_choices, texts
 
 
@@ -138,3 +139,12 @@ def test_choice_longer_than_the_context_is_named(pairs, choice):
 
 def test_rows_of_another_task_are_refused(pairs):
     assert "task piqa, training row 1: lm-eval's definition can't use" in refusal(pairs, "piqa", CLOZE)
+
+
+def test_definition_whose_import_fails_is_told_and_no_row_is_blamed(monkeypatch):
+    def build(*args: object, **options: object) -> None:
+        raise ModuleNotFoundError("No module named 'gone'")
+
+    monkeypatch.setattr(tasks, "_build", build)
+    message = refusal(load_task, "piqa", piqa_rows(3))
+    assert message == "task piqa: lm-eval's definition doesn't run here (No module named 'gone')"
